@@ -1,0 +1,20 @@
+"""Places and fixtures that several tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("HYBRID_K2_SHARED", REPO.parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def kimi_data() -> Path:
+    """The folder with the real K2.6 tokenizer, chat template and configs."""
+    folder = SHARED / "data" / "kimi-k2.6"
+    if not folder.is_dir():
+        pytest.skip(f"the K2.6 data files are not at {folder}")
+    return folder
