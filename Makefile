@@ -1,0 +1,51 @@
+# make chat          a chat with the built-in demo model        make chat PROMPT="What is 17 + 25?"   one answer
+# make test          the tests                                  make check                            lint, format, types, layers
+# make bench         the benchmarks                             make clean                            remove what was built
+PYTHON ?= python3
+MODEL  ?= demo
+VENV   := .venv
+PIP    := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+NATIVE := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+
+.PHONY: chat test check bench clean install
+.DELETE_ON_ERROR:
+
+chat: $(VENV)/.installed
+	@$(VENV)/bin/hybrid-k2 chat $(MODEL) $(if $(PROMPT),--prompt "$(PROMPT)") $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-test $(VENV)/.installed-check
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest tests/test_layers.py
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/python bench/experts.py
+
+install: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "error: hybrid-k2 needs Python 3.10 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	    || { rm -rf $(VENV); echo "error: $(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+$(VENV)/.installed: $(VENV)/bin/python $(NATIVE)
+	@echo "Installing hybrid-k2 and what it needs into $(VENV) (a few minutes the first time) ..." >&2
+	@$(PIP) setuptools wheel pybind11
+	@$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@$(PIP) --no-build-isolation -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-check: $(VENV)/.installed
+	@$(PIP) --no-build-isolation -e '.[check]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info hybrid_k2/_native*.so
