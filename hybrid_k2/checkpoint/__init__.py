@@ -1,0 +1,39 @@
+"""What is on disk: the index, the safetensors files, the INT4 format, and the tensors that the model needs."""
+
+from hybrid_k2.checkpoint.int4 import (
+    GROUP,
+    PackedWeight,
+    dequantize_int4,
+    pack_int4,
+    quantize_int4,
+    unpack_int4,
+)
+from hybrid_k2.checkpoint.reader import Checkpoint
+from hybrid_k2.checkpoint.shard import TensorInfo
+from hybrid_k2.checkpoint.tensors import (
+    ExpertWeights,
+    TensorSpec,
+    check_checkpoint,
+    expected_tensors,
+    expert_prefix,
+    experts_packed,
+    read_expert,
+)
+
+__all__ = [
+    "GROUP",
+    "Checkpoint",
+    "ExpertWeights",
+    "PackedWeight",
+    "TensorInfo",
+    "TensorSpec",
+    "check_checkpoint",
+    "dequantize_int4",
+    "expected_tensors",
+    "expert_prefix",
+    "experts_packed",
+    "pack_int4",
+    "quantize_int4",
+    "read_expert",
+    "unpack_int4",
+]

@@ -1,0 +1,222 @@
+"""A checkpoint folder: its index, the headers of all its files, and reading single tensors."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType, TracebackType
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from hybrid_k2.checkpoint.int4 import GROUP, VALUES_PER_WORD, PackedWeight
+from hybrid_k2.checkpoint.shard import TensorInfo, parse_json_object, read_shard_header
+from hybrid_k2.errors import CheckpointError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_INDEX_BYTES = 1_000_000_000
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
+    "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64,
+}  # fmt: skip
+
+
+class Checkpoint:
+    """Know every tensor of a checkpoint and read the ones that are asked for.
+
+    Opening reads the index and the file headers only. Tensors are read with pread into fresh memory, so that one
+    checkpoint may serve many threads and the page cache is never mapped. Files stay open until `close`, which must not
+    run beside a read.
+    """
+
+    def __init__(self, folder: Path, infos: Mapping[str, TensorInfo], files: Mapping[Path, BinaryIO]) -> None:
+        self.folder = folder
+        self.infos: Mapping[str, TensorInfo] = MappingProxyType(dict(infos))
+        self.total_bytes = sum(info.nbytes for info in infos.values())  # of all tensors, vision included
+        self._files = dict(files)
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read the index and all file headers, and check that every tensor lies where they say.
+
+        Raises: CheckpointError for a missing or truncated file, a bad index, a damaged header.
+        """
+        folder = Path(folder)
+        weight_map = _weight_map(folder)
+        with ExitStack() as opened:
+            files: dict[Path, BinaryIO] = {}
+            headers: dict[str, dict[str, TensorInfo]] = {}
+            for name in dict.fromkeys(weight_map.values()) if weight_map is not None else [SINGLE_NAME]:
+                file = opened.enter_context(_open_file(folder, name))
+                files[folder / name] = file
+                headers[name] = _read_header(folder / name, file)
+            infos = headers[SINGLE_NAME] if weight_map is None else _indexed(folder, weight_map, headers)
+            opened.pop_all()
+        return cls(folder, infos, files)
+
+    def has(self, name: str) -> bool:
+        """Say whether there is a tensor of that name."""
+        return name in self.infos
+
+    def info(self, name: str) -> TensorInfo:
+        """Return what is known of a tensor. Raises: CheckpointError if there is none of that name."""
+        try:
+            return self.infos[name]
+        except KeyError:
+            raise CheckpointError(f"{name}: expected a tensor, got none of that name (in {self.folder})") from None
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor into fresh memory. Raises: CheckpointError naming tensor and file."""
+        info = self.info(name)
+        file = self._files.get(info.file)
+        if file is None:
+            raise CheckpointError(f"{name}: expected an open checkpoint, got a closed one (in {info.file})")
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        try:
+            done = _pread_into(file.fileno(), buffer.numpy().data, info.offset)
+        except OSError as error:
+            raise CheckpointError(f"{name}: cannot be read: {error.strerror} (in {info.file})") from error
+        if done != info.nbytes:
+            raise CheckpointError(f"{name}: expected {info.nbytes} bytes, got {done} (in {info.file})")
+        return buffer.view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+
+    def read_packed(self, prefix: str) -> PackedWeight:
+        """Read an INT4 matrix, `prefix` being its name without `.weight_packed`.
+
+        Raises: CheckpointError if words, scales and the stored `weight_shape` do not belong together.
+        """
+        packed, scale, stored = (self.info(f"{prefix}.weight_{part}") for part in ("packed", "scale", "shape"))
+        if len(packed.shape) != 2 or packed.dtype != "I32":
+            raise CheckpointError(
+                f"{packed.name}: expected I32 [out, in/8], got {packed.dtype} {list(packed.shape)} "
+                f"(in {packed.file.name})"
+            )
+        _expect(scale, "shape", (packed.shape[0], packed.shape[1] * VALUES_PER_WORD // GROUP), scale.shape)
+        weight = PackedWeight(self.read(packed.name), self.read(scale.name))
+        _expect(stored, "value", weight.shape, tuple(self.read(stored.name).flatten().tolist()))
+        return weight
+
+    def read_linear(self, prefix: str) -> Tensor:
+        """Read a matrix [out, in]: `prefix.weight` as it is, or `prefix.weight_packed` dequantised to FP32.
+
+        Raises: CheckpointError.
+        """
+        if self.has(f"{prefix}.weight_packed"):
+            return self.read_packed(prefix).dequantize()
+        return self.read(f"{prefix}.weight")
+
+    def close(self) -> None:
+        """Close the files; later reads fail."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Return the index's tensor-to-file map, or None where a single file holds everything."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+        if INDEX_NAME in names:
+            size = (folder / INDEX_NAME).stat().st_size
+            text = b"" if size > MAX_INDEX_BYTES else (folder / INDEX_NAME).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from error
+    if INDEX_NAME not in names:
+        if SINGLE_NAME in names:
+            return None
+        raise _no_weights(folder, names)
+    place = str(folder / INDEX_NAME)
+    if size > MAX_INDEX_BYTES:
+        raise CheckpointError(f"{place}: expected at most {MAX_INDEX_BYTES} bytes, got {size}")
+    weight_map = parse_json_object(text, place).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{place}: weight_map: expected an object of tensor and file names, got {weight_map!r}")
+    for tensor, file in weight_map.items():
+        if not _stays_inside(file):
+            raise CheckpointError(
+                f"{place}: weight_map: {tensor}: expected the name of a .safetensors file in this folder, got {file!r}"
+            )
+    return weight_map
+
+
+def _stays_inside(file: object) -> bool:
+    if not isinstance(file, str) or not file.endswith(".safetensors") or "\0" in file or "\\" in file:
+        return False
+    path = PurePosixPath(file)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def _no_weights(folder: Path, names: set[str]) -> CheckpointError:
+    shards = sorted(name for name in names if name.endswith(".safetensors"))
+    found = f"{len(shards)} other .safetensors files" if shards else "no .safetensors file" if names else "nothing"
+    hint = f"the download is incomplete: {INDEX_NAME} is missing" if shards else "give the folder of a checkpoint"
+    return CheckpointError(f"{folder}: expected {INDEX_NAME} or {SINGLE_NAME}, got {found}", hint=hint)
+
+
+def _open_file(folder: Path, name: str) -> BinaryIO:
+    path = folder / name
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: expected a file, got something else of that name")
+        return open(path, "rb", buffering=0)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: expected the file that {INDEX_NAME} names, got none",
+            hint="the download is incomplete: fetch the missing file",
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+
+
+def _read_header(path: Path, file: BinaryIO) -> dict[str, TensorInfo]:
+    try:
+        return read_shard_header(path, file, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _indexed(
+    folder: Path, weight_map: Mapping[str, str], headers: Mapping[str, Mapping[str, TensorInfo]]
+) -> dict[str, TensorInfo]:
+    infos = {}
+    for tensor, file in weight_map.items():
+        info = headers[file].get(tensor)
+        if info is None:
+            raise CheckpointError(
+                f"{tensor}: expected in {file} according to {INDEX_NAME}, got none of that name (in {folder / file})"
+            )
+        infos[tensor] = info
+    return infos
+
+
+def _pread_into(fd: int, memory: memoryview, offset: int) -> int:
+    """Fill `memory` from the file, in as many reads as it takes; return the bytes read, fewer only at its end."""
+    done = 0
+    while done < len(memory):
+        count = os.preadv(fd, [memory[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def _expect(info: TensorInfo, what: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:
+    if expected != got:
+        raise CheckpointError(f"{info.name}: expected {what} {list(expected)}, got {list(got)} (in {info.file.name})")
