@@ -9,6 +9,7 @@ from hybrid_k2.checkpoint.int4 import (
     unpack_int4,
 )
 from hybrid_k2.checkpoint.reader import Checkpoint
+from hybrid_k2.checkpoint.resolve import resolve_checkpoint
 from hybrid_k2.checkpoint.shard import TensorInfo
 from hybrid_k2.checkpoint.tensors import (
     ExpertWeights,
@@ -35,5 +36,6 @@ __all__ = [
     "pack_int4",
     "quantize_int4",
     "read_expert",
+    "resolve_checkpoint",
     "unpack_int4",
 ]
