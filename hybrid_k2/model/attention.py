@@ -1,0 +1,88 @@
+"""Multi-head latent attention (MLA) of one layer over a batch of sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybrid_k2.model.batch import Batch, SequenceSlice
+from hybrid_k2.model.latent_cache import LatentCache
+from hybrid_k2.model.layers import RmsNorm, linear
+from hybrid_k2.model.mla import MlaShape, absorb_queries, expand_values, latent_attention, naive_attention
+from hybrid_k2.model.rope import Rotation
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Project to queries and latents, cache the latents, attend sequence by sequence, project back.
+
+    Shapes: q_a [q_lora, hidden], q_b [heads * (nope + rope), q_lora], kv_a [kv_lora + rope, hidden],
+    kv_b [heads * (nope + value), kv_lora], o [hidden, heads * value].
+    """
+
+    layer: int
+    shape: MlaShape
+    q_a: Tensor
+    q_a_norm: RmsNorm
+    q_b: Tensor
+    kv_a: Tensor
+    kv_a_norm: RmsNorm
+    kv_b: Tensor
+    o: Tensor
+
+    def __call__(self, x: Tensor, batch: Batch, cache: LatentCache, rotation: Rotation) -> Tensor:
+        """Attend from each row to its own sequence, up to itself.
+
+        Shapes: x [T, hidden] -> [T, hidden].
+        Effects: writes the rows' latents to the cache.
+        """
+        x = x.to(self.q_a)
+        latents = self._latents(x, rotation)  # [T, kv_lora + rope]
+        for sequence in batch.sequences:
+            cache.append(self.layer, sequence, latents[sequence.rows])
+        values = self._attend(self._queries(x, rotation), batch, cache)  # [T, heads, value] fp32
+        return linear(values.flatten(1), self.o)
+
+    def _queries(self, x: Tensor, rotation: Rotation) -> Tensor:
+        q = linear(self.q_a_norm(linear(x, self.q_a)), self.q_b)  # [T, heads * (nope + rope)]
+        q = q.view(len(q), self.shape.heads, -1)  # [T, heads, nope + rope]
+        q_nope, q_rope = q[..., : self.shape.nope], q[..., self.shape.nope :]
+        return torch.cat((q_nope.float(), rotation.apply(q_rope)), dim=-1)  # [T, heads, nope + rope] fp32
+
+    def _latents(self, x: Tensor, rotation: Rotation) -> Tensor:
+        latent = linear(x, self.kv_a)
+        c, k_rope = latent[:, : self.shape.kv_lora], latent[:, self.shape.kv_lora :]
+        return torch.cat((self.kv_a_norm(c).float(), rotation.apply(k_rope)), dim=-1)  # [T, kv_lora + rope] fp32
+
+    def _attend(self, q: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
+        """Give each sequence the form that is cheaper for it."""
+        kv_b = self.kv_b.float().view(self.shape.heads, -1, self.shape.kv_lora)  # [heads, nope + value, kv_lora]
+        values = q.new_empty(*q.shape[:2], self.shape.value)  # [T, heads, value]
+        absorbed: list[SequenceSlice] = []
+        for sequence in batch.sequences:
+            if self.shape.prefer_absorbed(sequence.stop - sequence.start, sequence.length):
+                absorbed.append(sequence)
+            else:
+                rows = sequence.rows
+                values[rows] = naive_attention(q[rows], self._cached(sequence, cache), kv_b, self.shape)
+        if absorbed:
+            self._attend_absorbed(q, absorbed, cache, kv_b, values)
+        return values
+
+    def _attend_absorbed(
+        self, q: Tensor, sequences: list[SequenceSlice], cache: LatentCache, kv_b: Tensor, values: Tensor
+    ) -> None:
+        """Fill in the rows of these sequences; all of them pass through W_UK and W_UV together."""
+        rows = torch.cat([torch.arange(s.start, s.stop) for s in sequences]).to(q.device)
+        q_latent = absorb_queries(q[rows], kv_b, self.shape)  # [heads, rows, kv_lora + rope]
+        parts = torch.split(q_latent, [s.stop - s.start for s in sequences], dim=1)
+        contexts = [
+            latent_attention(part, self._cached(sequence, cache), self.shape)  # [heads, rows of it, kv_lora]
+            for sequence, part in zip(sequences, parts, strict=True)
+        ]
+        values[rows] = expand_values(torch.cat(contexts, dim=1), kv_b, self.shape)
+
+    def _cached(self, sequence: SequenceSlice, cache: LatentCache) -> Tensor:
+        return cache.gather(self.layer, sequence).to(self.kv_b.device, torch.float32)  # [length, kv_lora + rope]

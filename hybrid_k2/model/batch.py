@@ -1,0 +1,91 @@
+"""The work of one forward pass: chunks of several sequences, prefill and decode mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Ask for the next tokens of one sequence; a chunk of one token is a decode step.
+
+    `cached` tokens of the sequence are already in the cache; `pages` hold them and have room for the new ones.
+    `logits`: whether those after the chunk's last token are wanted (not in the middle of a prompt).
+    """
+
+    token_ids: Sequence[int]
+    cached: int
+    pages: Sequence[int] | Tensor
+    logits: bool = True
+
+
+@dataclass(frozen=True)
+class SequenceSlice:
+    """Say which rows of a batch belong to one sequence and where its cache lies."""
+
+    start: int
+    stop: int
+    cached: int
+    pages: Tensor  # [pages] int64, on the host
+    first_page: int | None  # set if the pages are consecutive, which saves copying them together
+
+    @property
+    def rows(self) -> slice:
+        """Rows of the batch."""
+        return slice(self.start, self.stop)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence once this batch has run."""
+        return self.cached + self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Hold the tokens of one forward pass, sequence after sequence.
+
+    Shapes: token_ids, positions [T] int64; logit_rows [R] int64, the rows whose logits are wanted; all on the host.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    sequences: tuple[SequenceSlice, ...]
+    logit_rows: Tensor
+
+    @classmethod
+    def build(cls, chunks: Sequence[Chunk], all_logits: bool = False) -> Batch:
+        """Lay chunks one after the other; with `all_logits`, ask for the logits of every row.
+
+        Raises: ValueError for a batch or chunk without tokens, or a negative `cached`.
+        """
+        if not chunks:
+            raise ValueError("batch: expected at least one chunk, got none")
+        ids: list[int] = []
+        positions: list[Tensor] = []
+        rows: list[int] = []
+        slices: list[SequenceSlice] = []
+        for chunk in chunks:
+            start, stop = len(ids), len(ids) + len(chunk.token_ids)
+            if stop == start or chunk.cached < 0:
+                raise ValueError(f"chunk: expected tokens and cached >= 0, got {stop - start} and {chunk.cached}")
+            ids.extend(chunk.token_ids)
+            positions.append(torch.arange(chunk.cached, chunk.cached + stop - start))
+            rows.extend(range(start, stop) if all_logits else [stop - 1] if chunk.logits else [])
+            slices.append(_slice(start, stop, chunk))
+        return cls(
+            token_ids=torch.tensor(ids, dtype=torch.int64),
+            positions=torch.cat(positions),
+            sequences=tuple(slices),
+            logit_rows=torch.tensor(rows, dtype=torch.int64),
+        )
+
+
+def _slice(start: int, stop: int, chunk: Chunk) -> SequenceSlice:
+    pages = torch.as_tensor(chunk.pages, dtype=torch.int64, device="cpu")
+    first = int(pages[0]) if len(pages) else 0
+    consecutive = torch.equal(pages, torch.arange(first, first + len(pages)))
+    return SequenceSlice(start, stop, chunk.cached, pages, first if consecutive else None)

@@ -1,0 +1,129 @@
+"""The paged cache of latent attention: per token and layer, the normalised latent and the rotated shared key."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hybrid_k2.config import ModelConfig
+from hybrid_k2.errors import EngineError
+from hybrid_k2.model.batch import Batch, SequenceSlice
+from hybrid_k2.model.devices import torch_device, torch_dtype
+
+if TYPE_CHECKING:
+    from hybrid_k2.placement.plan import KvCachePlan
+
+
+class PagePool:
+    """Account for the pages of a cache: who asks gets the lowest free numbers. One thread at a time may use it."""
+
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        self._free = list(range(pages))  # a heap, so that a sequence alone gets consecutive pages
+        self._taken: set[int] = set()
+
+    @property
+    def available(self) -> int:
+        """Free pages."""
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take pages.
+
+        Raises: EngineError if there are not enough; nothing is taken then.
+        """
+        if count > self.available:
+            raise EngineError(
+                f"KV cache: expected {count} free pages, got {self.available} of {self.pages}",
+                hint="shorten the conversation, or give kv_cache more tokens in the placement rules",
+            )
+        pages = [heapq.heappop(self._free) for _ in range(count)]
+        self._taken.update(pages)
+        return pages
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Give pages back.
+
+        Raises: ValueError for a page that is not taken; nothing is given back then.
+        """
+        back = list(pages)
+        if len(set(back)) != len(back) or not self._taken.issuperset(back):
+            raise ValueError(f"KV cache: expected pages that are taken, each once, got {back}")
+        self._taken.difference_update(back)
+        for page in back:
+            heapq.heappush(self._free, page)
+
+
+class LatentCache:
+    """Store latents in pages; `pool` says which are free.
+
+    A host touches the memory of a page only when a token is written to it.
+    Shapes: per layer [pages, page_tokens, latent_dim] in the plan's dtype.
+    """
+
+    def __init__(self, plan: KvCachePlan, config: ModelConfig, device: torch.device | str | None = None) -> None:
+        """Reserve the pages on the plan's device, or on `device`."""
+        self.page_tokens = plan.page_tokens
+        self.pool = PagePool(-(-plan.tokens // plan.page_tokens))
+        shape = (self.pool.pages, plan.page_tokens, config.latent_dim)
+        where = torch_device(plan.device) if device is None else torch.device(device)
+        dtype = torch_dtype(plan.dtype)
+        self.layers = [torch.empty(shape, dtype=dtype, device=where) for _ in range(config.num_hidden_layers)]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that fit."""
+        return self.pool.pages * self.page_tokens
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold this many tokens of one sequence."""
+        return -(-tokens // self.page_tokens)
+
+    def check(self, batch: Batch) -> None:
+        """Check that each sequence's pages exist and have room for its new tokens.
+
+        Raises: EngineError.
+        """
+        for sequence in batch.sequences:
+            room = len(sequence.pages) * self.page_tokens
+            if sequence.length > room:
+                raise EngineError(
+                    f"KV cache: expected pages for {sequence.length} tokens of a sequence, got "
+                    f"{len(sequence.pages)} pages with room for {room}"
+                )
+            if (
+                len(sequence.pages)
+                and not 0 <= int(sequence.pages.min()) <= int(sequence.pages.max()) < self.pool.pages
+            ):
+                raise EngineError(f"KV cache: expected page numbers below {self.pool.pages}, got {sequence.pages}")
+
+    def append(self, layer: int, sequence: SequenceSlice, latent: Tensor) -> None:
+        """Write the latents of a sequence's new tokens behind its cached ones.
+
+        Shapes: latent [stop - start, latent_dim].
+        """
+        rows = self.layers[layer].view(-1, latent.shape[-1])  # [pages * page_tokens, latent_dim]
+        if sequence.first_page is not None:
+            first = sequence.first_page * self.page_tokens + sequence.cached
+            rows[first : first + len(latent)].copy_(latent)
+            return
+        positions = torch.arange(sequence.cached, sequence.length)
+        pages = sequence.pages[positions // self.page_tokens]
+        slots = pages * self.page_tokens + positions % self.page_tokens
+        rows.index_copy_(0, slots.to(rows.device), latent.to(rows))
+
+    def gather(self, layer: int, sequence: SequenceSlice) -> Tensor:
+        """Return the latents of a sequence in order: a view where its pages are consecutive, else a copy.
+
+        Shapes: [length, latent_dim] in the cache's dtype.
+        """
+        store = self.layers[layer]
+        if sequence.first_page is not None:
+            pages = store[sequence.first_page : sequence.first_page + self.pages_for(sequence.length)]
+        else:
+            pages = store[sequence.pages[: self.pages_for(sequence.length)].to(store.device)]
+        return pages.flatten(0, 1)[: sequence.length]

@@ -1,0 +1,179 @@
+"""Read a checkpoint into a text model: each tensor to the device and in the dtype that the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, expected_tensors, experts_packed, read_expert
+from hybrid_k2.checkpoint.tensors import expert_prefix
+from hybrid_k2.config import ModelConfig
+from hybrid_k2.errors import MemoryBudgetError
+from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
+from hybrid_k2.model.attention import Attention
+from hybrid_k2.model.devices import torch_device, torch_dtype
+from hybrid_k2.model.layers import RmsNorm, SwiGlu
+from hybrid_k2.model.mla import MlaShape
+from hybrid_k2.model.moe import Moe
+from hybrid_k2.model.router import Router
+from hybrid_k2.model.text import Layer, TextModel
+
+if TYPE_CHECKING:
+    from hybrid_k2.placement.plan import Plan
+
+Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
+MAX_READERS = 8  # threads that read and repack experts
+LINEAR_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape")
+
+
+def load_text_model(
+    checkpoint: Checkpoint, config: ModelConfig, plan: Plan, progress: Progress | None = None
+) -> TextModel:
+    """Load the text model as the plan says; `progress` is called in the caller's thread after each tensor or expert.
+
+    Beyond what the plan counts, memory holds one dense tensor as it is stored, and one expert per reading thread.
+    Effects: torch's thread count becomes the plan's. What was loaded is released if loading fails or is interrupted.
+    Raises: CheckpointError before anything large is read, or if a file changes meanwhile; HardwareError for a device
+    that is not there or is full.
+    """
+    check_checkpoint(checkpoint, config)
+    torch.set_num_threads(plan.threads)
+    with ExitStack() as undo:
+        runtime = open_experts(plan.numerics, plan.threads, packed=experts_packed(checkpoint, config))
+        undo.callback(runtime.close)
+        model = _Builder(checkpoint, config, plan, progress or _ignore, runtime, undo).model()
+        undo.pop_all()
+    return model
+
+
+class _Builder:
+    """Build the parts of the model; names are given without the checkpoint's prefix."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        plan: Plan,
+        progress: Progress,
+        runtime: ExpertsRuntime,
+        undo: ExitStack,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.plan = plan
+        self.progress = progress
+        self.runtime = runtime
+        self.undo = undo
+        self.done = 0
+        self.total = sum(checkpoint.info(spec.name).nbytes for spec in expected_tensors(config, checkpoint.has))
+
+    def model(self) -> TextModel:
+        return TextModel(
+            config=self.config,
+            activation_dtype=torch_dtype(self.plan.activation_dtype),
+            embedding=self.weight("model.embed_tokens", "embedding"),
+            layers=[self.layer(layer) for layer in range(self.config.num_hidden_layers)],
+            final_norm=RmsNorm(self.weight("model.norm", "lm_head"), self.config.rms_norm_eps),
+            lm_head=self.weight("lm_head", "lm_head"),
+            experts_runtime=self.runtime,
+        )
+
+    def layer(self, layer: int) -> Layer:
+        name, eps = f"model.layers.{layer}", self.config.rms_norm_eps
+        dense = layer in self.config.dense_layers
+        input_norm = RmsNorm(self.weight(f"{name}.input_layernorm", "attention", layer), eps)
+        attention = self.attention(f"{name}.self_attn", layer)
+        post = self.weight(f"{name}.post_attention_layernorm", "dense_mlp" if dense else "router", layer)
+        mlp = self.swiglu(f"{name}.mlp", "dense_mlp", layer) if dense else self.moe(f"{name}.mlp", layer)
+        return Layer(input_norm, attention, RmsNorm(post, eps), mlp)
+
+    def attention(self, name: str, layer: int) -> Attention:
+        def weight(part: str) -> Tensor:
+            return self.weight(f"{name}.{part}", "attention", layer)
+
+        eps = self.config.latent_norm_eps
+        return Attention(
+            layer=layer,
+            shape=MlaShape.of(self.config),
+            q_a=weight("q_a_proj"),
+            q_a_norm=RmsNorm(weight("q_a_layernorm"), eps),
+            q_b=weight("q_b_proj"),
+            kv_a=weight("kv_a_proj_with_mqa"),
+            kv_a_norm=RmsNorm(weight("kv_a_layernorm"), eps),
+            kv_b=weight("kv_b_proj"),
+            o=weight("o_proj"),
+        )
+
+    def moe(self, name: str, layer: int) -> Moe:
+        router = Router(
+            weight=self.weight(f"{name}.gate", "router", layer),
+            bias=self.correction_bias(f"{name}.gate.e_score_correction_bias", layer),
+            experts_per_token=self.config.num_experts_per_tok,
+            normalise=self.config.norm_topk_prob,
+            scale=self.config.routed_scaling_factor,
+        )
+        shared = self.swiglu(f"{name}.shared_experts", "shared_experts", layer)
+        return Moe(router, self.experts(layer), shared)
+
+    def swiglu(self, name: str, what: str, layer: int) -> SwiGlu:
+        gate, up, down = (self.weight(f"{name}.{part}_proj", what, layer) for part in ("gate", "up", "down"))
+        return SwiGlu(gate, up, down)
+
+    def experts(self, layer: int) -> ExpertsBackend:
+        config = self.config
+        backend = self.runtime.make_layer(
+            config.hidden_size, config.moe_intermediate_size, config.n_routed_experts, config.num_experts_per_tok
+        )
+        self.undo.callback(backend.close)
+
+        def load(expert: int) -> int:
+            backend.load_expert(expert, read_expert(self.checkpoint, config, layer, expert))
+            prefix = expert_prefix(config, layer, expert)
+            return sum(self.stored_bytes(f"{prefix}.{part}_proj") for part in ("gate", "up", "down"))
+
+        with ThreadPoolExecutor(min(self.plan.threads, MAX_READERS), "load-experts") as readers:
+            # When one fails or the user interrupts, map cancels those that have not begun.
+            for nbytes in readers.map(load, range(config.n_routed_experts)):
+                self.count(nbytes)
+        return backend
+
+    def weight(self, name: str, what: str, layer: int | None = None) -> Tensor:
+        prefix = self.config.tensor_prefix + name
+        placement = self.plan.where(what, layer)
+        tensor = self.place(prefix, placement.device, torch_dtype(placement.dtype), self.checkpoint.read_linear(prefix))
+        self.count(self.stored_bytes(prefix))
+        return tensor
+
+    def correction_bias(self, name: str, layer: int) -> Tensor:
+        """The router adds it in fp32, whatever dtype its matrix has."""
+        full = self.config.tensor_prefix + name
+        device = self.plan.where("router", layer).device
+        tensor = self.place(full, device, torch.float32, self.checkpoint.read(full))
+        self.count(self.checkpoint.info(full).nbytes)
+        return tensor
+
+    def place(self, name: str, device: str, dtype: torch.dtype, tensor: Tensor) -> Tensor:
+        try:
+            return tensor.to(torch_device(device), dtype)
+        except torch.OutOfMemoryError as error:
+            raise MemoryBudgetError(
+                f"{name}: expected room for {tensor.numel() * dtype.itemsize} bytes on {device}, got none left",
+                hint="another program may be using the GPU; the plan counts on all of its memory",
+            ) from error
+
+    def stored_bytes(self, prefix: str) -> int:
+        infos = self.checkpoint.infos
+        return sum(infos[name].nbytes for part in LINEAR_PARTS if (name := f"{prefix}.{part}") in infos)
+
+    def count(self, nbytes: int) -> None:
+        self.done += nbytes
+        self.progress(self.done, self.total)
+
+
+def _ignore(done: int, total: int) -> None:
+    """Report nothing."""

@@ -1,0 +1,51 @@
+"""Choose the experts of each token, in fp32 whatever the dtype around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+NO_SCORE = 1e-20  # keeps the normalisation finite where every chosen score underflows; the original model's value
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Hold the experts of each token, best first, and the weights of their outputs.
+
+    Shapes: ids [T, K] int32, weights [T, K] fp32.
+    """
+
+    ids: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Router:
+    """Score experts with a sigmoid; choose by score plus correction bias, weigh by score alone.
+
+    Shapes: weight [E, hidden], bias [E] fp32.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    experts_per_token: int
+    normalise: bool
+    scale: float
+
+    def __call__(self, x: Tensor) -> Routing:
+        """Route each row.
+
+        Experts whose biased scores tie rank by index, the lower first, so that a choice is reproducible.
+        Shapes: x [T, hidden].
+        """
+        x = x.to(self.weight.device)
+        scores = functional.linear(x.float(), self.weight.float()).sigmoid()  # [T, E]
+        order = torch.sort(scores + self.bias, dim=-1, descending=True, stable=True).indices  # [T, E]
+        ids = order[:, : self.experts_per_token]  # [T, K]
+        weights = scores.gather(-1, ids)  # [T, K]
+        if self.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + NO_SCORE)
+        return Routing(ids.int(), weights * self.scale)
