@@ -1,0 +1,88 @@
+"""The form of a rule file once it is read: frozen statements, each with the line it stands on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FORM_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Name the devices that rules may use, and how much of the host they may take.
+
+    gpu: "cuda:N", or None when the file names none.
+    host_memory_bytes, host_threads: None means auto, decided by the machine.
+    """
+
+    gpu: str | None = None
+    host_memory_bytes: int | None = None
+    host_threads: int | None = None
+    gpu_line: int | None = None
+    host_memory_line: int | None = None
+
+
+@dataclass(frozen=True)
+class PlaceRule:
+    """Place one tensor group, or some layers of it.
+
+    layers: None for all layers of the group; ranges stay ranges until the model bounds them.
+    on: "gpu" or "host". dtype: None means as stored (the router: fp32).
+    line: of the rule. number: its place in the list, from 1.
+    """
+
+    what: str
+    layers: tuple[range, ...] | None
+    on: str
+    dtype: str | None
+    line: int
+    number: int
+
+    def __str__(self) -> str:
+        layers = "" if self.layers is None else f", layers {format_layers(self.layers)}"
+        return f"place rule {self.number} ({self.what}{layers})"
+
+
+@dataclass(frozen=True)
+class KvCacheRule:
+    """Place the KV cache. on: None follows attention. tokens: None means auto."""
+
+    on: str | None = None
+    dtype: str = "bf16"
+    tokens: int | None = None
+    line: int | None = None
+    tokens_line: int | None = None
+
+
+@dataclass(frozen=True)
+class PrefillRule:
+    """Say how a prompt is read. chunk_tokens: None means auto. stream: "off" (the one mode of this version)."""
+
+    chunk_tokens: int | None = None
+    stream: str = "off"
+
+
+@dataclass(frozen=True, repr=False)
+class Rules:
+    """Hold one rule file, checked for form; `make_plan` checks it against a model and a machine.
+
+    source: the file as named in errors. reason: why it was chosen, when the machine chose it.
+    """
+
+    place: tuple[PlaceRule, ...]
+    source: str
+    devices: Devices = Devices()
+    kv_cache: KvCacheRule = KvCacheRule()
+    numerics: str = "exact"
+    overlap: str = "off"
+    prefill: PrefillRule = PrefillRule()
+    version: int = FORM_VERSION
+    reason: str = ""
+
+    def __repr__(self) -> str:
+        return f"Rules({self.source!r}, {len(self.place)} place rules, numerics={self.numerics!r})"
+
+
+def format_layers(layers: tuple[range, ...]) -> str:
+    """Write layers as rules do: `3`, `1..60`, `0,2..5`."""
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}..{part[-1]}" for part in layers)

@@ -1,0 +1,98 @@
+"""The tensor groups that rules place, and their exact sizes from the model's shapes.
+
+embedding        embed_tokens                                       no layers
+attention        input norm, MLA projections, latent norms          every layer
+router           post-attention norm, gate, correction bias         MoE layers
+dense_mlp        post-attention norm, gate/up/down                  dense layers
+shared_experts   gate/up/down of the shared experts                 MoE layers
+routed_experts   gate/up/down of all routed experts                 MoE layers
+lm_head          final norm, lm_head                                no layers
+vision           vision tower and projector                         no layers; not loaded in this version
+"""
+
+from __future__ import annotations
+
+from hybrid_k2.config import ModelConfig
+
+GROUPS = (
+    "embedding",
+    "attention",
+    "router",
+    "dense_mlp",
+    "shared_experts",
+    "routed_experts",
+    "lm_head",
+    "vision",
+)
+LAYERED_GROUPS = ("attention", "router", "dense_mlp", "shared_experts", "routed_experts")
+
+INT4_GROUP = 32  # inputs that share one bf16 scale
+# Bytes of 32 weights, so that INT4 with its scale stays an integer: 16 bytes of nibbles and 2 of scale. The packed
+# host layout (L32) holds the same bytes in another order.
+_BYTES_PER_32 = {"fp32": 128, "bf16": 64, "int4": 18}
+_BIAS_BYTES = 4  # e_score_correction_bias is FP32 whatever the group's dtype
+
+
+def group_layers(config: ModelConfig, what: str) -> range | None:
+    """Find the layers that have this group; None for groups outside the layers."""
+    if what == "attention":
+        return range(config.num_hidden_layers)
+    if what == "dense_mlp":
+        return config.dense_layers
+    if what == "shared_experts" and not config.n_shared_experts:
+        return range(0)
+    return config.moe_layers if what in LAYERED_GROUPS else None
+
+
+def expert_parameters(config: ModelConfig) -> int:
+    """Count the weights of one routed expert (gate, up and down)."""
+    return 3 * config.moe_intermediate_size * config.hidden_size
+
+
+def group_parameters(config: ModelConfig, what: str) -> int:
+    """Count the weights of a group, in one layer if it has layers; the router's FP32 bias is not among them."""
+    hidden = config.hidden_size
+    if what == "attention":
+        return _attention_parameters(config)
+    return {
+        "embedding": config.vocab_size * hidden,
+        "router": config.n_routed_experts * hidden + hidden,
+        "dense_mlp": 3 * config.intermediate_size * hidden + hidden,
+        "shared_experts": config.n_shared_experts * expert_parameters(config),
+        "routed_experts": config.n_routed_experts * expert_parameters(config),
+        "lm_head": config.vocab_size * hidden + hidden,
+    }[what]
+
+
+def _attention_parameters(config: ModelConfig) -> int:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    query = config.q_lora_rank * hidden + config.q_lora_rank + heads * config.qk_head_dim * config.q_lora_rank
+    latent = config.latent_dim * hidden + config.kv_lora_rank
+    expand = heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
+    output = hidden * heads * config.v_head_dim
+    return hidden + query + latent + expand + output
+
+
+def weight_bytes(parameters: int, dtype: str) -> int:
+    """Return the bytes of so many weights; INT4 counts its scales."""
+    return -(-parameters * _BYTES_PER_32[dtype] // 32)
+
+
+def group_bytes(config: ModelConfig, what: str, dtype: str) -> int:
+    """Return the bytes of a group, in one layer if it has layers."""
+    bias = config.n_routed_experts * _BIAS_BYTES if what == "router" else 0
+    return weight_bytes(group_parameters(config, what), dtype) + bias
+
+
+def decoded_bytes(config: ModelConfig, what: str, dtype: str) -> int:
+    """Return the bytes of a group (per layer) that decoding one token reads: one embedding row, the chosen experts."""
+    if what == "embedding":
+        return weight_bytes(config.hidden_size, dtype)
+    if what == "routed_experts":
+        return config.num_experts_per_tok * weight_bytes(expert_parameters(config), dtype)
+    return group_bytes(config, what, dtype)
+
+
+def latent_bytes_per_token(config: ModelConfig, dtype: str) -> int:
+    """Return the bytes that the KV cache holds for one token over all layers."""
+    return config.num_hidden_layers * weight_bytes(config.latent_dim, dtype)

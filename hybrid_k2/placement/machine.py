@@ -1,0 +1,151 @@
+"""What the machine has: memory, cores and GPUs, as this process may use them.
+
+A `Machine` is probed, or written by hand to plan for another machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import warnings
+from collections.abc import Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybrid_k2.errors import HardwareError
+from hybrid_k2.placement.cgroup import cgroup_cpu_limit, cgroup_memory
+from hybrid_k2.placement.sizes import KIB, format_bytes
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU. available_bytes: what is free now; None when it is not known (then all of it)."""
+
+    index: int
+    name: str
+    memory_bytes: int
+    available_bytes: int | None = None
+
+    @property
+    def device(self) -> str:
+        """Return the device's name in a plan."""
+        return f"cuda:{self.index}"
+
+    @property
+    def free_bytes(self) -> int:
+        """Return the memory that a plan may count on."""
+        return self.memory_bytes if self.available_bytes is None else self.available_bytes
+
+
+@dataclass(frozen=True, repr=False)
+class Machine:
+    """Describe a machine.
+
+    host_memory_bytes: the host's memory, or the cgroup's limit where that is lower.
+    host_available_bytes: what this process can still take without swapping.
+    cores: physical cores that this process may use (affinity and cgroup quota).
+    gpu_note: why there are no GPUs, when there are none.
+    """
+
+    host_memory_bytes: int
+    host_available_bytes: int
+    cores: int
+    gpus: tuple[Gpu, ...] = ()
+    gpu_note: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.host_available_bytes <= self.host_memory_bytes or self.cores < 1:
+            raise ValueError(f"Machine: expected 0 <= available <= memory and at least one core, got {self!r}")
+
+    def __repr__(self) -> str:
+        gpus = ", ".join(f"{gpu.device} {gpu.name} {format_bytes(gpu.memory_bytes)}" for gpu in self.gpus)
+        host = f"{format_bytes(self.host_available_bytes)} of {format_bytes(self.host_memory_bytes)} available"
+        return f"Machine({host}, {self.cores} cores, {gpus or 'no GPU'})"
+
+    def find_gpu(self, device: str) -> Gpu | None:
+        """Find the GPU of a device name ("cuda:0")."""
+        return next((gpu for gpu in self.gpus if gpu.device == device), None)
+
+    @classmethod
+    def probe(cls, root: Path = Path("/")) -> Machine:
+        """Look at this machine; `root` holds the proc and sys trees.
+
+        Effects: imports torch when an NVIDIA driver is present, and then makes a CUDA context on each GPU.
+        Raises: HardwareError: /proc/meminfo cannot be read.
+        """
+        memory, available = _host_memory(root)
+        cores = _usable_cores(root, os.sched_getaffinity(0))
+        gpus, note = _probe_gpus(root)
+        return cls(memory, available, cores, gpus, note)
+
+
+def _host_memory(root: Path) -> tuple[int, int]:
+    """Return total and available bytes, both bounded by the memory cgroups around this process."""
+    path = root / "proc/meminfo"
+    try:
+        fields = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+        total, available = (int(fields[name].split()[0]) * KIB for name in ("MemTotal", "MemAvailable"))
+    except (OSError, KeyError, ValueError, IndexError) as error:
+        raise HardwareError(f"{path}: expected MemTotal and MemAvailable, got: {error!r}") from None
+    for limit, room in cgroup_memory(root):
+        total, available = min(total, limit), min(available, room)
+    return total, min(available, total)
+
+
+def _usable_cores(root: Path, cpus: Set[int]) -> int:
+    """Count the physical cores behind the logical CPUs this process may run on, at most the cgroup's quota.
+
+    Two threads of one core share its load ports, and a spinning second thread only slows the first; threads
+    beyond the quota would be throttled.
+    """
+    cores = {_siblings(root, cpu) for cpu in cpus}
+    quota = cgroup_cpu_limit(root)
+    return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
+
+
+def _siblings(root: Path, cpu: int) -> str:
+    topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+    for name in ("core_cpus_list", "thread_siblings_list"):  # the second is the name before Linux 5.3
+        try:
+            return (topology / name).read_text().strip()
+        except OSError:
+            continue
+    return str(cpu)
+
+
+def _probe_gpus(root: Path) -> tuple[tuple[Gpu, ...], str]:
+    """Ask torch for the GPUs, but only when an NVIDIA driver is there: importing torch takes seconds."""
+    if not (root / "proc/driver/nvidia/version").exists() and not _driver_library_loads():
+        return (), "no NVIDIA driver"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            torch = importlib.import_module("torch")
+            gpus = tuple(_describe_gpu(torch, index) for index in range(torch.cuda.device_count()))
+        except (ImportError, RuntimeError, AssertionError) as error:  # what torch raises for a driver that fails
+            return (), f"torch cannot use the NVIDIA driver: {_first_line(error)}"
+    if gpus:
+        return gpus, ""
+    if torch.version.cuda is None:
+        return (), f"an NVIDIA driver is present, but torch {torch.__version__} is built without CUDA"
+    reason = _first_line(caught[-1].message) if caught else "torch sees no GPU"
+    return (), f"an NVIDIA driver is present, but {reason}"
+
+
+def _driver_library_loads() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _describe_gpu(torch: Any, index: int) -> Gpu:
+    free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+    return Gpu(index, torch.cuda.get_device_name(index), int(total_bytes), int(free_bytes))
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[0]

@@ -1,0 +1,130 @@
+"""Reads a rule file into `Rules`: the whole form is known here, and what this version lacks is refused by name."""
+
+from __future__ import annotations
+
+import re
+
+from hybrid_k2.placement.form import FORM_VERSION, Devices, KvCacheRule, PlaceRule, PrefillRule, Rules
+from hybrid_k2.placement.groups import GROUPS, LAYERED_GROUPS
+from hybrid_k2.placement.section import Section
+from hybrid_k2.placement.yaml_tree import Mapping, Node, Sequence, parse_yaml
+
+DENSE_DTYPES = ("bf16", "fp32")
+EXPERT_DTYPES = ("int4", "bf16", "fp32")
+LATER_DTYPES = ("int8", "fp8")
+MAX_TOKENS = 1_000_000_000  # bounds what is read; the plan checks the limit of the model
+MAX_THREADS = 4096
+
+
+def parse_rules(text: str, source: str = "rules") -> Rules:
+    """Read rules from YAML text and check their form; `source` names the text in errors.
+
+    Raises: RulesError.
+    """
+    keys = ("version", "devices", "place", "kv_cache", "numerics", "overlap", "prefill")
+    top = Section(source, "", parse_yaml(text, source), keys)
+    _check_version(top)
+    devices = _devices(top)
+    return Rules(
+        place=_place(top, devices),
+        source=source,
+        devices=devices,
+        kv_cache=_kv_cache(top, devices),
+        numerics=top.choice("numerics", ("exact", "reference"), ("fast", "bf16"), default="exact"),
+        overlap=_overlap(top),
+        prefill=_prefill(top),
+    )
+
+
+def _check_version(top: Section) -> None:
+    version = top.choice("version", (str(FORM_VERSION),), default="")
+    if not version:
+        top.fail("version", f"expected version: {FORM_VERSION}, got no version")
+
+
+def _devices(top: Section) -> Devices:
+    node = top.get("devices")
+    if node is None:
+        return Devices()
+    devices = Section(top.source, "devices", node, ("gpu", "host"))
+    gpu = devices.text("gpu", "cuda:N")
+    if gpu is not None and not re.fullmatch(r"cuda:(0|[1-9][0-9]{0,2})", gpu):
+        devices.fail("gpu", f"gpu: expected cuda:N, got {gpu!r}", "cuda:0 is the first GPU")
+    host_node = devices.get("host")
+    if host_node is None:
+        return Devices(gpu=gpu, gpu_line=devices.line_of("gpu"))
+    host = Section(top.source, "devices.host", host_node, ("memory", "threads", "numa"))
+    if (numa := host.text("numa", "auto")) not in (None, "auto"):
+        host.unavailable("numa", f"numa: {numa}", "available: auto")
+    return Devices(
+        gpu=gpu,
+        host_memory_bytes=host.size("memory"),
+        host_threads=host.count("threads", MAX_THREADS),
+        gpu_line=devices.line_of("gpu"),
+        host_memory_line=host.line_of("memory"),
+    )
+
+
+def _place(top: Section, devices: Devices) -> tuple[PlaceRule, ...]:
+    node = top.get("place")
+    if node is None:
+        top.fail("place", "expected the key place (a list of rules), got none")
+    if not isinstance(node, Sequence) or not node.items:
+        top.fail("place", "place: expected a list of rules, got none")
+    return tuple(_place_rule(top.source, item, number, devices) for number, item in enumerate(node.items, start=1))
+
+
+def _place_rule(source: str, node: Node, number: int, devices: Devices) -> PlaceRule:
+    section = Section(source, f"place rule {number}", node, ("what", "layers", "on", "dtype"), later=("hottest",))
+    what = section.choice("what", GROUPS)
+    layers = section.layers("layers")
+    if layers is not None and what not in LAYERED_GROUPS:
+        section.fail("layers", f"layers: expected no layers for {what} (it stands outside them), got some")
+    on = _on(section, devices) or section.choice("on", ("host", "gpu"))
+    if what == "routed_experts" and on == "gpu":
+        section.unavailable("on", "routed_experts on: gpu", "place routed_experts on the host")
+    dtype: str | None = None
+    if section.get("dtype") is not None:
+        allowed = EXPERT_DTYPES if what == "routed_experts" else DENSE_DTYPES
+        dtype = section.choice("dtype", allowed, LATER_DTYPES)
+    return PlaceRule(what, layers, on, dtype, section.line, number)
+
+
+def _on(section: Section, devices: Devices) -> str | None:
+    """Read where something stands; None when the key is absent."""
+    if section.get("on") is None:
+        return None
+    on = section.choice("on", ("host", "gpu"))
+    if on == "gpu" and devices.gpu is None:
+        section.fail("on", "on: expected host (devices names no gpu), got gpu", "add devices: {gpu: cuda:0}")
+    return on
+
+
+def _kv_cache(top: Section, devices: Devices) -> KvCacheRule:
+    node = top.get("kv_cache")
+    if node is None:
+        return KvCacheRule()
+    section = Section(top.source, "kv_cache", node, ("on", "dtype", "tokens"))
+    return KvCacheRule(
+        on=_on(section, devices),
+        dtype=section.choice("dtype", DENSE_DTYPES, LATER_DTYPES, default="bf16"),
+        tokens=section.count("tokens", MAX_TOKENS),
+        line=top.line_of("kv_cache"),
+        tokens_line=section.line_of("tokens"),
+    )
+
+
+def _overlap(top: Section) -> str:
+    node = top.get("overlap")
+    if isinstance(node, Mapping):
+        Section(top.source, "overlap", node, ("deferred",), later=("deferred",))
+    return top.choice("overlap", ("off",), ("ping_pong", "deferred"), default="off")
+
+
+def _prefill(top: Section) -> PrefillRule:
+    node = top.get("prefill")
+    if node is None:
+        return PrefillRule()
+    section = Section(top.source, "prefill", node, ("stream", "chunk_tokens"))
+    stream = section.choice("stream", ("off",), ("auto", "on"), default="off")
+    return PrefillRule(chunk_tokens=section.count("chunk_tokens", MAX_TOKENS), stream=stream)

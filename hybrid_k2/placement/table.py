@@ -1,0 +1,55 @@
+"""The plan as aligned text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from hybrid_k2.placement.budget import find_budget
+from hybrid_k2.placement.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from hybrid_k2.placement.plan import Plan
+
+_HEAD = ("group", "layers", "device", "dtype", "size", "budget")
+_RIGHT = (4, 5)  # the columns with numbers
+
+
+def format_table(plan: Plan) -> str:
+    """Write rows, totals per device and notes."""
+    title = f"{plan.config.model_type}, {plan.config.num_hidden_layers} layers, by {plan.rules.source}"
+    return "\n".join([title, "", *_align([_HEAD, *_rows(plan)]), "", *_summary(plan)])
+
+
+def _rows(plan: Plan) -> Iterator[tuple[str, ...]]:
+    budgets = {device: find_budget(device, plan.rules, plan.machine).nbytes for device in plan.devices}
+    cache = plan.kv_cache
+    lines = [(row.what, row.layer_text, row.device, row.dtype, row.nbytes) for row in plan.rows]
+    for what, layers, device, dtype, nbytes in [*lines, ("kv_cache", "", cache.device, cache.dtype, cache.nbytes)]:
+        yield what, layers or "-", device, dtype, format_bytes(nbytes), _share(nbytes, budgets[device])
+
+
+def _summary(plan: Plan) -> Iterator[str]:
+    for device in plan.devices:
+        budget = find_budget(device, plan.rules, plan.machine)
+        needed = plan.bytes_on(device)
+        yield f"{device}: {format_bytes(needed)} of {format_bytes(budget.nbytes)} ({budget.origin})"
+    yield f"kv cache: {plan.kv_cache.tokens} tokens in pages of {plan.kv_cache.page_tokens}"
+    yield f"experts: {plan.numerics}, {plan.threads} threads; activations {plan.activation_dtype}"
+    yield f"prefill: chunks of {plan.chunk_tokens} tokens"
+    yield f"weights read per decoded token: {format_bytes(plan.bytes_per_token)}"
+    yield from (f"note: {note}" for note in plan.notes)
+
+
+def _align(lines: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        cells = (
+            cell.rjust(width) if column in _RIGHT else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole > 0 else "-"
