@@ -1,0 +1,58 @@
+"""How typed and pasted lines become one message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hybrid_k2.cli.chat.line_input import MORE, assemble, history_path
+
+
+def typing(lines: list[str], prompts: list[str]) -> Callable[[str], str]:
+    source: Iterator[str] = iter(lines)
+
+    def next_line(prompt: str) -> str:
+        prompts.append(prompt)
+        try:
+            return next(source)
+        except StopIteration:
+            raise EOFError from None
+
+    return next_line
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["hello"], "hello"),
+        (["one\\", "two\\", "three"], "one\ntwo\nthree"),
+        (["one\\"], "one\n"),
+        (['"""', "a", "", "  b\\", '"""'], "a\n\n  b\\"),
+        (['"""one line"""'], "one line"),
+        (['  """first', 'last"""  '], "first\nlast"),
+        (['"""', "cut off"], "cut off"),
+        (["pasted\nlines\nstay"], "pasted\nlines\nstay"),
+        (['"""\npasted\nblock\n"""'], "pasted\nblock"),
+        (["not a block: \"\"\""], "not a block: \"\"\""),
+    ],
+)
+def test_messages(lines: list[str], message: str) -> None:
+    prompts: list[str] = []
+    assert assemble(typing(lines, prompts), "? ") == message
+    assert prompts[0] == "? "
+    assert set(prompts[1:]) <= {MORE}
+
+
+def test_the_end_of_the_input_before_a_message() -> None:
+    with pytest.raises(EOFError):
+        assemble(typing([], []))
+
+
+def test_the_history_follows_the_xdg_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert history_path() == tmp_path / "hybrid-k2" / "history"
+    monkeypatch.setenv("XDG_STATE_HOME", "relative/is/invalid")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert history_path() == tmp_path / ".local" / "state" / "hybrid-k2" / "history"
