@@ -7,6 +7,7 @@ an independent writer wrote.
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -154,10 +155,10 @@ def config_dict(*, model_type: str = "kimi_k25", packed: bool = True, **override
         raise TypeError(f"no such field of the text configuration: {sorted(unknown)}")
     first_special = overrides.get("vocab_size", TINY["vocab_size"]) - 256
     ids = {"bos_token_id": first_special, "eos_token_id": first_special + 2, "pad_token_id": first_special + 255}
-    text = TINY | overrides | ids
+    text = copy.deepcopy(TINY | overrides | ids)
     text["num_key_value_heads"] = text["num_attention_heads"]
     if packed:
-        text["quantization_config"] = QUANTIZATION
+        text["quantization_config"] = copy.deepcopy(QUANTIZATION)
     if model_type != "kimi_k25":
         return text | {"model_type": model_type}
     return {

@@ -81,4 +81,5 @@ def _hub_error(repo_id: str, error: Exception) -> CheckpointError:
             f"{subject}, got neither: no such folder, and the hub cannot be reached",
             hint="check the path or the network; a checkpoint that was downloaded before is found without one",
         )
-    return CheckpointError(f"{repo_id}: the download failed: {type(error).__name__}: {error}")
+    reason = next(iter(str(error).splitlines()), "no reason given")
+    return CheckpointError(f"{repo_id}: the download failed: {type(error).__name__}: {reason}")

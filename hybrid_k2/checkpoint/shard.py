@@ -119,7 +119,7 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Tenso
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def _check_layout(path: Path, tensors: list[TensorInfo], data_start: int, file_bytes: int) -> None:
