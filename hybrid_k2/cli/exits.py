@@ -1,8 +1,8 @@
 """How a command ends: exit codes, and what is said on stderr.
 
-    0    done                                     70   a bug: traceback, and a request to report it
-    1    a `HybridK2Error`: one `error: ...`      130  Ctrl-C
-    2    wrong usage (said by typer)              141  the reader of stdout has gone (`| head`)
+0    done                                     70   a bug: traceback, and a request to report it
+1    a `HybridK2Error`: one `error: ...`      130  Ctrl-C
+2    wrong usage (said by typer)              141  the reader of stdout has gone (`| head`)
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ Files and pipes get the text as it is: there it is data.
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from functools import cached_property
 from typing import TYPE_CHECKING, TextIO
 
@@ -48,6 +50,13 @@ def is_styled(file: TextIO) -> bool:
     return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
 
 
+def safe_encoding() -> None:
+    """Let stdout and stderr replace what their encoding cannot express, rather than fail in the middle of a reply."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 class Output:
     """One of stdout and stderr; `styled` says whether escape sequences may be written to it."""
 
@@ -79,6 +88,12 @@ class Output:
             text = f"\x1b[{STYLES[style]}m{text}\x1b[0m"
         self.file.write(text)
         self.file.flush()
+
+    def erase_line(self) -> None:
+        """Take away what was written to the line of the cursor."""
+        if self.styled:
+            self.file.write("\r\x1b[K")
+            self.file.flush()
 
     def line(self, text: str = "", style: str = "") -> None:
         """Write the text and a newline."""

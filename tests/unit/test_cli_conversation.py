@@ -16,7 +16,11 @@ from hybrid_k2.errors import ConfigError, RequestError
 
 TEXT = st.text(st.characters(codec="utf-8"))
 CALL = st.builds(
-    lambda name, arguments: {"id": "functions.f:0", "type": "function", "function": {"name": name, "arguments": arguments}},
+    lambda name, arguments: {
+        "id": "functions.f:0",
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    },
     TEXT,
     TEXT,
 )
@@ -32,7 +36,9 @@ MESSAGES = st.lists(
 
 
 @given(MESSAGES, st.none() | TEXT, st.booleans())
-def test_round_trip(tmp_path_factory: pytest.TempPathFactory, messages: list[Any], system: str | None, thinking: bool) -> None:
+def test_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, messages: list[Any], system: str | None, thinking: bool
+) -> None:
     path = tmp_path_factory.getbasetemp() / "conversation.json"
     saved = Conversation(system, messages)
     save_conversation(path, saved, model="demo", thinking=thinking)
@@ -80,7 +86,10 @@ GOOD: dict[str, Any] = {"format": FORMAT, "system": None, "thinking": True, "mes
         (json.dumps(GOOD | {"messages": [{"role": ["user"], "content": ""}]}), r"messages\[0\].role: expected user"),
         (json.dumps(GOOD | {"messages": [{"role": "user"}]}), r"messages\[0\].content: missing"),
         (json.dumps(GOOD | {"messages": [{"role": "user", "content": [1]}]}), r"messages\[0\].content: expected a str"),
-        (json.dumps(GOOD | {"messages": [{"role": "user", "content": "", "x": 1}]}), r"messages\[0\].x: expected no such"),
+        (
+            json.dumps(GOOD | {"messages": [{"role": "user", "content": "", "x": 1}]}),
+            r"messages\[0\].x: expected no such",
+        ),
         (
             json.dumps(GOOD | {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}]}),
             r"messages\[0\].tool_calls\[0\]: expected id and function",

@@ -35,7 +35,7 @@ def typing(lines: list[str], prompts: list[str]) -> Callable[[str], str]:
         (['"""', "cut off"], "cut off"),
         (["pasted\nlines\nstay"], "pasted\nlines\nstay"),
         (['"""\npasted\nblock\n"""'], "pasted\nblock"),
-        (["not a block: \"\"\""], "not a block: \"\"\""),
+        (['not a block: """'], 'not a block: """'),
     ],
 )
 def test_messages(lines: list[str], message: str) -> None:

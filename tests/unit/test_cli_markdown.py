@@ -9,8 +9,8 @@ from hybrid_k2.cli.chat.inline import Span
 from hybrid_k2.cli.chat.markdown import CodeLine, End, MarkdownStream, Piece, Rule, Start, Table
 
 FRAGMENTS = [
-    "\n", "\n\n", "# ", "- ", "* ", "  - ", "1. ", "12) ", "> ", "```", "```python\n", "~~~", "| a | b |\n", "|---|---|\n",
-    "---", "***", "word ", "**bold** ", "`code` ", "*", "_", " ", "x", "\t", "5", "漢字", "é",
+    "\n", "\n\n", "# ", "- ", "* ", "  - ", "1. ", "12) ", "> ", "```", "```python\n", "~~~", "| a | b |\n",
+    "|---|---|\n", "---", "***", "word ", "**bold** ", "`code` ", "*", "_", " ", "x", "\t", "5", "漢字", "é",
 ]  # fmt: skip
 TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=25).map("".join)
 

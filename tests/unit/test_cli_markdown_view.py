@@ -36,7 +36,9 @@ def drawn(text: str, width: int = 60) -> str:
 def test_code_keeps_its_text_and_gets_colours() -> None:
     code = 'def f(x):\n\t"""One\n\n    two."""\n\n    return f"{x}"  # end\n\n\n'
     shown = drawn(f"```python\n{code}```\n")
-    assert SGR.sub("", shown) == f"```python\n{code}```\n".expandtabs(4) or SGR.sub("", shown) == f"```python\n{code}```\n"
+    assert (
+        SGR.sub("", shown) == f"```python\n{code}```\n".expandtabs(4) or SGR.sub("", shown) == f"```python\n{code}```\n"
+    )
     assert len(SGR.findall(shown)) > 10
 
 

@@ -1,8 +1,8 @@
 """Markdown within one line (bold, italic, code, links), piece by piece as the text arrives.
 
 Text is given out at once unless it may belong to a span whose end has not come yet; a span that does not end within
-its line, or within `LONGEST_SPAN` characters, is ordinary text, markers and all. So the same text gives the same spans in
-every chunking, and none of it is lost.
+its line, or within `LONGEST_SPAN` characters, is ordinary text, markers and all. So the same text gives the same spans
+in every chunking, and none of it is lost.
 """
 
 from __future__ import annotations

@@ -28,9 +28,11 @@ class ReplyView:
         self._part = ""
         self._marked = False  # a mark in brackets has been written, so the answer needs one as well
         self._at_line_start = True
+        self._passing = False  # a line is shown that the next event takes away
 
     def show(self, event: Event) -> None:
         """Show one event; the last one of a reply, `finish`, has nothing to show."""
+        self._take_away()
         match event.kind:
             case "reasoning":
                 self._enter("thinking")
@@ -46,8 +48,16 @@ class ReplyView:
             case "tool_call_end":
                 self._leave()
 
+    def show_prefill(self, done: int, total: int) -> None:
+        """Show how much of a long prompt has been read, until the reply begins."""
+        if self._notes.styled and done < total:
+            self._take_away()
+            self._notes.write(f"reading the prompt: {done} of {total} tokens", "dim")
+            self._passing = True
+
     def finish(self, stopped: bool = False) -> None:
         """End the reply; the cursor is at the start of a line afterwards."""
+        self._take_away()
         self._leave()
         if stopped:
             self._notes.line("[stopped]", "dim")
@@ -80,6 +90,11 @@ class ReplyView:
             self._markdown.finish()
         elif part == "answer" and not self._at_line_start:
             self._answer.line()
+
+    def _take_away(self) -> None:
+        if self._passing:
+            self._notes.erase_line()
+            self._passing = False
 
     def _think(self, text: str) -> None:
         if not self._notes.styled:

@@ -1,0 +1,136 @@
+"""The command `chat`: its options, and which way it goes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hybrid_k2.cli.exits import ends_cleanly
+from hybrid_k2.cli.terminal import Output
+
+if TYPE_CHECKING:
+    from hybrid_k2.cli.chat.options import ChatOptions
+
+_REPLY = "The reply"
+_SAMPLING = "Sampling (left out: what the model recommends)"
+
+
+def _reply(name: str, metavar: str, text: str) -> typer.models.OptionInfo:
+    return typer.Option(name, metavar=metavar, help=text, rich_help_panel=_REPLY)
+
+
+def _sampling(name: str, text: str) -> typer.models.OptionInfo:
+    return typer.Option(name, metavar="NUMBER", help=text, rich_help_panel=_SAMPLING)
+
+
+@ends_cleanly
+def chat(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH_OR_REPO_ID",
+            help="A checkpoint folder, a repository like moonshotai/Kimi-K2.6, or demo, the built-in model.",
+        ),
+    ] = "demo",
+    rules: Annotated[
+        str | None,
+        typer.Option("--rules", metavar="FILE|NAME", help="Placement rules (left out: chosen for the machine)."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this and exit; - is stdin. Repeat to join texts."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; needs a prompt.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,
+    system: Annotated[str | None, _reply("--system", "TEXT", "The system prompt.")] = None,
+    think: Annotated[
+        bool, typer.Option("--think/--no-think", help="Think before the answer.", rich_help_panel=_REPLY)
+    ] = True,
+    tools: Annotated[
+        Path | None,
+        _reply("--tools", "FILE", "Tools that the model may call: a JSON list of declarations."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        _reply("--max-tokens", "N", "The longest reply, thinking included (left out: what the context holds)."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        _reply("--stop", "TEXT", "End the answer before this text. Repeat for more."),
+    ] = None,
+    temperature: Annotated[float | None, _sampling("--temperature", "0 takes the likeliest token.")] = None,
+    top_p: Annotated[float | None, _sampling("--top-p", "Keep the likeliest tokens up to this sum.")] = None,
+    top_k: Annotated[int | None, _sampling("--top-k", "Keep this many tokens; 0 keeps all.")] = None,
+    min_p: Annotated[
+        float | None,
+        _sampling("--min-p", "Drop tokens less likely than this share of the likeliest."),
+    ] = None,
+    presence_penalty: Annotated[
+        float | None,
+        _sampling("--presence-penalty", "-2 to 2: against tokens that the reply has."),
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None,
+        _sampling("--frequency-penalty", "-2 to 2: the same, for each time."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        _sampling("--repetition-penalty", "Above 1: against tokens of prompt and reply."),
+    ] = None,
+    seed: Annotated[int | None, _sampling("--seed", "The same seed gives the same text.")] = None,
+) -> None:
+    """Chat with a model; with --prompt or piped text, answer once and exit."""
+    interactive = not prompt and sys.stdin is not None and sys.stdin.isatty()
+    if as_json and interactive:
+        raise typer.BadParameter("expected --prompt TEXT or text on standard input", param_hint="--json")
+
+    from hybrid_k2.cli.chat.options import ChatOptions, check_text, read_tools
+    from hybrid_k2.engine.params import SamplingParams
+
+    params = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+        max_tokens=max_tokens,
+    )
+    options = ChatOptions(
+        model=model,
+        params=params,
+        system=None if system is None else check_text(system, "--system"),
+        tools=None if tools is None else read_tools(tools),
+        thinking=think,
+    )
+    notes = Output(open(os.devnull, "w") if quiet else sys.stderr)  # noqa: SIM115  (open until the program ends)
+    if interactive:
+        _chat(options, rules, notes)
+    else:
+        _answer(options, rules, prompt or [], notes, as_json)
+
+
+def _chat(options: ChatOptions, rules: str | None, notes: Output) -> None:
+    from hybrid_k2.cli.chat.line_input import LineInput
+    from hybrid_k2.cli.chat.session import ChatSession
+    from hybrid_k2.cli.loading import load_engine
+
+    with load_engine(options.model, rules, notes) as engine:
+        notes = Output(sys.stderr)  # --quiet is for the loading: a chat without its prompts would be none
+        ChatSession(engine, options, Output(sys.stdout), notes, LineInput(notes)).run()
+
+
+def _answer(options: ChatOptions, rules: str | None, prompt: list[str], notes: Output, as_json: bool) -> None:
+    from hybrid_k2.cli.chat.one_shot import answer_once, prompt_text
+    from hybrid_k2.cli.loading import load_engine
+
+    text = prompt_text(prompt, notes)
+    with load_engine(options.model, rules, notes) as engine:
+        answer_once(engine, options, text, Output(sys.stdout), notes, as_json)

@@ -1,0 +1,179 @@
+"""The interactive chat: read a message or a command, answer, go on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybrid_k2.cli.chat.commands import COMMANDS, help_lines, parse_command
+from hybrid_k2.cli.chat.conversation import Conversation, Message, load_conversation, save_conversation
+from hybrid_k2.cli.chat.line_input import PROMPT, LineInput
+from hybrid_k2.cli.chat.options import ChatOptions, check_text
+from hybrid_k2.cli.chat.reply import kept_message, make_reply
+from hybrid_k2.cli.chat.reply_view import ReplyView, figures
+from hybrid_k2.cli.chat.statistics import Statistics
+from hybrid_k2.cli.exits import say_error
+from hybrid_k2.cli.terminal import Output
+from hybrid_k2.errors import HybridK2Error
+
+if TYPE_CHECKING:
+    from hybrid_k2.engine import Engine
+
+WELCOME = "Type a message; /help lists the commands, Ctrl-D leaves."
+
+
+class Leave(Exception):  # noqa: N818  (not an error)
+    """The user leaves the chat."""
+
+
+class ChatSession:
+    """A chat over one engine; what is said about it goes to the notes, what the model says to the answer."""
+
+    def __init__(
+        self, engine: Engine, options: ChatOptions, answer: Output, notes: Output, keyboard: LineInput
+    ) -> None:
+        self.engine = engine
+        self.options = options
+        self.conversation = Conversation(options.system)
+        self.thinking = options.thinking
+        self._answer = answer
+        self._notes = notes
+        self._keyboard = keyboard
+        self._statistics = Statistics()
+        self._file: Path | None = None  # where this conversation was saved or loaded: saving there again is no surprise
+        self._again = 0  # how often the last message was answered again
+        self._commands = {command.name: getattr(self, f"_{command.name}") for command in COMMANDS}
+
+    def run(self) -> None:
+        """Chat until the user leaves. An error of one message is said, and the chat goes on as if it had not been."""
+        self._notes.line(WELCOME, "dim")
+        pressed = False  # Ctrl-C at the prompt before
+        while True:
+            try:
+                text = self._keyboard.read()
+                pressed = False
+                self._take(text)
+            except HybridK2Error as error:
+                say_error(self._notes, error)
+            except UnicodeDecodeError as error:
+                self._notes.line(f"error: expected UTF-8 text, got byte 0x{error.object[error.start]:02x}", "error")
+            except KeyboardInterrupt:
+                self._notes.line()
+                if pressed:
+                    return
+                pressed = True
+                self._notes.line("(Ctrl-C again, Ctrl-D or /exit leaves)", "dim")
+            except (EOFError, Leave):
+                self._notes.line()
+                return
+
+    def _take(self, text: str) -> None:
+        if not text.strip():
+            return
+        command = parse_command(text)
+        if command is not None:
+            self._commands[command.name](command.argument)
+            return
+        text = check_text(text, "message")
+        self._again = 0
+        self._answer_to([*self.conversation.messages, {"role": "user", "content": text.strip()}])
+
+    def _answer_to(self, messages: list[Message], again: int = 0) -> None:
+        """Answer messages and keep them with the reply; ask for the results of tools that the model calls."""
+        while True:
+            prompt = Conversation(self.conversation.system, messages).prompt()
+            view = ReplyView(self._answer, self._notes)
+            reply = make_reply(self.engine, prompt, self._options_now(again), view)
+            self.conversation.messages = messages = [*messages, kept_message(reply)]
+            self._statistics.add(reply)
+            self._notes.line(figures(reply), "dim")
+            results = self._tool_results()
+            if not results:
+                return
+            messages = [*messages, *results]
+
+    def _options_now(self, again: int) -> ChatOptions:
+        options, params = replace(self.options, thinking=self.thinking), self.options.params
+        if again and params.seed is not None:  # the same seed would give the same words again
+            options = replace(options, params=replace(params, seed=(params.seed + again) % 2**63))
+        return options
+
+    def _tool_results(self) -> list[Message]:
+        """Ask the user, who is the tool here, for the result of each call; nothing if one is left empty."""
+        results: list[Message] = []
+        for call in self.conversation.open_tool_calls():
+            if not results:
+                self._notes.line("What does the tool return? (an empty line: nothing)", "dim")
+            try:
+                text = self._keyboard.read(f"{call['function']['name']}{PROMPT}")
+            except EOFError:
+                text = ""
+            if not text.strip():
+                return []
+            results.append({"role": "tool", "tool_call_id": call["id"], "content": check_text(text, "tool result")})
+        return results
+
+    def _help(self, _: str) -> None:
+        lines = help_lines()
+        width = max(len(left) for left, _ in lines)
+        for left, right in lines:
+            self._notes.write(f"  {left:{width}}  ", "bold")
+            self._notes.line(right)
+
+    def _think(self, argument: str) -> None:
+        if argument:
+            self.thinking = argument.lower() == "on"
+        self._notes.line(f"thinking is {'on' if self.thinking else 'off'}", "dim")
+
+    def _system(self, argument: str) -> None:
+        if argument:
+            self.conversation.system = None if argument.lower() == "off" else check_text(argument, "system prompt")
+        shown = self.conversation.system
+        self._notes.line("there is no system prompt" if shown is None else f"system prompt: {shown}", "dim")
+
+    def _clear(self, _: str) -> None:
+        self.conversation = Conversation(self.conversation.system)
+        self._file = None
+        self._notes.line("the conversation is forgotten", "dim")
+
+    def _regen(self, _: str) -> None:
+        messages = self.conversation.before_last_reply()
+        self._again += 1
+        self._answer_to(messages, self._again)
+
+    def _save(self, argument: str) -> None:
+        path = file_of(argument)
+        if path.exists() and path.resolve() != self._file and not self._keyboard.ask(f"{path} exists; replace it?"):
+            self._notes.line("not saved", "dim")
+            return
+        save_conversation(path, self.conversation, model=self.options.model, thinking=self.thinking)
+        self._file = path.resolve()
+        self._notes.line(f"saved {self._size()} to {path}", "dim")
+
+    def _load(self, argument: str) -> None:
+        path = file_of(argument)
+        self.conversation, self.thinking = load_conversation(path)
+        self._file, self._again = path.resolve(), 0
+        self._notes.line(f"loaded {self._size()} from {path}; thinking is {'on' if self.thinking else 'off'}", "dim")
+
+    def _stats(self, _: str) -> None:
+        for name, value in self._statistics.lines(self.engine, self.options.model):
+            self._notes.write(f"  {name:18}", "bold")
+            self._notes.line(value)
+
+    def _exit(self, _: str) -> None:
+        raise Leave
+
+    def _size(self) -> str:
+        count = len(self.conversation.messages)
+        return f"{count} message{'' if count == 1 else 's'}"
+
+
+def file_of(argument: str) -> Path:
+    """Return the path that was typed behind a command: quotes around it are taken off, `~` is the home folder."""
+    text = argument.strip()
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    return Path(os.path.expanduser(text))

@@ -1,0 +1,82 @@
+"""Load the engine, and say before it happens what will happen: rules, plan, and then the progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from hybrid_k2.cli.terminal import Output
+from hybrid_k2.placement.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from hybrid_k2.engine import Engine
+    from hybrid_k2.placement import Plan
+
+Progress = Callable[[int, int], None]
+LINE_EVERY_S = 10.0  # where there is no bar
+
+
+def load_engine(model: str, rules: str | None, notes: Output) -> Engine:
+    """Plan, print the plan, load.
+
+    Raises: HybridK2Error: everything that is wrong with the checkpoint, the rules or the machine.
+    """
+    from hybrid_k2.engine import Engine
+
+    started = time.perf_counter()
+    with show_progress(notes) as progress:
+        engine = Engine.load(model, rules, on_plan=lambda plan: say_plan(plan, notes), progress=progress)
+    seconds = time.perf_counter() - started
+    notes.line(f"ready after {seconds:.1f} s; experts: {engine.experts_name}", "dim")
+    return engine
+
+
+def say_plan(plan: Plan, notes: Output) -> None:
+    """Print which rules were chosen and why, and where everything goes."""
+    notes.line(f"rules: {plan.rules.reason or plan.rules.source}")
+    notes.line(plan.table(), "dim")
+
+
+@contextmanager
+def show_progress(notes: Output) -> Iterator[Progress]:
+    """Show the bytes that were read: a bar with the speed on a terminal with styles, elsewhere a line now and then."""
+    if not notes.styled:
+        yield _lines(notes)
+        return
+    from rich import progress
+
+    bar = progress.Progress(
+        progress.TextColumn("loading"),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=notes.console,
+        transient=True,
+    )
+    task = bar.add_task("loading", total=None)
+
+    def report(done: int, total: int) -> None:
+        bar.start()  # not earlier: the plan is printed first
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        bar.stop()
+
+
+def _lines(notes: Output) -> Progress:
+    started = said = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= LINE_EVERY_S:
+            said = now
+            speed = format_bytes(int(done / (now - started)))
+            notes.line(f"loading: {100 * done // max(total, 1)} % of {format_bytes(total)}, {speed}/s")
+
+    return report
