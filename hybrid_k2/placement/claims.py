@@ -74,7 +74,7 @@ def _claim(rule: PlaceRule, config: ModelConfig, source: str) -> Claim:
         fail(source, rule.line, f"{rule}: expected layers 0..{last} of this model, got {rule.layers[-1][-1]}")
     layers = tuple(layer for part in rule.layers for layer in part if layer in present)
     if not layers:
-        has = f"it is in layers {format_layers((present,))}" if present else "the model has none"
+        has = f"it is in {_name_layers((present,))}" if present else "the model has none"
         fail(source, rule.line, f"{rule}: matches nothing: no such layer has {rule.what} ({has})")
     return Claim(rule.what, layers, rule)
 
@@ -113,9 +113,14 @@ def _check_complete(rules: Rules, config: ModelConfig, owners: dict[tuple[str, _
             continue
         free = [layer for layer in _slots(group_layers(config, what)) if (what, layer) not in owners]
         if free:
-            layers = "" if free[0] is None else f" of layers {format_layers(ranges_of(free))}"
+            layers = "" if free[0] is None else f" of {_name_layers(ranges_of(free))}"
             hint = f"add a rule, as: - {{what: {what}, on: host}}"
             fail(rules.source, None, f"place: expected a rule for every group, got none for {what}{layers}", hint)
+
+
+def _name_layers(layers: tuple[range, ...]) -> str:
+    text = format_layers(layers)
+    return f"layer {text}" if text.isdecimal() else f"layers {text}"
 
 
 def _slots(layers: Iterable[int] | None) -> tuple[_Slot, ...]:
