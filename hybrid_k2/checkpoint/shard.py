@@ -25,7 +25,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
 _GIT_LFS_POINTER = b"version "  # a repository cloned without its large files holds text files in their place
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Say where one tensor lies and what it is."""
 
