@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +85,11 @@ def test_the_published_sizes_of_k2_6() -> None:
     bias_bytes = 60 * 384 * 4
     disk = 2 * (sum(counts.values()) - counts["routed"] + vision) + bias_bytes
     assert disk + 60 * (expert_bytes + 384 * shape_bytes) == 595_148_192_736
+
+
+def test_the_sizes_here_are_those_of_the_published_configuration(kimi_data: Path) -> None:
+    published = ModelConfig.load(kimi_data)
+    assert replace(published, rope_scaling=None) == K2_6
 
 
 def vision_parameters() -> int:
