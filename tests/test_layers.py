@@ -13,7 +13,8 @@ from tests.conftest import REPO
 
 # From top to bottom; packages on one line do not import each other.
 LAYERS = [
-    {"cli", "__main__"},
+    {"__main__"},
+    {"cli"},
     {"engine"},
     {"model"},
     {"experts", "placement", "protocol", "demo"},
