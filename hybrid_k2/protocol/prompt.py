@@ -1,0 +1,195 @@
+"""Messages to a prompt, in the chat format of Kimi K2.6.
+
+The same text as the checkpoint's chat template, written natively: no template of a checkpoint is executed.
+A prompt is a row of segments. Control segments become control tokens; what a user, a tool or a client
+supplied is ordinary text and stays that, whatever it looks like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hybrid_k2.errors import RequestError
+from hybrid_k2.protocol.messages import Call, Media, Message, read_messages
+from hybrid_k2.protocol.tokenizer import Tokenizer
+from hybrid_k2.protocol.tokens import (
+    ARGUMENT_BEGIN,
+    CALL_BEGIN,
+    CALL_END,
+    IM_ASSISTANT,
+    IM_END,
+    IM_MIDDLE,
+    IM_SYSTEM,
+    IM_USER,
+    MEDIA_BEGIN,
+    MEDIA_CONTENT,
+    MEDIA_END,
+    MEDIA_PAD,
+    SECTION_BEGIN,
+    SECTION_END,
+    THINK_BEGIN,
+    THINK_END,
+    VIDEO_PLACEHOLDER,
+)
+from hybrid_k2.protocol.tool_declaration import declare_tools
+
+ROLE_TOKENS = {"user": IM_USER, "assistant": IM_ASSISTANT}  # every other role speaks as the system
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a prompt: ordinary text, or the name of one control token."""
+
+    text: str
+    control: bool
+
+
+def render_segments(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    thinking: bool = True,
+    preserve_thinking: bool = False,
+    add_generation_prompt: bool = True,
+) -> list[Segment]:
+    """Render a conversation; no two neighbours are both ordinary text.
+
+    Reasoning is written out for the messages after the last assistant message without tool calls (the turn in
+    progress), and for all of them with `preserve_thinking`.
+    Raises: RequestError for malformed messages or tools.
+    """
+    pieces = _conversation(read_messages(messages), tools, thinking, preserve_thinking, add_generation_prompt)
+    return list(_merge_ordinary(pieces))
+
+
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    thinking: bool = True,
+    preserve_thinking: bool = False,
+    add_generation_prompt: bool = True,
+) -> str:
+    """Render a conversation to the text that the checkpoint's chat template gives.
+
+    Raises: RequestError for malformed messages or tools.
+    """
+    segments = render_segments(messages, tools, thinking, preserve_thinking, add_generation_prompt)
+    return "".join(segment.text for segment in segments)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    thinking: bool = True,
+    preserve_thinking: bool = False,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Encode a conversation; only the control tokens of the chat format become control ids.
+
+    Where no text looks like a special token, the ids are those of the rendered text.
+    Raises: RequestError for malformed messages or tools, and for images and video, which are not implemented.
+    """
+    checked = read_messages(messages)
+    _refuse_media(checked)
+    pieces = _conversation(checked, tools, thinking, preserve_thinking, add_generation_prompt)
+    return tokenizer.encode_parts([(segment.text, segment.control) for segment in _merge_ordinary(pieces)])
+
+
+def _conversation(
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    thinking: bool,
+    preserve_thinking: bool,
+    add_generation_prompt: bool,
+) -> Iterator[Segment]:
+    if tools:
+        yield from _framed(IM_SYSTEM, "tool_declare", [_ordinary(declare_tools(tools))])
+    history = 0 if preserve_thinking else _history_length(messages)
+    show_reasoning = preserve_thinking or thinking is not False
+    for index, message in enumerate(messages):
+        token = ROLE_TOKENS.get(message.role, IM_SYSTEM)
+        yield from _framed(token, message.speaker, _body(message, show_reasoning and index >= history))
+    if add_generation_prompt:
+        yield from (_control(IM_ASSISTANT), _ordinary("assistant"), _control(IM_MIDDLE), _control(THINK_BEGIN))
+        if thinking is False:
+            yield _control(THINK_END)
+
+
+def _history_length(messages: Sequence[Message]) -> int:
+    """Count the messages up to and including the last assistant message without tool calls."""
+    for index in range(len(messages) - 1, -1, -1):
+        if messages[index].role == "assistant" and not messages[index].tool_calls:
+            return index + 1
+    return 0
+
+
+def _framed(token: str, speaker: str, body: Iterable[Segment]) -> Iterator[Segment]:
+    yield from (_control(token), _ordinary(speaker), _control(IM_MIDDLE))
+    yield from body
+    yield _control(IM_END)
+
+
+def _body(message: Message, show_reasoning: bool) -> Iterator[Segment]:
+    if message.role == "assistant":
+        yield _control(THINK_BEGIN)
+        if show_reasoning:
+            yield _ordinary(message.reasoning)
+        yield _control(THINK_END)
+    elif message.role == "tool":
+        yield _ordinary(f"## Return of {message.tool_call_id}\n")
+    for part in message.content:
+        yield from _media(part) if isinstance(part, Media) else (_ordinary(part),)
+    if message.tool_calls:
+        yield from _tool_calls(message.tool_calls)
+
+
+def _tool_calls(calls: Sequence[Call]) -> Iterator[Segment]:
+    yield _control(SECTION_BEGIN)
+    for call in calls:
+        yield from (_control(CALL_BEGIN), _ordinary(call.id))
+        yield from (_control(ARGUMENT_BEGIN), _ordinary(call.arguments), _control(CALL_END))
+    yield _control(SECTION_END)
+
+
+def _media(media: Media) -> Iterator[Segment]:
+    if media.kind == "image":
+        yield from (_control(MEDIA_BEGIN), _ordinary("image"), _control(MEDIA_CONTENT))
+        yield from (_control(MEDIA_PAD), _control(MEDIA_END))
+    else:
+        yield _control(VIDEO_PLACEHOLDER)
+    yield _ordinary("\n")
+
+
+def _refuse_media(messages: Sequence[Message]) -> None:
+    for index, message in enumerate(messages):
+        for number, part in enumerate(message.content):
+            if isinstance(part, Media):
+                raise RequestError(
+                    f"messages[{index}].content[{number}]: expected text, got {part.kind}",
+                    hint="this version reads text only",
+                )
+
+
+def _merge_ordinary(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """Join ordinary neighbours: text is encoded as one piece, as the tokenizer would meet it."""
+    texts: list[str] = []
+    for segment in segments:
+        if segment.control:
+            if text := "".join(texts):
+                yield _ordinary(text)
+            texts.clear()
+            yield segment
+        else:
+            texts.append(segment.text)
+    if text := "".join(texts):
+        yield _ordinary(text)
+
+
+def _control(token: str) -> Segment:
+    return Segment(token, control=True)
+
+
+def _ordinary(text: str) -> Segment:
+    return Segment(text, control=False)
