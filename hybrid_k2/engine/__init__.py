@@ -1,0 +1,10 @@
+"""The Python API: Engine, the sampling parameters, and what a generation gives back."""
+
+from __future__ import annotations
+
+from hybrid_k2.engine.engine import Engine
+from hybrid_k2.engine.generation import Generation
+from hybrid_k2.engine.params import SamplingParams
+from hybrid_k2.engine.reply import FinishEvent, Reply, Timings, ToolCall, Usage
+
+__all__ = ["Engine", "FinishEvent", "Generation", "Reply", "SamplingParams", "Timings", "ToolCall", "Usage"]

@@ -1,0 +1,212 @@
+"""The Python API: load a checkpoint, ask for logits, generate, chat."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hybrid_k2.engine.generation import Generation, OnPrefill, Runner
+from hybrid_k2.engine.loading import LoadedModel, OnPlan, load_model
+from hybrid_k2.engine.params import SamplingParams
+from hybrid_k2.engine.prefix import KeptPrefix
+from hybrid_k2.engine.reply import Reply
+from hybrid_k2.engine.request import chat_sequence, check_ids, check_prompt_fits, text_sequence
+from hybrid_k2.errors import EngineError, RequestError
+from hybrid_k2.model.batch import Batch, Chunk
+from hybrid_k2.model.latent_cache import LatentCache
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from hybrid_k2.model.loader import Progress
+    from hybrid_k2.placement import Rules
+
+
+class Engine:
+    """Run one checkpoint; build it with `load`, and close it or use it in a `with` statement.
+
+    One request runs at a time: a second one that starts before the first has ended is refused with a RequestError.
+    Any thread may call; `Generation.cancel` and all properties may be used while a request runs.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.config = loaded.config
+        self.plan = loaded.plan
+        self.tokenizer = loaded.tokenizer
+        self.folder = loaded.folder
+        self._loaded = loaded
+        self._cache = LatentCache(loaded.plan.kv_cache, loaded.config)
+        self._prefix = KeptPrefix(self._cache, loaded.plan.chunk_tokens)
+        self._runner = Runner(
+            loaded.text, self._cache, self._prefix, loaded.plan.chunk_tokens, self._enter, self._memory_share
+        )
+        self._busy = threading.Lock()
+        self._generations: weakref.WeakSet[Generation] = weakref.WeakSet()
+        self._closed = False
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        rules: str | Path | Rules | None = None,
+        *,
+        on_plan: OnPlan | None = None,
+        progress: Progress | None = None,
+    ) -> Engine:
+        """Load a checkpoint: a folder, a Hugging Face repository, or "demo" for the built-in one.
+
+        `rules`: a placement rule file or the name of a shipped one; None chooses for the machine. `on_plan` gets the
+        plan when everything has been checked and nothing large was read; an exception from it ends the loading.
+        `progress` gets the bytes read and the bytes to read.
+        Raises: CheckpointError, ConfigError, UnsupportedModelError, RulesError, HardwareError.
+        """
+        return cls(load_model(path, rules, on_plan, progress))
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest prompt and reply together: what the KV cache holds, at most the model's context."""
+        return self._loaded.context_tokens
+
+    @property
+    def experts_name(self) -> str:
+        """The backend that computes the routed experts."""
+        return self._loaded.text.experts_runtime.name
+
+    @cached_property
+    def read_gbps(self) -> float:
+        """The memory's read bandwidth in GB/s (10^9 bytes), measured in about 0.1 s when it is first asked for."""
+        return self._loaded.text.experts_runtime.measure_read_gbps()
+
+    def default_params(self, thinking: bool = True) -> SamplingParams:
+        """Return the sampling values that requests use where they state none."""
+        return SamplingParams.defaults(thinking, self._loaded.generation_config)
+
+    def logits(self, token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+        """Return the logits after each of the tokens.
+
+        Takes 4 * vocab_size bytes for each token, and as much again for the tokens of one prefill chunk.
+        Shapes: token_ids: [T] -> [T, vocab_size].
+        Raises: RequestError for ids outside the vocabulary, no ids, more than the KV cache holds, or a busy engine.
+        """
+        ids = check_ids(token_ids, self.config.vocab_size)
+        check_prompt_fits(len(ids), self._loaded)
+        with self._enter():
+            logits = np.empty((len(ids), self.config.vocab_size), np.float32)
+            if self._cache.pool.available < self._cache.pages_for(len(ids)):
+                self._prefix.release()
+            pages = self._cache.pool.allocate(self._cache.pages_for(len(ids)))
+            try:
+                for start in range(0, len(ids), self.plan.chunk_tokens):
+                    chunk = Chunk(ids[start : start + self.plan.chunk_tokens], start, pages)
+                    part = self._loaded.text.forward(Batch.build([chunk], all_logits=True), self._cache)
+                    logits[start : start + len(part)] = part.cpu().numpy()
+            finally:
+                self._cache.pool.free(pages)
+        return logits
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = True,
+        preserve_thinking: bool = False,
+        params: SamplingParams | None = None,
+        on_prefill: OnPrefill | None = None,
+    ) -> Generation:
+        """Return an iterator over the events of one reply; the last is a FinishEvent with the reply.
+
+        `prompt`: text or token ids to continue; all events are content, and special tokens in the text are ordinary
+        text. `messages`: a conversation to answer. `thinking` also chooses the default temperature. `on_prefill` gets
+        the prompt tokens done and the prompt tokens, before the first chunk of the prompt and after each.
+        Raises: RequestError at once for a request that is wrong; while iterating, RequestError if another request
+        runs, EngineError.
+        """
+        self._check_open()
+        params = params or SamplingParams()
+        if messages is not None and prompt is None:
+            sequence = chat_sequence(self._loaded, messages, tools, thinking, preserve_thinking, params)
+        elif prompt is not None and messages is None:
+            if tools or preserve_thinking:
+                raise RequestError("generate: expected tools and preserve_thinking with messages only, got a prompt")
+            sequence = text_sequence(self._loaded, prompt, thinking, params)
+        else:
+            raise RequestError(f"generate: expected prompt or messages, got {'neither' if prompt is None else 'both'}")
+        generation = Generation(self._runner, sequence, on_prefill)
+        self._generations.add(generation)
+        return generation
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = True,
+        preserve_thinking: bool = False,
+        params: SamplingParams | None = None,
+    ) -> Reply:
+        """Answer a conversation and return the whole reply; see `generate` for the arguments and errors."""
+        with self.generate(
+            messages=messages, tools=tools, thinking=thinking, preserve_thinking=preserve_thinking, params=params
+        ) as generation:
+            for _ in generation:
+                pass
+        return generation.reply
+
+    def close(self) -> None:
+        """Free weights, cache and threads. Closing twice is fine.
+
+        A generation that is waiting for its reader is ended. Raises: EngineError while another thread computes.
+        """
+        if self._closed:
+            return
+        for generation in list(self._generations):
+            generation.close()
+        with self._enter():
+            self._closed = True
+            self._prefix.release()
+            self._loaded.text.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self.experts_name
+        return f"Engine({str(self.folder)!r}, {state})"
+
+    @contextmanager
+    def _enter(self) -> Iterator[None]:
+        """Let one request in."""
+        if not self._busy.acquire(blocking=False):
+            raise RequestError(
+                "engine: expected one request at a time, got a second while the first has not ended",
+                hint="read the first one's events to the end, or close() it",
+            )
+        try:
+            self._check_open()
+            yield
+        finally:
+            self._busy.release()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("engine: expected an open one, got one that was closed")
+
+    def _memory_share(self, tokens_per_s: float) -> float | None:
+        """Compare the weights read per second with the memory; None with a GPU, whose memory is another one."""
+        if self._closed or self.plan.devices != ("host",):
+            return None
+        return self.plan.bytes_per_token * tokens_per_s / (self.read_gbps * 1e9)

@@ -1,0 +1,155 @@
+"""Run sequences through the model: one step for many of them, and the loop that serves one request."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+from hybrid_k2.engine.prefix import KeptPrefix
+from hybrid_k2.engine.reply import FinishEvent, Reply
+from hybrid_k2.engine.sequence import TokenSequence
+from hybrid_k2.errors import EngineError
+from hybrid_k2.model.batch import Batch
+from hybrid_k2.model.latent_cache import LatentCache
+from hybrid_k2.model.text import TextModel
+from hybrid_k2.protocol import Event
+
+OnPrefill = Callable[[int, int], None]  # prompt tokens done (the cached ones included), prompt tokens
+
+
+def step(
+    model: TextModel, cache: LatentCache, sequences: Sequence[TokenSequence], chunk_tokens: int
+) -> list[list[Event]]:
+    """Compute the next chunk of each sequence and choose a token where a chunk reaches the end; return their events.
+
+    Prefill chunks and decode tokens mix. If the step fails, no sequence has changed but for pages that it now owns.
+    Raises: EngineError when the cache has no room or the logits are not finite.
+    """
+    chunks = [sequence.next_chunk(chunk_tokens) for sequence in sequences]
+    for sequence, chunk in zip(sequences, chunks, strict=True):
+        missing = cache.pages_for(chunk.cached + len(chunk.token_ids)) - len(sequence.pages)
+        sequence.pages.extend(cache.pool.allocate(max(0, missing)))
+    logits = iter(model.forward(Batch.build(chunks), cache))
+    for sequence, chunk in zip(sequences, chunks, strict=True):
+        sequence.chunk_done(chunk, chunk_tokens)
+    return [
+        sequence.sample(next(logits)) if chunk.logits else [] for sequence, chunk in zip(sequences, chunks, strict=True)
+    ]
+
+
+@dataclass
+class Runner:
+    """Hold what every generation of one engine works with; one at a time may enter."""
+
+    model: TextModel
+    cache: LatentCache
+    prefix: KeptPrefix
+    chunk_tokens: int
+    enter: Callable[[], AbstractContextManager[None]]
+    memory_share: Callable[[float], float | None]  # of a decoding speed
+
+    def reply(self, sequence: TokenSequence) -> Reply:
+        """Put together the reply of a sequence; an unfinished one counts as cancelled."""
+        timings = sequence.timings()
+        if timings.decode_tokens_per_s is not None:
+            timings = replace(timings, memory_share=self.memory_share(timings.decode_tokens_per_s))
+        return Reply(
+            content=sequence.output.content,
+            reasoning=sequence.output.reasoning,
+            tool_calls=sequence.output.tool_calls,
+            finish_reason=sequence.finish_reason or "cancelled",
+            matched_stop=sequence.matched_stop,
+            seed=sequence.sampler.seed,
+            usage=sequence.usage(),
+            timings=timings,
+            token_ids=tuple(sequence.completion),
+        )
+
+
+class Generation(Iterator[Event]):
+    """Iterate over the events of one reply; the last is a `FinishEvent`.
+
+    Nothing is computed before the first event is asked for. Leaving the loop early, `close`, an exception and
+    Ctrl-C all free what the request holds; the engine can serve the next one at once. One thread at a time may iterate;
+    `cancel` may be called from any.
+    """
+
+    def __init__(self, runner: Runner, sequence: TokenSequence, on_prefill: OnPrefill | None) -> None:
+        self._runner = runner
+        self._sequence = sequence
+        self._cancelled = threading.Event()
+        # A plain function, not a method: a cycle through self would delay the release when the reader drops this.
+        self._events = _events(runner, sequence, self._cancelled, on_prefill)
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+    def cancel(self) -> None:
+        """End the reply before the next step; what is held back and a FinishEvent ("cancelled") still come."""
+        self._cancelled.set()
+
+    def close(self) -> None:
+        """End the reply now, without further events. Raises: EngineError while another thread computes."""
+        if inspect.getgeneratorstate(self._events) == inspect.GEN_RUNNING:
+            raise EngineError(
+                "generation: expected it to wait for its reader, got one that is computing",
+                hint="cancel() it and read its events to the end",
+            )
+        self._events.close()
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return self._sequence.prompt_tokens
+
+    @property
+    def reply(self) -> Reply:
+        """The reply so far; its finish reason is "cancelled" unless it came to its end."""
+        return self._runner.reply(self._sequence)
+
+
+def _events(
+    runner: Runner, sequence: TokenSequence, cancelled: threading.Event, on_prefill: OnPrefill | None
+) -> Generator[Event, None, None]:
+    with runner.enter():
+        runner.prefix.lend(sequence)
+        try:
+            if on_prefill:
+                on_prefill(sequence.cached, sequence.prompt_tokens)
+            while sequence.finish_reason is None:
+                if cancelled.is_set():
+                    yield from sequence.finish("cancelled")
+                    break
+                decoding = sequence.decoding
+                events = _timed_step(runner, sequence)
+                if on_prefill and not decoding:
+                    on_prefill(sequence.cached, sequence.prompt_tokens)
+                yield from events
+            yield FinishEvent(reply=runner.reply(sequence))
+        finally:
+            sequence.finish("cancelled")
+            runner.prefix.keep(sequence)
+
+
+def _timed_step(runner: Runner, sequence: TokenSequence) -> list[Event]:
+    decoding, start = sequence.decoding, time.perf_counter()
+    (events,) = step(runner.model, runner.cache, [sequence], runner.chunk_tokens)
+    elapsed = time.perf_counter() - start
+    if decoding:
+        sequence.decode_s += elapsed
+    else:
+        sequence.prefill_s += elapsed
+    return events

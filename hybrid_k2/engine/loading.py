@@ -1,0 +1,88 @@
+"""From what the user names to a model in memory: everything is checked before anything large is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, experts_packed, resolve_checkpoint
+from hybrid_k2.config import ModelConfig, read_json_object
+from hybrid_k2.engine.params import SamplingParams
+from hybrid_k2.errors import CheckpointError
+from hybrid_k2.model.loader import Progress, load_text_model
+from hybrid_k2.model.text import TextModel
+from hybrid_k2.placement import Machine, Plan, Rules, default_rules, load_rules, make_plan
+from hybrid_k2.protocol import Tokenizer
+
+DEMO = "demo"  # names the built-in checkpoint; a folder of that name is "./demo"
+OnPlan = Callable[[Plan], None]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Hold a model in memory and what belongs to it."""
+
+    folder: Path
+    config: ModelConfig
+    plan: Plan
+    tokenizer: Tokenizer
+    generation_config: dict[str, Any]  # what the checkpoint states about sampling; may be empty
+    text: TextModel
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest prompt and reply together."""
+        return min(self.config.max_position_embeddings, self.plan.kv_cache.tokens)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the folder of a checkpoint: a folder, a repository of the hub, or "demo" for the built-in one.
+
+    Raises: CheckpointError.
+    """
+    if str(path) == DEMO:
+        from hybrid_k2.demo import demo_path
+
+        return demo_path()
+    return resolve_checkpoint(str(path))
+
+
+def load_model(
+    path: str | Path, rules: str | Path | Rules | None, on_plan: OnPlan | None, progress: Progress | None
+) -> LoadedModel:
+    """Check a checkpoint, plan it for this machine and load it; see `Engine.load`."""
+    folder = find_checkpoint(path)
+    config = ModelConfig.load(folder)
+    generation_config = _generation_config(folder)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: tiktoken.model: expected vocab_size = {config.vocab_size} tokens, got {tokenizer.vocab_size}"
+        )
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(Checkpoint.open(folder))
+        check_checkpoint(checkpoint, config)
+        plan = _plan(rules, config, experts_packed(checkpoint, config))
+        if on_plan is not None:
+            on_plan(plan)
+        text = load_text_model(checkpoint, config, plan, progress)
+    return LoadedModel(folder, config, plan, tokenizer, generation_config, text)
+
+
+def _plan(rules: str | Path | Rules | None, config: ModelConfig, packed: bool) -> Plan:
+    machine = Machine.probe()
+    if rules is None:
+        rules = default_rules(machine, config, experts_packed=packed)
+    elif not isinstance(rules, Rules):
+        rules = load_rules(rules)
+    return make_plan(rules, config, machine, experts_packed=packed)
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    stated = read_json_object(path) if path.is_file() else {}
+    SamplingParams.defaults(True, stated)  # a bad value is an error of the checkpoint, not of the first request
+    return stated

@@ -1,0 +1,83 @@
+"""What a generation gives back: the reply with its counts and timings, and the event that carries it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from hybrid_k2.protocol import Event
+
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """Hold one call of a tool: its id, the tool's name, and the arguments as the model wrote them (JSON text)."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Count the tokens of one request."""
+
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt: taken from the cache of the request before
+    completion_tokens: int  # all that were generated, the reasoning and the end token included
+    reasoning_tokens: int  # of the completion: before the end of the thinking
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Say how long the model took; time that the reader of the events spent is not counted. None: not meaningful."""
+
+    prefill_s: float  # the prompt, up to and including the first token of the reply
+    decode_s: float  # the other tokens
+    prefill_tokens_per_s: float | None  # prompt tokens that were not cached
+    decode_tokens_per_s: float | None
+    memory_share: float | None  # weights read per second of decoding, as a share of the memory's read bandwidth
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Hold one finished (or cancelled) reply."""
+
+    content: str
+    reasoning: str
+    tool_calls: tuple[ToolCall, ...]  # complete calls only
+    finish_reason: FinishReason
+    matched_stop: str | int | None  # the stop string or stop token id that ended it, if one of the request's did
+    seed: int  # give it back in SamplingParams to get the same text again
+    usage: Usage
+    timings: Timings
+    token_ids: tuple[int, ...] = field(repr=False)  # all that were generated
+
+    def message(self) -> dict[str, Any]:
+        """Return the assistant message to append to the conversation."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.tool_calls
+            ]
+        return message
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as dicts, lists, strings and numbers, ready for `json.dumps`."""
+        return {
+            **asdict(self),
+            "tool_calls": [asdict(call) for call in self.tool_calls],
+            "token_ids": list(self.token_ids),
+        }
+
+
+@dataclass(frozen=True)
+class FinishEvent(Event):
+    """End a generation: the last event, of kind "finish", with the whole reply."""
+
+    kind: Literal["finish"] = "finish"
+    reply: Reply = field(kw_only=True)

@@ -1,0 +1,132 @@
+"""One request on its way through the engine: its tokens, its pages of the cache, its sampler and its output."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import Tensor
+
+from hybrid_k2.engine.output import Output
+from hybrid_k2.engine.params import SamplingParams
+from hybrid_k2.engine.reply import FinishReason, Timings, Usage
+from hybrid_k2.engine.sampling import Sampler
+from hybrid_k2.model.batch import Chunk
+from hybrid_k2.protocol import Event
+
+
+class TokenSequence:
+    """Hold what one request needs between two steps.
+
+    Tokens are those of the prompt, then those of the reply. The latents of the first `cached` of them lie in `pages`;
+    the first `repeatable` of these were computed in whole chunks at multiples of the chunk size, so that computing
+    them again gives the same bits.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        max_tokens: int,
+        sampler: Sampler,
+        output: Output,
+        end_ids: Collection[int],
+        thinking_end_ids: Collection[int],
+    ) -> None:
+        """Start with nothing cached; `thinking_end_ids` is empty for a reply that does not think."""
+        self.tokens = list(prompt_ids)
+        self.prompt_tokens = len(self.tokens)
+        self.params = params
+        self.max_tokens = max_tokens
+        self.sampler = sampler
+        self.output = output
+        self.pages: list[int] = []
+        self.cached = 0
+        self.repeatable = 0
+        self.cached_at_start = 0
+        self.prefill_s = 0.0
+        self.decode_s = 0.0
+        self.finish_reason: FinishReason | None = None
+        self._matched_token: int | None = None
+        self._end_ids = frozenset(() if params.ignore_eos else end_ids)
+        self._silent_ids = frozenset(end_ids)
+        self._thinking_end_ids = frozenset(thinking_end_ids)
+        self._thinking = bool(thinking_end_ids)
+        self._reasoning_tokens = 0
+
+    @property
+    def completion(self) -> list[int]:
+        """Tokens of the reply so far."""
+        return self.tokens[self.prompt_tokens :]
+
+    @property
+    def completion_tokens(self) -> int:
+        """How many tokens the reply has."""
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the prompt is done and the next step is one token."""
+        return self.completion_tokens > 0
+
+    @property
+    def matched_stop(self) -> str | int | None:
+        """The stop string or stop token that ended the reply."""
+        return self._matched_token if self._matched_token is not None else self.output.matched_stop
+
+    def next_chunk(self, chunk_tokens: int) -> Chunk:
+        """Return what the next step computes: at most up to the next multiple of `chunk_tokens`.
+
+        Aligned chunks make a long prompt's latents the same whether or not some of them were still in the cache.
+        """
+        stop = min(len(self.tokens), (self.cached // chunk_tokens + 1) * chunk_tokens)
+        return Chunk(self.tokens[self.cached : stop], self.cached, self.pages, logits=stop == len(self.tokens))
+
+    def chunk_done(self, chunk: Chunk, chunk_tokens: int) -> None:
+        """Count a chunk whose latents are now in the cache."""
+        if self.repeatable == self.cached and len(chunk.token_ids) == chunk_tokens:
+            self.repeatable += chunk_tokens
+        self.cached += len(chunk.token_ids)
+
+    def sample(self, logits: Tensor) -> list[Event]:
+        """Choose the next token and return the events that it leads to.
+
+        Shapes: logits: [V].
+        """
+        token = self.sampler.sample(logits)
+        self.tokens.append(token)
+        if token in self._end_ids or token in self.params.stop_token_ids:
+            if token in self.params.stop_token_ids:
+                self._matched_token = token
+            return self.finish("stop")
+        self._count_thinking(token)
+        events = [] if token in self._silent_ids else self.output.feed([token])
+        if self.output.matched_stop is not None:
+            return events + self.finish("stop")
+        if self.completion_tokens == self.max_tokens:
+            return events + self.finish("length")
+        return events
+
+    def finish(self, reason: FinishReason) -> list[Event]:
+        """End the reply and return the events that were held back. A second end changes nothing."""
+        if self.finish_reason is not None:
+            return []
+        events = self.output.finish()
+        called = reason == "stop" and self.matched_stop is None and self.output.tool_calls
+        self.finish_reason = "tool_calls" if called else reason
+        return events
+
+    def usage(self) -> Usage:
+        """Count tokens so far."""
+        return Usage(self.prompt_tokens, self.cached_at_start, self.completion_tokens, self._reasoning_tokens)
+
+    def timings(self) -> Timings:
+        """Give the times so far, without the share of the memory's bandwidth, which the engine knows."""
+        computed = self.prompt_tokens - self.cached_at_start
+        prefill = computed / self.prefill_s if self.decoding and self.prefill_s > 0 else None
+        decode = (self.completion_tokens - 1) / self.decode_s if self.completion_tokens > 1 and self.decode_s else None
+        return Timings(self.prefill_s, self.decode_s, prefill, decode, None)
+
+    def _count_thinking(self, token: int) -> None:
+        if token in self._thinking_end_ids:
+            self._thinking = False
+        self._reasoning_tokens += self._thinking

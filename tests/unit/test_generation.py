@@ -1,0 +1,320 @@
+"""The generation loop on random models: chunks, batches, prefix reuse, and every way to stop early."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybrid_k2.engine import Engine, FinishEvent, SamplingParams
+from hybrid_k2.engine.generation import step
+from hybrid_k2.engine.request import text_sequence
+from hybrid_k2.errors import EngineError, RequestError
+from tests.engines import GREEDY, free_pages, generated, random_engine
+
+CHUNK, TOKENS = 16, 640
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = Path(tmp_path_factory.mktemp("model"))
+    with random_engine(folder, rules={"chunk_tokens": CHUNK, "tokens": TOKENS}) as one:
+        yield one
+
+
+@pytest.fixture(autouse=True)
+def all_pages_come_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "engine" in request.fixturenames:
+        engine = request.getfixturevalue("engine")
+        assert free_pages(engine) == engine._cache.pool.pages
+
+
+def random_ids(length: int, vocab_size: int = 500) -> list[int]:
+    return np.random.default_rng().integers(0, vocab_size, length).tolist()
+
+
+def greedy_by_logits(engine: Engine, prompt: list[int], count: int) -> list[int]:
+    """Compute everything again for each token: the slow definition of greedy decoding."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(engine.logits(tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+def test_greedy_takes_the_highest_logit_at_every_step(engine: Engine, length: int) -> None:
+    prompt = random_ids(length)
+    reply = generated(engine, prompt, max_tokens=12)
+    assert list(reply.token_ids) == greedy_by_logits(engine, prompt, 12)
+    assert reply.finish_reason == "length"
+    assert reply.usage.prompt_tokens == length
+    assert reply.usage.completion_tokens == 12
+
+
+def test_chunked_prefill_gives_the_text_of_whole_prefill(engine: Engine) -> None:
+    prompt = random_ids(100)
+    chunked = generated(engine, prompt, max_tokens=20)
+    with Engine.load(engine.folder, engine.plan.rules) as whole:
+        whole._runner.chunk_tokens = 512
+        assert generated(whole, prompt, max_tokens=20).token_ids == chunked.token_ids
+
+
+def test_steps_mix_prefill_and_decode_of_many_sequences(engine: Engine) -> None:
+    """A batch of sequences that start at different times gives each the tokens that it gets alone."""
+    prompts = [random_ids(length) for length in (3, CHUNK, 2 * CHUNK + 7, 50)]
+    alone = [list(generated(engine, prompt, max_tokens=9).token_ids) for prompt in prompts]
+    engine._prefix.release()
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=9)
+    waiting = [text_sequence(engine._loaded, prompt, False, params) for prompt in prompts]
+    everyone = list(waiting)
+    running = [waiting.pop(0)]
+    while running:
+        step(engine._loaded.text, engine._cache, running, CHUNK)
+        if waiting:
+            running.append(waiting.pop(0))
+        running = [sequence for sequence in running if sequence.finish_reason is None]
+    assert [sequence.completion for sequence in everyone] == alone
+    for sequence in everyone:
+        engine._cache.pool.free(sequence.pages)
+
+
+def test_prefill_reports_its_progress(engine: Engine) -> None:
+    prompt, reports = random_ids(2 * CHUNK + 3), []
+    for _ in engine.generate(prompt, params=GREEDY_4, on_prefill=lambda done, total: reports.append((done, total))):
+        pass
+    assert reports == [(done, len(prompt)) for done in (0, CHUNK, 2 * CHUNK, 2 * CHUNK + 3)]
+
+
+GREEDY_4 = SamplingParams(temperature=0, ignore_eos=True, max_tokens=4)
+
+
+# Prefix reuse
+
+
+@pytest.mark.parametrize(("shared", "total"), [(0, 20), (1, 2), (40, 41), (70, 100), (CHUNK, 2 * CHUNK), (64, 128)])
+def test_text_with_reuse_is_the_text_without(engine: Engine, shared: int, total: int) -> None:
+    first = random_ids(total)
+    second = first[:shared] + [(token + 1) % 500 for token in first[shared:total]]
+    engine._prefix.release()
+    fresh = generated(engine, second, max_tokens=10)
+    engine._prefix.release()
+    assert generated(engine, first, max_tokens=10).usage.cached_tokens == 0
+    again = generated(engine, second, max_tokens=10)
+    assert again.usage.cached_tokens == shared
+    assert again.token_ids == fresh.token_ids
+
+
+def test_the_reply_itself_is_reused(engine: Engine) -> None:
+    """The next turn of a conversation: everything but the last sampled token, which was never computed."""
+    prompt = random_ids(30)
+    reply = generated(engine, prompt, max_tokens=25)
+    longer = [*prompt, *reply.token_ids, *random_ids(9)]
+    second = generated(engine, longer, max_tokens=10)
+    assert second.usage.cached_tokens == 30 + 25 - 1
+    engine._prefix.release()
+    assert generated(engine, longer, max_tokens=10).token_ids == second.token_ids
+
+
+def test_at_least_one_token_is_computed(engine: Engine) -> None:
+    prompt = random_ids(21)
+    first = generated(engine, prompt, max_tokens=6)
+    second = generated(engine, prompt, max_tokens=6)
+    assert second.usage.cached_tokens == 20
+    assert second.token_ids == first.token_ids
+
+
+def test_a_seed_repeats_bit_for_bit_whatever_ran_before(tmp_path: Path) -> None:
+    """In bf16 the last bits of a latent depend on the chunk that it was computed in, and a flat model shows it."""
+    with random_engine(tmp_path, rules={"dtype": "bf16", "chunk_tokens": CHUNK}) as engine:
+        seeded = SamplingParams(temperature=5.0, top_p=1, seed=3, max_tokens=40, ignore_eos=True)
+        prompt = random_ids(3 * CHUNK + 5)
+        first = generated(engine, prompt, seeded)
+        assert generated(engine, prompt, seeded).token_ids == first.token_ids
+        for shared in (0, 1, CHUNK, 2 * CHUNK + 3, len(prompt)):
+            generated(engine, prompt[:shared] + random_ids(10), max_tokens=7)
+            again = generated(engine, prompt, seeded)
+            assert again.token_ids == first.token_ids
+            assert again.usage.cached_tokens == min(shared // CHUNK, 3) * CHUNK
+        assert generated(engine, prompt, seeded, seed=4).token_ids != first.token_ids
+
+
+# Ends
+
+
+def test_an_end_token_stops_and_is_not_shown(engine: Engine) -> None:
+    prompt = random_ids(10)
+    free_run = generated(engine, prompt, max_tokens=12)
+    end = free_run.token_ids[5]
+    place = free_run.token_ids.index(end)
+    reply = generated(engine, prompt, max_tokens=12, stop_token_ids=[end])
+    assert reply.token_ids == free_run.token_ids[: place + 1]
+    assert (reply.finish_reason, reply.matched_stop) == ("stop", end)
+    assert reply.content == engine.tokenizer.decode(free_run.token_ids[:place])
+
+
+def test_the_models_end_token_stops_unless_ignored(engine: Engine) -> None:
+    end = engine.config.eos_token_ids[0]
+    forced = {"logit_bias": {end: 100.0}, "max_tokens": 3}
+    reply = generated(engine, random_ids(5), SamplingParams(temperature=0), **forced)
+    assert (reply.token_ids, reply.content, reply.finish_reason) == ((end,), "", "stop")
+    assert reply.matched_stop is None
+    reply = generated(engine, random_ids(5), GREEDY, **forced)
+    assert (reply.token_ids, reply.content, reply.finish_reason) == ((end,) * 3, "", "length")
+
+
+def test_a_stop_string_ends_the_generation(engine: Engine) -> None:
+    prompt = random_ids(10)
+    text = generated(engine, prompt, max_tokens=30).content
+    stop = text[11:14]
+    reply = generated(engine, prompt, max_tokens=30, stop=stop)
+    assert reply.content == text[: text.index(stop)]
+    assert (reply.finish_reason, reply.matched_stop) == ("stop", stop)
+    assert reply.usage.completion_tokens < 30
+
+
+def test_without_max_tokens_the_context_is_filled(engine: Engine) -> None:
+    reply = generated(engine, random_ids(TOKENS - 5))
+    assert reply.usage.completion_tokens == 5
+    assert reply.finish_reason == "length"
+
+
+# Leaving early
+
+
+def check_still_works(engine: Engine) -> None:
+    """The next request runs, and its text is that of an engine that never saw the broken one."""
+    prompt = random_ids(40)
+    reply = generated(engine, prompt, max_tokens=6)
+    assert list(reply.token_ids) == greedy_by_logits(engine, prompt, 6)
+
+
+def test_close_in_the_middle(engine: Engine) -> None:
+    generation = engine.generate(random_ids(20), params=GREEDY)
+    next(generation)
+    generation.close()
+    generation.close()
+    assert generation.reply.finish_reason == "cancelled"
+    assert next(generation, None) is None
+    check_still_works(engine)
+
+
+def test_leaving_the_loop_frees_the_engine_at_once(engine: Engine) -> None:
+    gc.disable()
+    try:
+        for _ in engine.generate(random_ids(20), params=GREEDY):
+            break
+        check_still_works(engine)
+    finally:
+        gc.enable()
+
+
+def test_a_generation_that_never_started_holds_nothing(engine: Engine) -> None:
+    waiting = engine.generate(random_ids(20), params=GREEDY)
+    check_still_works(engine)
+    waiting.close()
+    assert next(waiting, None) is None
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 2])
+def test_an_exception_during_prefill(engine: Engine, chunk: int) -> None:
+    def fail(done: int, total: int) -> None:
+        if done >= chunk * CHUNK:
+            raise OSError("no more")
+
+    prompt = random_ids(3 * CHUNK)
+    with pytest.raises(OSError, match="no more"):
+        next(engine.generate(prompt, params=GREEDY, on_prefill=fail))
+    reply = generated(engine, prompt, max_tokens=3)
+    assert reply.usage.cached_tokens == chunk * CHUNK  # what was done is not lost
+    assert list(reply.token_ids) == greedy_by_logits(engine, prompt, 3)
+
+
+def test_ctrl_c_while_the_model_computes(engine: Engine) -> None:
+    generation = engine.generate(random_ids(20), params=GREEDY)
+    next(generation)
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        for _ in generation:
+            pass
+        timer.join()
+    reply = generation.reply
+    assert reply.finish_reason == "cancelled"
+    assert reply.usage.completion_tokens == len(reply.token_ids) > 0
+    assert engine.tokenizer.decode(reply.token_ids).startswith(reply.content.rstrip("\N{REPLACEMENT CHARACTER}"))
+    check_still_works(engine)
+
+
+def test_cancel_from_another_thread_ends_with_a_reply(engine: Engine) -> None:
+    generation, events = engine.generate(random_ids(20), params=GREEDY), []
+    for event in generation:
+        events.append(event)
+        if len(events) == 3:
+            canceller = threading.Thread(target=generation.cancel)
+            canceller.start()
+            canceller.join()
+    last = events[-1]
+    assert isinstance(last, FinishEvent)
+    assert last.reply.finish_reason == "cancelled"
+    assert last.reply.content == "".join(event.text for event in events)
+    assert last.reply.usage.completion_tokens < TOKENS - 20
+    check_still_works(engine)
+
+
+def test_cancel_before_the_start(engine: Engine) -> None:
+    generation = engine.generate(random_ids(20), params=GREEDY)
+    generation.cancel()
+    (last,) = generation
+    assert isinstance(last, FinishEvent)
+    assert (last.reply.finish_reason, last.reply.token_ids) == ("cancelled", ())
+    assert last.reply.timings.prefill_tokens_per_s is None
+
+
+def test_logits_that_are_not_finite_end_the_request_only(engine: Engine) -> None:
+    """A damaged weight: NaN in lm_head reaches the sampler."""
+    row = engine._loaded.text._lm_head[7]
+    before = row.clone()
+    row.fill_(float("nan"))
+    try:
+        with pytest.raises(EngineError, match="logits: expected finite values, got nan for token 7"):
+            generated(engine, random_ids(5), max_tokens=3)
+    finally:
+        row.copy_(before)
+    check_still_works(engine)
+
+
+# One at a time
+
+
+def test_a_second_request_is_refused_while_the_first_runs(engine: Engine) -> None:
+    first = engine.generate(random_ids(20), params=GREEDY_4)
+    next(first)
+    second = engine.generate(random_ids(20), params=GREEDY_4)
+    with pytest.raises(RequestError, match="one request at a time"):
+        next(second)
+    with pytest.raises(RequestError, match="one request at a time"):
+        engine.logits([1])
+    assert isinstance(list(first)[-1], FinishEvent)
+    check_still_works(engine)
+
+
+def test_timings_count_the_model_alone(engine: Engine) -> None:
+    reply = generated(engine, random_ids(50), max_tokens=11)
+    timings = reply.timings
+    assert timings.prefill_s > 0
+    assert timings.decode_s > 0
+    computed = reply.usage.prompt_tokens - reply.usage.cached_tokens
+    assert timings.prefill_tokens_per_s == pytest.approx(computed / timings.prefill_s)
+    assert timings.decode_tokens_per_s == pytest.approx(10 / timings.decode_s)
+    expected = engine.plan.bytes_per_token * (10 / timings.decode_s) / (engine.read_gbps * 1e9)
+    assert timings.memory_share == pytest.approx(expected)
+    one = generated(engine, random_ids(50), max_tokens=1)
+    assert one.timings.decode_tokens_per_s is None
+    assert one.timings.memory_share is None
