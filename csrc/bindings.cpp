@@ -1,0 +1,252 @@
+// The Python module: convert, check, release the GIL, call. Arrays are checked against the layer's sizes here, once.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cstring>
+
+#include "core/error.h"
+#include "cpu/affinity.h"
+#include "cpu/features.h"
+#include "kernels/kernel_list.h"
+#include "moe/read_probe.h"
+#include "moe/runtime.h"
+
+namespace py = pybind11;
+
+namespace k2 {
+namespace {
+
+// How often a waiting call looks whether the user pressed Ctrl-C.
+constexpr std::chrono::milliseconds kSignalCheck{50};
+constexpr int64_t kMaxBatch = 1 << 20;  // tokens of one call
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+std::string shape_text(const py::array& array) {
+  std::string out = "[";
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) out += text(i ? ", " : "", array.shape(i));
+  return out + "]";
+}
+
+// A C-contiguous 2-d array of exactly this element type.
+template <class T>
+const T* matrix(const char* name, const py::array& array, int64_t rows, int64_t columns) {
+  const bool fits = array.ndim() == 2 && array.shape(0) == rows && array.shape(1) == columns;
+  check_argument(fits, name, text("shape [", rows, ", ", columns, "]"), shape_text(array));
+  check_argument(py::isinstance<Array<T>>(array), name, text("contiguous ", std::string(py::str(py::dtype::of<T>()))),
+                 std::string(py::str(array.dtype())));
+  return static_cast<const T*>(array.data());
+}
+
+template <class T>
+T* mutable_matrix(const char* name, const py::array& array, int64_t rows, int64_t columns) {
+  matrix<T>(name, array, rows, columns);
+  check_argument(array.writeable(), name, "a writable array", "a read-only one");
+  return static_cast<T*>(const_cast<void*>(array.data()));
+}
+
+// int32 words [rows, inputs / 8] and bf16 scales as uint16 [rows, inputs / 32].
+PackedMatrix packed_matrix(const char* name, const py::array& words, const py::array& scales, int rows, int inputs) {
+  return {reinterpret_cast<const uint32_t*>(matrix<int32_t>(name, words, rows, inputs / 8)),
+          matrix<uint16_t>(name, scales, rows, inputs / kGroup), rows, inputs};
+}
+
+MoeInput moe_input(const LayerShape& shape, const py::array& hidden, const py::array& ids, const py::array& weights) {
+  check_argument(hidden.ndim() == 2, "hidden", text("shape [T, ", shape.hidden, "]"), shape_text(hidden));
+  const int64_t tokens = hidden.shape(0);
+  check_argument(tokens <= kMaxBatch, "hidden", text("at most ", kMaxBatch, " tokens"), tokens);
+  const bool bf16 = py::isinstance<Array<uint16_t>>(hidden);
+  const void* rows = bf16 ? static_cast<const void*>(matrix<uint16_t>("hidden", hidden, tokens, shape.hidden))
+                          : matrix<float>("hidden", hidden, tokens, shape.hidden);
+  return {rows, bf16, matrix<int32_t>("ids", ids, tokens, shape.experts_per_token),
+          matrix<float>("weights", weights, tokens, shape.experts_per_token), int(tokens)};
+}
+
+std::shared_ptr<MoeJob> start(Layer& layer, const MoeInput& input) {
+  const py::gil_scoped_release nogil;
+  return layer.start(input);
+}
+
+// Waits with the GIL released; false if the deadline passes first. After Ctrl-C the job is cancelled and the Python
+// exception is thrown.
+bool finish(ThreadPool& pool, MoeJob& job, Deadline deadline) {
+  for (;;) {
+    bool done = false;
+    {
+      const py::gil_scoped_release nogil;
+      const Clock::time_point slice = Clock::now() + kSignalCheck;
+      done = pool.wait(job, deadline ? std::min(*deadline, slice) : slice);
+    }
+    if (done) break;
+    if (PyErr_CheckSignals() != 0) {
+      job.cancel();
+      {
+        const py::gil_scoped_release nogil;
+        pool.finish(job);
+      }
+      throw py::error_already_set();
+    }
+    if (deadline && Clock::now() >= *deadline) return false;
+  }
+  job.rethrow();
+  return true;
+}
+
+void copy_output(const MoeJob& job, float* out) {
+  const py::gil_scoped_release nogil;
+  job.copy_output(out);
+}
+
+// A layer that Python can close while other threads are inside a call: each call holds what it uses.
+class PyLayer {
+ public:
+  PyLayer(std::shared_ptr<Runtime> runtime, int hidden, int intermediate, int experts, int per_token)
+      : layer_(std::make_shared<Layer>(std::move(runtime), LayerShape{hidden, intermediate, experts, per_token})) {}
+
+  size_t bytes() const { return open()->experts().bytes(); }
+
+  void load_expert(int expert, const py::array& gate, const py::array& gate_scale, const py::array& up,
+                   const py::array& up_scale, const py::array& down, const py::array& down_scale) {
+    const std::shared_ptr<Layer> layer = open();
+    const LayerShape& s = layer->experts().shape();
+    const PackedMatrix g = packed_matrix("gate", gate, gate_scale, s.intermediate, s.hidden);
+    const PackedMatrix u = packed_matrix("up", up, up_scale, s.intermediate, s.hidden);
+    const PackedMatrix d = packed_matrix("down", down, down_scale, s.hidden, s.intermediate);
+    const py::gil_scoped_release nogil;
+    layer->experts().pack(expert, g, u, d);
+  }
+
+  // (gate, gate_scale, up, up_scale, down, down_scale) as they were loaded.
+  py::tuple read_expert(int expert) const {
+    const std::shared_ptr<Layer> layer = open();
+    const int i = layer->experts().shape().intermediate, h = layer->experts().shape().hidden;
+    Array<int32_t> gate({i, h / 8}), up({i, h / 8}), down({h, i / 8});
+    Array<uint16_t> gate_scale({i, h / kGroup}), up_scale({i, h / kGroup}), down_scale({h, i / kGroup});
+    auto view = [](Array<int32_t>& words, Array<uint16_t>& scales, int rows, int inputs) {
+      return MutablePackedMatrix{reinterpret_cast<uint32_t*>(words.mutable_data()), scales.mutable_data(), rows, inputs};
+    };
+    layer->experts().unpack(expert, view(gate, gate_scale, i, h), view(up, up_scale, i, h), view(down, down_scale, h, i));
+    return py::make_tuple(gate, gate_scale, up, up_scale, down, down_scale);
+  }
+
+  // hidden: float32, or bf16 as uint16, [T, H]; ids int32 and weights float32 [T, K]; output float32 [T, H].
+  void forward(const py::array& hidden, const py::array& ids, const py::array& weights, const py::array& output) {
+    const std::shared_ptr<Layer> layer = open();
+    const LayerShape& shape = layer->experts().shape();
+    const MoeInput in = moe_input(shape, hidden, ids, weights);
+    float* out = mutable_matrix<float>("output", output, in.tokens, shape.hidden);
+    const std::shared_ptr<MoeJob> job = start(*layer, in);
+    finish(layer->runtime().pool, *job, std::nullopt);
+    copy_output(*job, out);
+  }
+
+  void submit(int slot, const py::array& hidden, const py::array& ids, const py::array& weights) {
+    const std::shared_ptr<Layer> layer = open();
+    layer->check_free(slot);
+    layer->keep(slot, start(*layer, moe_input(layer->experts().shape(), hidden, ids, weights)));
+  }
+
+  // False if the time runs out; the slot then stays in flight.
+  bool wait(int slot, const py::array& output, double timeout_s) {
+    const std::shared_ptr<Layer> layer = open();
+    const std::shared_ptr<MoeJob> job = layer->in_flight(slot);
+    float* out = mutable_matrix<float>("output", output, job->tokens(), layer->experts().shape().hidden);
+    Deadline deadline;
+    if (timeout_s >= 0) deadline = Clock::now() + std::chrono::nanoseconds(int64_t(std::min(timeout_s, 1e9) * 1e9));
+    try {
+      if (!finish(layer->runtime().pool, *job, deadline)) return false;
+    } catch (...) {
+      layer->release(slot);
+      throw;
+    }
+    layer->release(slot);
+    copy_output(*job, out);
+    return true;
+  }
+
+  int slot_tokens(int slot) const { return open()->in_flight(slot)->tokens(); }
+
+  void close() {
+    const std::shared_ptr<Layer> layer = std::move(layer_);
+    if (!layer) return;
+    const py::gil_scoped_release nogil;
+    layer->close();
+  }
+
+ private:
+  std::shared_ptr<Layer> open() const {
+    if (!layer_) throw EngineError("experts: expected an open layer, got a closed one");
+    return layer_;
+  }
+
+  std::shared_ptr<Layer> layer_;
+};
+
+py::list instruction_sets() {
+  py::list out;
+  for (const KernelEntry& entry : kernel_list()) {
+    out.append(py::make_tuple(entry.name, entry.table != nullptr, feature_names(missing_features(entry))));
+  }
+  return out;
+}
+
+void translate(std::exception_ptr error) {
+  auto raise = [](const char* name, const std::exception& e) {
+    const py::object type = py::module_::import("hybrid_k2.errors").attr(name);
+    PyErr_SetString(type.ptr(), e.what());
+  };
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const ArgumentError& e) {
+    PyErr_SetString(PyExc_ValueError, e.what());
+  } catch (const MemoryError& e) {
+    PyErr_SetString(PyExc_MemoryError, e.what());
+  } catch (const WeightError& e) {
+    raise("CheckpointError", e);
+  } catch (const EngineError& e) {
+    raise("EngineError", e);
+  }
+}
+
+}  // namespace
+}  // namespace k2
+
+PYBIND11_MODULE(_native, m) {
+  using namespace k2;
+  m.doc() = "INT4 experts on the CPU; see hybrid_k2/experts/cpu.py, the only importer";
+  py::register_local_exception_translator(translate);
+
+  m.def("instruction_sets", &instruction_sets, "(name, built, missing CPU features), best first");
+  m.def("allowed_cpus", &allowed_cpus);
+  m.def(
+      "features_of",
+      [](uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_ecx, uint64_t xcr0) {
+        return feature_names(features_of({leaf1_ecx, leaf7_ebx, leaf7_ecx, xcr0}));
+      },
+      py::arg("leaf1_ecx"), py::arg("leaf7_ebx"), py::arg("leaf7_ecx"), py::arg("xcr0"));
+
+  py::class_<Runtime, std::shared_ptr<Runtime>>(m, "Runtime")
+      .def(py::init<const std::string&, int>(), py::arg("isa"), py::arg("threads"))
+      .def_property_readonly("isa", [](const Runtime& r) { return r.table.name; })
+      .def_property_readonly("numerics", [](const Runtime& r) { return r.table.numerics; })
+      .def_property_readonly("threads", [](const Runtime& r) { return r.pool.workers(); })
+      .def("measure_read_gbps", [](Runtime& r, double seconds) { return measure_read_gbps(r.pool, r.table, seconds); },
+           py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
+      .def("close", [](Runtime& r) { r.pool.stop(); }, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<PyLayer>(m, "Layer")
+      .def(py::init<std::shared_ptr<Runtime>, int, int, int, int>(), py::arg("runtime"), py::arg("hidden_size"),
+           py::arg("moe_intermediate_size"), py::arg("n_routed_experts"), py::arg("num_experts_per_tok"))
+      .def_property_readonly("nbytes", &PyLayer::bytes)
+      .def("load_expert", &PyLayer::load_expert, py::arg("expert"), py::arg("gate"), py::arg("gate_scale"),
+           py::arg("up"), py::arg("up_scale"), py::arg("down"), py::arg("down_scale"))
+      .def("read_expert", &PyLayer::read_expert, py::arg("expert"))
+      .def("forward", &PyLayer::forward, py::arg("hidden"), py::arg("ids"), py::arg("weights"), py::arg("output"))
+      .def("submit", &PyLayer::submit, py::arg("slot"), py::arg("hidden"), py::arg("ids"), py::arg("weights"))
+      .def("wait", &PyLayer::wait, py::arg("slot"), py::arg("output"), py::arg("timeout_s") = -1.0)
+      .def("slot_tokens", &PyLayer::slot_tokens, py::arg("slot"))
+      .def("close", &PyLayer::close);
+}

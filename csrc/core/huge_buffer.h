@@ -1,0 +1,31 @@
+// Memory for weights and scratch: anonymous pages, 2 MiB aligned, huge pages where the system gives them.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace k2 {
+
+class HugeBuffer {
+ public:
+  HugeBuffer() = default;
+  // Zero-filled on first touch. MemoryError if the system refuses.
+  explicit HugeBuffer(size_t bytes);
+  ~HugeBuffer();
+  HugeBuffer(HugeBuffer&& other) noexcept;
+  HugeBuffer& operator=(HugeBuffer&& other) noexcept;
+  HugeBuffer(const HugeBuffer&) = delete;
+  HugeBuffer& operator=(const HugeBuffer&) = delete;
+
+  uint8_t* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void release();
+
+  uint8_t* data_ = nullptr;
+  size_t bytes_ = 0;
+  void* mapping_ = nullptr;
+  size_t mapping_bytes_ = 0;
+};
+
+}  // namespace k2

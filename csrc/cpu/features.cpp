@@ -1,0 +1,69 @@
+#include "cpu/features.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace k2 {
+namespace {
+
+struct FeatureName {
+  Feature feature;
+  const char* name;
+};
+
+constexpr FeatureName kNames[] = {
+    {kAvx2, "avx2"},         {kFma, "fma"},           {kAvx512F, "avx512f"},
+    {kAvx512Bw, "avx512bw"}, {kAvx512Vl, "avx512vl"}, {kAvx512Vnni, "avx512_vnni"},
+};
+
+constexpr bool bit(uint32_t value, int index) { return (value >> index) & 1; }
+
+constexpr uint64_t kXcr0Avx = 0x06;     // SSE and AVX state
+constexpr uint64_t kXcr0Avx512 = 0xe6;  // and opmask, upper halves, upper registers
+
+}  // namespace
+
+CpuidDump read_cpuid() {
+  CpuidDump dump;
+#if defined(__x86_64__)
+  uint32_t eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return dump;
+  dump.leaf1_ecx = ecx;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
+    dump.leaf7_ebx = ebx;
+    dump.leaf7_ecx = ecx;
+  }
+  if (bit(dump.leaf1_ecx, 27)) {  // OSXSAVE: xgetbv may be executed
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    dump.xcr0 = (uint64_t(high) << 32) | low;
+  }
+#endif
+  return dump;
+}
+
+uint32_t features_of(const CpuidDump& dump) {
+  uint32_t features = 0;
+  if ((dump.xcr0 & kXcr0Avx) == kXcr0Avx) {
+    if (bit(dump.leaf7_ebx, 5)) features |= kAvx2;
+    if (bit(dump.leaf1_ecx, 12)) features |= kFma;
+  }
+  if ((dump.xcr0 & kXcr0Avx512) == kXcr0Avx512) {
+    if (bit(dump.leaf7_ebx, 16)) features |= kAvx512F;
+    if (bit(dump.leaf7_ebx, 30)) features |= kAvx512Bw;
+    if (bit(dump.leaf7_ebx, 31)) features |= kAvx512Vl;
+    if (bit(dump.leaf7_ecx, 11)) features |= kAvx512Vnni;
+  }
+  return features;
+}
+
+std::vector<std::string> feature_names(uint32_t features) {
+  std::vector<std::string> names;
+  for (const FeatureName& entry : kNames) {
+    if (features & entry.feature) names.emplace_back(entry.name);
+  }
+  return names;
+}
+
+}  // namespace k2

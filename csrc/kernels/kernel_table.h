@@ -1,0 +1,54 @@
+// What one instruction set offers, as plain pointers. A file compiled for an instruction set exports one table and
+// nothing else; everything above calls through the table and is compiled for the baseline.
+//
+// Plain data only: this header is included by files that are compiled for one instruction set.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace k2 {
+
+constexpr int kMaxTokens = 64;  // no table takes more tokens in one call: one bit each in gate_up's result
+
+// silu(gate . x) * (up . x) for `pairs` consecutive pairs of w13 row blocks of one expert.
+struct GateUpTask {
+  const uint8_t* weights;       // first row block of the first pair, 64-byte aligned
+  int groups;                   // H / 32
+  int pairs;                    // each gives 32 intermediate channels
+  int tokens;                   // 1..max_tokens
+  const uint8_t* const* input;  // [tokens] packed activations of H inputs
+  uint8_t* const* output;       // [tokens] packed group of the first pair; the following groups lie behind it
+};
+
+// output += factor * (down . x) for `blocks` consecutive row blocks of one expert.
+struct DownTask {
+  const uint8_t* weights;       // first row block, 64-byte aligned
+  int groups;                   // I / 32, or a slice of it
+  int blocks;                   // row blocks of 32 outputs
+  int tokens;                   // 1..max_tokens
+  ptrdiff_t stride_bytes;       // from one row block to the next
+  const uint8_t* const* input;  // [tokens] packed activations of the groups
+  const float* factor;          // [tokens] routing weights
+  float* const* output;         // [tokens] first of blocks * 32 floats
+};
+
+struct KernelTable {
+  const char* name;      // instruction set, as HYBRID_K2_ISA names it
+  const char* numerics;  // "A16"
+  int layout_id;         // layout of the weights it reads
+  int max_tokens;        // most tokens in one call: their activations should stay in the L2 cache
+  int group_bytes;       // one token's group of 32 packed activations
+
+  // Packs `groups` groups of activations. False if a value has no packed form (NaN, infinity, out of range).
+  bool (*pack_fp32)(const float* x, int groups, uint8_t* packed);
+  bool (*pack_bf16)(const uint16_t* x, int groups, uint8_t* packed);
+
+  // Returns the tokens (bit t) for which an intermediate value has no packed form.
+  uint64_t (*gate_up)(const GateUpTask& task);
+  void (*down)(const DownTask& task);
+
+  // Reads memory as fast as the instruction set can; bytes is a multiple of 256. The result only keeps the reads alive.
+  uint64_t (*read)(const uint8_t* memory, size_t bytes);
+};
+
+}  // namespace k2

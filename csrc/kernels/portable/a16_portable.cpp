@@ -1,0 +1,26 @@
+// A16 in plain C++ for every CPU: the definition, not a fast path (about 1 GOPS per core).
+#include "kernels/kernel_file.h"
+
+namespace k2::portable {
+namespace {
+
+#include "kernels/portable/lanes-inl.h"
+#include "kernels/portable/tile-inl.h"
+#include "kernels/a16-inl.h"
+
+uint64_t read(const uint8_t* memory, size_t bytes) {
+  uint64_t sums[4] = {};
+  for (size_t i = 0; i < bytes; i += 32) {
+    uint64_t words[4];
+    __builtin_memcpy(words, memory + i, sizeof(words));
+    for (int w = 0; w < 4; ++w) sums[w] ^= words[w];
+  }
+  return sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
+}
+
+}  // namespace
+
+extern const KernelTable table;
+const KernelTable table = {"portable", "A16", kLayoutL32, 36, sizeof(A16Group), pack_fp32, pack_bf16, gate_up, down, read};
+
+}  // namespace k2::portable

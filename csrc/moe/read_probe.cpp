@@ -1,0 +1,65 @@
+#include "moe/read_probe.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "core/huge_buffer.h"
+
+namespace k2 {
+namespace {
+
+constexpr size_t kProbeBytes = size_t(512) << 20;
+constexpr size_t kUnitBytes = size_t(2) << 20;
+
+// Each worker takes its contiguous share: the first pass writes it, the others read it.
+class Pass final : public Job {
+ public:
+  Pass(ThreadPool& pool, const KernelTable& table, const HugeBuffer& buffer, bool touch)
+      : Job(pool), table_(table), buffer_(buffer), touch_(touch) {}
+
+  uint64_t result() const { return result_.load(); }
+
+ private:
+  void run(Team& team, int worker) override {
+    const size_t units = buffer_.bytes() / kUnitBytes;
+    const size_t first = units * worker / team.workers() * kUnitBytes;
+    const size_t last = units * (worker + 1) / team.workers() * kUnitBytes;
+    if (touch_) {
+      std::memset(buffer_.data() + first, 1, last - first);
+    } else if (first < last) {
+      result_.fetch_xor(table_.read(buffer_.data() + first, last - first));
+    }
+  }
+
+  const KernelTable& table_;
+  const HugeBuffer& buffer_;
+  const bool touch_;
+  std::atomic<uint64_t> result_{0};
+};
+
+double time_pass(ThreadPool& pool, Pass& pass) {
+  const Clock::time_point start = Clock::now();
+  pool.submit(pass);
+  pool.wait(pass);
+  pass.rethrow();
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+}  // namespace
+
+double measure_read_gbps(ThreadPool& pool, const KernelTable& table, double seconds) {
+  const HugeBuffer buffer(kProbeBytes);
+  Pass touch(pool, table, buffer, true);
+  time_pass(pool, touch);
+  double best = 1e9;
+  for (double spent = 0; spent < seconds || best == 1e9;) {
+    Pass read(pool, table, buffer, false);
+    const double pass_seconds = time_pass(pool, read);
+    best = std::min(best, pass_seconds);
+    spent += pass_seconds;
+  }
+  return double(kProbeBytes) / best / 1e9;
+}
+
+}  // namespace k2

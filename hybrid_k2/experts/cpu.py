@@ -1,0 +1,139 @@
+"""The experts on the native kernels; the only module that imports `hybrid_k2._native`.
+
+Weights are brought into layout L32 while they are loaded, into one allocation per layer. See docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_k2.checkpoint import ExpertWeights, PackedWeight
+from hybrid_k2.errors import EngineError
+from hybrid_k2.experts.base import ExpertsBackend, ExpertsRuntime, ExpertsShape, check_slot
+from hybrid_k2.experts.isa import IsaFact
+
+_native: Any
+try:
+    from hybrid_k2 import _native
+except ImportError as error:
+    _native = None
+    NATIVE_ERROR: str | None = str(error)
+else:
+    NATIVE_ERROR = None
+
+
+def native_isas() -> list[IsaFact]:
+    """List the instruction sets of the extension, best first; empty where it cannot be imported."""
+    if _native is None:
+        return []
+    return [
+        IsaFact(name, built, supported=not missing, missing=tuple(missing))
+        for name, built, missing in _native.instruction_sets()
+    ]
+
+
+def _array(tensor: Tensor) -> Any:
+    """Return the tensor as a contiguous numpy array; bf16 becomes its bits as uint16."""
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+class NativeExperts(ExpertsBackend):
+    """Compute a layer on the runtime's threads; the calling thread sleeps or does something else meanwhile."""
+
+    def __init__(self, shape: ExpertsShape, runtime: Any) -> None:
+        super().__init__(shape)
+        self._layer = _native.Layer(
+            runtime,
+            shape.hidden_size,
+            shape.moe_intermediate_size,
+            shape.n_routed_experts,
+            shape.num_experts_per_tok,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """See ExpertsBackend."""
+        return int(self._layer.nbytes)
+
+    def load_expert(self, expert: int, weights: ExpertWeights) -> None:
+        """See ExpertsBackend.
+
+        Raises: CheckpointError for a scale that is not finite or too large to compute with.
+        """
+        self.shape.check_expert(expert, weights)
+        arrays = []
+        for name in ("gate", "up", "down"):
+            weight = getattr(weights, name)
+            if not isinstance(weight, PackedWeight):
+                raise ValueError(f"expert {expert}, {name}: expected INT4 weights, got plain {weight.dtype}")
+            arrays += [_array(weight.packed), _array(weight.scale)]
+        self._layer.load_expert(expert, *arrays)
+
+    def read_expert(self, expert: int) -> ExpertWeights:
+        """Return one expert's weights in the checkpoint's form, bit for bit as they were loaded.
+
+        Raises: ValueError if it was not loaded.
+        """
+        gate, gate_scale, up, up_scale, down, down_scale = map(torch.from_numpy, self._layer.read_expert(expert))
+        return ExpertWeights(
+            PackedWeight(gate, gate_scale.view(torch.bfloat16)),
+            PackedWeight(up, up_scale.view(torch.bfloat16)),
+            PackedWeight(down, down_scale.view(torch.bfloat16)),
+        )
+
+    def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """See ExpertsBackend."""
+        self.shape.check_call(hidden, ids, weights)
+        output = torch.empty(hidden.shape, dtype=torch.float32)
+        self._layer.forward(_array(hidden), _array(ids), _array(weights), output.numpy())
+        return output
+
+    def submit(self, slot: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+        """See ExpertsBackend."""
+        check_slot(slot)
+        self.shape.check_call(hidden, ids, weights)
+        self._layer.submit(slot, _array(hidden), _array(ids), _array(weights))
+
+    def wait(self, slot: int, timeout_s: float | None = None) -> Tensor:
+        """See ExpertsBackend; an interrupt (Ctrl-C) ends the computation and frees the slot."""
+        check_slot(slot)
+        if timeout_s is not None and not timeout_s >= 0:
+            raise ValueError(f"timeout_s: expected at least 0, got {timeout_s}")
+        output = torch.empty(self._layer.slot_tokens(slot), self.shape.hidden_size)
+        if not self._layer.wait(slot, output.numpy(), -1.0 if timeout_s is None else timeout_s):
+            raise EngineError(f"experts, slot {slot}: expected a result within {timeout_s} s, got none")
+        return output
+
+    def close(self) -> None:
+        """See ExpertsBackend."""
+        self._layer.close()
+
+
+class NativeRuntime(ExpertsRuntime):
+    """Own the native threads and the chosen kernels."""
+
+    def __init__(self, isa: str, threads: int) -> None:
+        self._runtime = _native.Runtime(isa, threads)
+        self.name = f"native {isa}, exact ({self._runtime.numerics})"
+
+    def make_layer(
+        self, hidden_size: int, moe_intermediate_size: int, n_routed_experts: int, num_experts_per_tok: int
+    ) -> ExpertsBackend:
+        """See ExpertsRuntime.
+
+        Raises: ValueError for a size that is not a multiple of 32; MemoryError.
+        """
+        shape = ExpertsShape(hidden_size, moe_intermediate_size, n_routed_experts, num_experts_per_tok)
+        return NativeExperts(shape, self._runtime)
+
+    def measure_read_gbps(self, seconds: float = 0.1) -> float:
+        """See ExpertsRuntime."""
+        return float(self._runtime.measure_read_gbps(seconds))
+
+    def close(self) -> None:
+        """See ExpertsRuntime."""
+        self._runtime.close()

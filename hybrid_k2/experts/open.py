@@ -1,0 +1,50 @@
+"""Choose the backend of the routed experts."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+from hybrid_k2.errors import IsaError
+from hybrid_k2.experts.base import ExpertsRuntime
+from hybrid_k2.experts.isa import ENVIRONMENT, choose_isa, forced_isa
+
+log = logging.getLogger("hybrid_k2")
+
+_warned = False
+
+
+def open_experts(numerics: Literal["exact", "reference"], threads: int, *, packed: bool = True) -> ExpertsRuntime:
+    """Return the runtime for these numerics: native kernels, numba where they are missing, or plain torch.
+
+    Plain (not INT4) weights are always computed by the reference backend.
+    Effects: starts `threads` threads; warns once if the native kernels are missing.
+    Raises: ValueError for unknown numerics; IsaError if the environment forces an instruction set that cannot be used.
+    """
+    if numerics not in ("exact", "reference"):
+        raise ValueError(f"numerics: expected exact or reference, got {numerics!r}")
+    if numerics == "reference" or not packed:
+        from hybrid_k2.experts.reference import ReferenceRuntime
+
+        return ReferenceRuntime()
+
+    from hybrid_k2.experts.cpu import NATIVE_ERROR, NativeRuntime, native_isas
+
+    if facts := native_isas():
+        return NativeRuntime(choose_isa(facts, forced_isa()), threads)
+    if forced := forced_isa():
+        raise IsaError(
+            f"{ENVIRONMENT}={forced}: expected the native kernels, got none: {NATIVE_ERROR}",
+            hint="install g++ 11 or newer and reinstall hybrid-k2",
+        )
+    from hybrid_k2.experts.numba_backend import NumbaRuntime
+
+    _warn_once(NATIVE_ERROR)
+    return NumbaRuntime(threads)
+
+
+def _warn_once(reason: str | None) -> None:
+    global _warned  # noqa: PLW0603 - the warning is for the process, however many engines it opens
+    if not _warned:
+        log.warning("native expert kernels are missing (%s); numba computes the experts, several times slower", reason)
+        _warned = True
