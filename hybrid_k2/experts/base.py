@@ -142,6 +142,11 @@ class ExpertsRuntime(ABC):
         """Stop the threads; layers of this runtime cannot be used any more."""
 
 
+def distinct_experts(ids: Tensor) -> list[int]:
+    """Return the experts that `ids` names, ascending."""
+    return sorted(set(ids.flatten().tolist()))
+
+
 def check_slot(slot: int) -> None:
     """Raise ValueError unless `slot` is one of the two slots."""
     if slot not in range(SLOTS):

@@ -15,14 +15,16 @@ from hybrid_k2.errors import EngineError
 from hybrid_k2.experts.base import ExpertsBackend, ExpertsRuntime, ExpertsShape, check_slot
 from hybrid_k2.experts.isa import IsaFact
 
-_native: Any
-try:
-    from hybrid_k2 import _native
-except ImportError as error:
-    _native = None
-    NATIVE_ERROR: str | None = str(error)
-else:
-    NATIVE_ERROR = None
+
+def _import_native() -> tuple[Any, str | None]:
+    try:
+        from hybrid_k2 import _native
+    except ImportError as error:
+        return None, str(error)
+    return _native, None
+
+
+_native, NATIVE_ERROR = _import_native()
 
 
 def native_isas() -> list[IsaFact]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hybrid_k2.checkpoint import ExpertWeights, PackedWeight
 from hybrid_k2.errors import EngineError
-from hybrid_k2.experts.base import ExpertsBackend, ExpertsRuntime, ExpertsShape, QueuedBackend
+from hybrid_k2.experts.base import ExpertsBackend, ExpertsRuntime, ExpertsShape, QueuedBackend, distinct_experts
 from hybrid_k2.experts.reference import measure_torch_read_gbps
 
 # Sums may be split over lanes and products fused; NaN and infinity keep their meaning.
@@ -87,7 +87,7 @@ class NumbaExperts(QueuedBackend):
     def _compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         x = hidden.to(torch.float32)  # [T, H]
         out = torch.zeros_like(x)  # [T, H]
-        for expert in ids.unique().tolist():
+        for expert in distinct_experts(ids):
             if expert not in self._experts:
                 raise EngineError(f"expert {expert}: expected it to be loaded, got a request for it before")
             gate, up, down = self._experts[expert]
@@ -106,7 +106,7 @@ class NumbaRuntime(ExpertsRuntime):
     """Make layers of the numba backend; one thread of its own calls numba, whose threads do the work."""
 
     def __init__(self, threads: int) -> None:
-        workers = min(threads, numba.config.NUMBA_NUM_THREADS)
+        workers = min(threads, numba.get_num_threads())
         self._queue = ThreadPoolExecutor(
             1, thread_name_prefix="experts-numba", initializer=numba.set_num_threads, initargs=(workers,)
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
 
 from hybrid_k2.errors import IsaError
 from hybrid_k2.experts.base import ExpertsRuntime
@@ -14,9 +13,10 @@ log = logging.getLogger("hybrid_k2")
 _warned = False
 
 
-def open_experts(numerics: Literal["exact", "reference"], threads: int, *, packed: bool = True) -> ExpertsRuntime:
+def open_experts(numerics: str, threads: int, *, packed: bool = True) -> ExpertsRuntime:
     """Return the runtime for these numerics: native kernels, numba where they are missing, or plain torch.
 
+    `numerics` is exact or reference.
     Plain (not INT4) weights are always computed by the reference backend.
     Effects: starts `threads` threads; warns once if the native kernels are missing.
     Raises: ValueError for unknown numerics; IsaError if the environment forces an instruction set that cannot be used.

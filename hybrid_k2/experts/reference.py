@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 
 from hybrid_k2.checkpoint import ExpertWeights, PackedWeight
 from hybrid_k2.errors import EngineError
-from hybrid_k2.experts.base import ExpertsBackend, ExpertsRuntime, ExpertsShape, QueuedBackend
+from hybrid_k2.experts.base import ExpertsBackend, ExpertsRuntime, ExpertsShape, QueuedBackend, distinct_experts
 
 READ_BUFFER_BYTES = 256 << 20
 
@@ -55,7 +55,7 @@ class ReferenceExperts(QueuedBackend):
     def _compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         x = hidden.to(self._dtype)  # [T, H]
         out = torch.zeros_like(x)  # [T, H]
-        for expert in ids.unique().tolist():
+        for expert in distinct_experts(ids):
             if expert not in self._experts:
                 raise EngineError(f"expert {expert}: expected it to be loaded, got a request for it before")
             for k in range(ids.shape[1]):
