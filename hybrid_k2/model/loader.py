@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, expected_tensors, experts_packed, read_expert
-from hybrid_k2.checkpoint.tensors import expert_prefix
+from hybrid_k2.checkpoint import (
+    Checkpoint,
+    ExpertWeights,
+    PackedWeight,
+    check_checkpoint,
+    expected_tensors,
+    expert_prefix,
+    experts_packed,
+    read_expert,
+)
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import MemoryBudgetError
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
 MAX_READERS = 8  # threads that read and repack experts
+INT4 = "int4"  # the plan's name for experts that stay as they are stored
 LINEAR_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape")
 
 
@@ -44,7 +53,7 @@ def load_text_model(
     check_checkpoint(checkpoint, config)
     torch.set_num_threads(plan.threads)
     with ExitStack() as undo:
-        runtime = open_experts(plan.numerics, plan.threads, packed=experts_packed(checkpoint, config))
+        runtime = open_experts(_numerics(plan), plan.threads, packed=experts_packed(checkpoint, config))
         undo.callback(runtime.close)
         model = _Builder(checkpoint, config, plan, progress or _ignore, runtime, undo).model()
         undo.pop_all()
@@ -126,13 +135,25 @@ class _Builder:
 
     def experts(self, layer: int) -> ExpertsBackend:
         config = self.config
-        backend = self.runtime.make_layer(
-            config.hidden_size, config.moe_intermediate_size, config.n_routed_experts, config.num_experts_per_tok
+        sizes = (
+            config.hidden_size,
+            config.moe_intermediate_size,
+            config.n_routed_experts,
+            config.num_experts_per_tok,
         )
+        try:
+            backend = self.runtime.make_layer(*sizes)
+        except MemoryError as error:
+            raise MemoryBudgetError(
+                f"routed experts of layer {layer}: expected room in host memory, got none left",
+                hint="the plan counts on memory that another program or a limit has taken since",
+            ) from error
         self.undo.callback(backend.close)
+        dtype = self.plan.where("routed_experts", layer).dtype
 
         def load(expert: int) -> int:
-            backend.load_expert(expert, read_expert(self.checkpoint, config, layer, expert))
+            weights = read_expert(self.checkpoint, config, layer, expert)
+            backend.load_expert(expert, weights if dtype == INT4 else _plain_as(weights, torch_dtype(dtype)))
             prefix = expert_prefix(config, layer, expert)
             return sum(self.stored_bytes(f"{prefix}.{part}_proj") for part in ("gate", "up", "down"))
 
@@ -173,6 +194,18 @@ class _Builder:
     def count(self, nbytes: int) -> None:
         self.done += nbytes
         self.progress(self.done, self.total)
+
+
+def _plain_as(weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
+    gate, up, down = (
+        weight.dequantize(dtype) if isinstance(weight, PackedWeight) else weight.to(dtype)
+        for weight in (weights.gate, weights.up, weights.down)
+    )
+    return ExpertWeights(gate, up, down)
+
+
+def _numerics(plan: Plan) -> Literal["exact", "reference"]:
+    return "reference" if plan.numerics == "reference" else "exact"
 
 
 def _ignore(done: int, total: int) -> None:

@@ -57,7 +57,7 @@ def rotate(x: Tensor, positions: Tensor, config: ModelConfig) -> Tensor:
     frequencies = torch.tensor(inverse_frequencies(config), dtype=torch.float64)  # [rope/2]
     angles = positions.double()[:, None] * frequencies  # [T, rope/2]
     turns = torch.polar(torch.full_like(angles, rope_multiplier(config)), angles)  # [T, rope/2] complex
-    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())  # [T, (heads,) rope/2] complex
+    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).clone())  # [T, (heads,) rope/2] complex
     turns = turns.reshape(len(turns), *[1] * (pairs.dim() - 2), -1)  # [T, (1,) rope/2] complex
     return torch.view_as_real(pairs * turns).flatten(-2)  # [T, (heads,) rope]
 

@@ -1,0 +1,69 @@
+"""Load text models for tests, and run token ids through them in chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hybrid_k2.checkpoint import Checkpoint, experts_packed
+from hybrid_k2.config import ModelConfig
+from hybrid_k2.model.batch import Batch, Chunk
+from hybrid_k2.model.latent_cache import LatentCache
+from hybrid_k2.model.loader import load_text_model
+from hybrid_k2.model.text import TextModel
+from hybrid_k2.placement import Machine, Plan, Rules, make_plan, shipped_rules
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Hold a model and what it was loaded from."""
+
+    model: TextModel
+    config: ModelConfig
+    plan: Plan
+
+    def cache(self) -> LatentCache:
+        """Make an empty cache."""
+        return LatentCache(self.plan.kv_cache, self.config)
+
+    def logits(self, token_ids: Sequence[int], chunks: Sequence[int] = (), cache: LatentCache | None = None) -> Tensor:
+        """Return the logits after every token, computed in chunks of these sizes; the rest is one chunk.
+
+        Shapes: -> [T, vocab].
+        """
+        cache = cache or self.cache()
+        pages = cache.pool.allocate(cache.pages_for(len(token_ids)))
+        parts, done = [], 0
+        for size in [*chunks, len(token_ids)]:
+            ids = token_ids[done : done + size]
+            if ids:
+                parts.append(self.model.forward(Batch.build([Chunk(ids, done, pages)], all_logits=True), cache))
+                done += len(ids)
+        cache.pool.free(pages)
+        return torch.cat(parts)
+
+
+def make_test_plan(checkpoint: Checkpoint, config: ModelConfig, rules: str | Rules) -> Plan:
+    """Plan for this machine, with one thread: the models of tests are too small for more."""
+    rules = shipped_rules(rules) if isinstance(rules, str) else rules
+    plan = make_plan(rules, config, Machine.probe(), experts_packed=experts_packed(checkpoint, config))
+    return dataclasses.replace(plan, threads=1)
+
+
+@contextmanager
+def loaded(folder: Path, rules: str | Rules = "reference") -> Iterator[Loaded]:
+    """Load a checkpoint by rules, and close the model at the end."""
+    config = ModelConfig.load(folder)
+    with Checkpoint.open(folder) as checkpoint:
+        plan = make_test_plan(checkpoint, config, rules)
+        model = load_text_model(checkpoint, config, plan)
+    try:
+        yield Loaded(model, config, plan)
+    finally:
+        model.close()

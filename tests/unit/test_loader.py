@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybrid_k2.checkpoint import Checkpoint, expected_tensors
+from hybrid_k2.config import ModelConfig
+from hybrid_k2.errors import CheckpointError
+from hybrid_k2.experts.open import open_experts
+from hybrid_k2.model import loader
+from hybrid_k2.model.layers import SwiGlu
+from hybrid_k2.model.loader import load_text_model
+from hybrid_k2.model.moe import Moe
+from hybrid_k2.placement import parse_rules
+from tests.generators import read_tensors, write_checkpoint, write_tensors
+from tests.models import loaded, make_test_plan
+
+MIXED_RULES = """
+version: 1
+devices: {host: {memory: auto, threads: 1}}
+place:
+  - {what: embedding, on: host, dtype: bf16}
+  - {what: attention, layers: 0..1, on: host, dtype: fp32}
+  - {what: attention, layers: 2, on: host, dtype: bf16}
+  - {what: router, on: host, dtype: bf16}
+  - {what: dense_mlp, on: host, dtype: fp32}
+  - {what: shared_experts, layers: 1, on: host, dtype: bf16}
+  - {what: shared_experts, layers: 2, on: host, dtype: fp32}
+  - {what: routed_experts, on: host}
+  - {what: lm_head, on: host, dtype: fp32}
+kv_cache: {on: host, dtype: bf16, tokens: 4096}
+numerics: reference
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"), seed=1, shards=3)
+
+
+def dtypes_of(model_part: object) -> set[torch.dtype]:
+    tensors = [value for value in vars(model_part).values() if isinstance(value, torch.Tensor)]
+    return {tensor.dtype for tensor in tensors}
+
+
+def test_each_group_gets_the_dtype_of_the_plan(folder: Path) -> None:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    with loaded(folder, parse_rules(MIXED_RULES, "mixed.yaml")) as mixed:
+        model = mixed.model
+        first, second, third = model.layers
+        assert (model._embedding.dtype, model._lm_head.dtype, model._final_norm.weight.dtype) == (bf16, fp32, fp32)
+        for layer, dtype in ((first, fp32), (second, fp32), (third, bf16)):
+            norms = (layer.input_norm, layer.attention.q_a_norm, layer.attention.kv_a_norm)
+            assert dtypes_of(layer.attention) == {dtype}
+            assert {norm.weight.dtype for norm in norms} == {dtype}
+        assert isinstance(first.mlp, SwiGlu)
+        assert dtypes_of(first.mlp) == {first.post_norm.weight.dtype} == {fp32}
+        for layer, dtype in ((second, bf16), (third, fp32)):
+            assert isinstance(layer.mlp, Moe)
+            assert dtypes_of(layer.mlp.shared) == {dtype}
+            assert layer.mlp.router.weight.dtype == layer.post_norm.weight.dtype == bf16
+            assert layer.mlp.router.bias.dtype == fp32
+        assert mixed.cache().layers[0].dtype == bf16
+        logits = mixed.logits(list(range(40)), [25])
+    with loaded(folder) as reference:
+        expected = reference.logits(list(range(40)))
+    error = (logits - expected).norm(dim=1) / expected.norm(dim=1)
+    assert 0 < error.median() < 0.04  # a few roundings to bf16
+
+
+def test_loads_the_values_of_the_checkpoint(folder: Path) -> None:
+    tensors = read_tensors(folder)
+    prefix = "language_model.model.layers"
+    with loaded(folder) as reference:
+        layer = reference.model.layers[2]
+        assert isinstance(layer.mlp, Moe)
+        pairs = {
+            f"{prefix}.2.self_attn.kv_a_proj_with_mqa.weight": layer.attention.kv_a,
+            f"{prefix}.2.post_attention_layernorm.weight": layer.post_norm.weight,
+            f"{prefix}.2.mlp.shared_experts.up_proj.weight": layer.mlp.shared.up,
+            f"{prefix}.2.mlp.gate.e_score_correction_bias": layer.mlp.router.bias,
+            "language_model.lm_head.weight": reference.model._lm_head,
+        }
+        for name, tensor in pairs.items():
+            assert torch.equal(tensor, tensors[name].float()), name
+
+
+def test_progress_counts_the_bytes_that_are_read(folder: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    config = ModelConfig.load(folder)
+    with Checkpoint.open(folder) as checkpoint:
+        needed = sum(checkpoint.info(spec.name).nbytes for spec in expected_tensors(config, checkpoint.has))
+        plan = make_test_plan(checkpoint, config, "host")
+        load_text_model(checkpoint, config, plan, lambda done, total: calls.append((done, total))).close()
+    done = [done for done, _ in calls]
+    assert {total for _, total in calls} == {needed}
+    assert needed < checkpoint.total_bytes  # the vision tower is not read
+    assert all(b > a for a, b in pairwise(done))
+    assert done[-1] == needed
+    assert max(b - a for a, b in pairwise([0, *done])) < needed / 5
+
+
+@pytest.mark.parametrize("rules", ["reference", "host"])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("after", [0.0, 0.5, 1.0])
+def test_releases_everything_when_stopped(
+    folder: Path, rules: str, stop: type[BaseException], after: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def progress(done: int, total: int) -> None:
+        if done >= after * total:
+            raise stop
+
+    runtimes: list[weakref.ref[object]] = []
+
+    def open_and_watch(*args, **kwargs):  # type: ignore[no-untyped-def]
+        runtime = open_experts(*args, **kwargs)
+        runtimes.append(weakref.ref(runtime))
+        return runtime
+
+    monkeypatch.setattr(loader, "open_experts", open_and_watch)
+    threads = set(threading.enumerate())
+    config = ModelConfig.load(folder)
+    with Checkpoint.open(folder) as checkpoint:
+        plan = make_test_plan(checkpoint, config, rules)
+        with pytest.raises(stop):
+            load_text_model(checkpoint, config, plan, progress)
+    gc.collect()
+    assert [runtime() for runtime in runtimes] == [None]
+    assert set(threading.enumerate()) <= threads
+    with loaded(folder, rules) as model:  # and the next attempt works
+        assert model.logits([1, 2, 3]).isfinite().all()
+
+
+def test_checks_before_it_reads(folder: Path, tmp_path: Path) -> None:
+    tensors = read_tensors(folder)
+    last = "language_model.model.layers.2.mlp.experts.15.down_proj.weight_scale"
+    tensors[last] = tensors[last].float()
+    write_tensors(tmp_path, tensors)
+    config = ModelConfig.load(folder)
+    calls: list[int] = []
+    with Checkpoint.open(tmp_path) as checkpoint:
+        plan = make_test_plan(checkpoint, config, "host")
+        with pytest.raises(
+            CheckpointError, match=r"experts\.15\.down_proj\.weight_scale.*BF16.*F32.*model\.safetensors"
+        ):
+            load_text_model(checkpoint, config, plan, lambda done, _: calls.append(done))
+    assert calls == []
+
+
+@pytest.mark.parametrize("tensor", ["lm_head.weight", "model.layers.1.mlp.experts.7.up_proj.weight_packed"])
+def test_a_file_that_shrinks_while_loading_is_named(tensor: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, seed=2, model_type="kimi_k2")
+    config = ModelConfig.load(folder)
+    with Checkpoint.open(folder) as checkpoint:
+        plan = make_test_plan(checkpoint, config, "reference")
+        info = checkpoint.info(tensor)
+        with open(info.file, "r+b") as file:
+            file.truncate(info.offset + 1)
+        with pytest.raises(CheckpointError, match=r"expected \d+ bytes, got \d+.*model\.safetensors"):
+            load_text_model(checkpoint, config, plan)
+
+
+PEAK_SCRIPT = """
+import re, sys
+from pathlib import Path
+from hybrid_k2.checkpoint import Checkpoint
+from hybrid_k2.config import ModelConfig
+from hybrid_k2.model.loader import load_text_model
+from tests.models import make_test_plan
+
+def memory(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+folder, rules = Path(sys.argv[1]), sys.argv[2]
+config = ModelConfig.load(folder)
+with Checkpoint.open(folder) as checkpoint:
+    plan = make_test_plan(checkpoint, config, rules)
+    largest = max(info.nbytes for info in checkpoint.infos.values())
+    weights = plan.bytes_on("host") - plan.kv_cache.nbytes
+    before = memory("VmRSS")
+    model = load_text_model(checkpoint, config, plan)
+print(memory("VmHWM") - before, weights, largest)
+"""
+
+
+@pytest.fixture(scope="module")
+def larger_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("larger")
+    return write_checkpoint(folder, vocab_size=8192, hidden_size=2048, n_routed_experts=4, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize(("rules", "spare"), [("host", 0), ("reference", 1)])
+def test_memory_peaks_at_the_plan_and_one_tensor(rules: str, spare: int, larger_folder: Path) -> None:
+    """Where dtypes are kept no tensor is copied; else the one that is being converted exists twice."""
+    command = [sys.executable, "-c", PEAK_SCRIPT, str(larger_folder), rules]
+    repo = Path(__file__).parents[2]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=repo)
+    assert result.returncode == 0, result.stderr
+    peak, weights, largest = map(int, result.stdout.split())
+    slack = 16 << 20  # code and threads that loading brings in
+    assert weights > 4 * slack
+    assert 0.9 * weights < peak < weights + spare * largest + slack

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from hybrid_k2.checkpoint import ExpertWeights
+from hybrid_k2.config import ModelConfig
+from hybrid_k2.experts.reference import ReferenceRuntime
+from hybrid_k2.model.layers import SwiGlu
+from hybrid_k2.model.moe import Moe
+from hybrid_k2.model.router import Router
+from tests.generators import config_dict
+from tests.reference import moe as oracle
+
+SIZES = [
+    {},
+    {"hidden_size": 160, "moe_intermediate_size": 96, "n_routed_experts": 24, "num_experts_per_tok": 6},
+    {"n_shared_experts": 3, "n_routed_experts": 3, "num_experts_per_tok": 3, "norm_topk_prob": False},
+    {"n_routed_experts": 2, "num_experts_per_tok": 1, "routed_scaling_factor": 1.0},
+]
+
+
+@pytest.fixture
+def runtime() -> Iterator[ReferenceRuntime]:
+    runtime = ReferenceRuntime()
+    yield runtime
+    runtime.close()
+
+
+def make_moe(config: ModelConfig, runtime: ReferenceRuntime) -> tuple[Moe, dict[str, torch.Tensor]]:
+    source = torch.Generator().manual_seed(config.n_routed_experts)
+    hidden, inner, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+    weights = {
+        "gate": torch.randn(experts, hidden, generator=source) / hidden**0.5,
+        "gate.e_score_correction_bias": 0.1 * torch.randn(experts, generator=source),
+    }
+    names = {"shared_experts": inner * config.n_shared_experts} | {f"experts.{e}": inner for e in range(experts)}
+    for name, width in names.items():
+        for part, shape in (("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))):
+            weights[f"{name}.{part}_proj"] = torch.randn(shape, generator=source) / shape[1] ** 0.5
+    backend = runtime.make_layer(hidden, inner, experts, config.num_experts_per_tok)
+    for e in range(experts):
+        backend.load_expert(e, ExpertWeights(*(weights[f"experts.{e}.{part}_proj"] for part in ("gate", "up", "down"))))
+    router = Router(
+        weights["gate"],
+        weights["gate.e_score_correction_bias"],
+        config.num_experts_per_tok,
+        config.norm_topk_prob,
+        config.routed_scaling_factor,
+    )
+    shared = SwiGlu(*(weights[f"shared_experts.{part}_proj"] for part in ("gate", "up", "down")))
+    return Moe(router, backend, shared), weights
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_equals_the_oracle(sizes: dict[str, int], tokens: int, runtime: ReferenceRuntime) -> None:
+    config = ModelConfig.from_dict(config_dict(packed=False, **sizes), "test")
+    moe, weights = make_moe(config, runtime)
+    x = torch.randn(tokens, config.hidden_size, generator=torch.Generator().manual_seed(tokens))
+    got = moe(x)
+    assert got.dtype == torch.float32
+    # Outputs of a few units, sums of some hundred products: about 10 times the error that is seen.
+    torch.testing.assert_close(got.double(), oracle.mixture(x, weights, config), rtol=0, atol=3e-5)
+
+
+def test_adds_in_the_dtype_of_the_residual(runtime: ReferenceRuntime) -> None:
+    config = ModelConfig.from_dict(config_dict(packed=False), "test")
+    moe, _ = make_moe(config, runtime)
+    x = torch.randn(7, config.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    routing = moe.router(x)
+    routed = moe.experts.forward(x, routing.ids, routing.weights)
+    got = moe(x)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, routed.bfloat16() + moe.shared(x).bfloat16())
+
+
+def test_an_error_beside_the_experts_leaves_no_slot_in_flight(runtime: ReferenceRuntime) -> None:
+    config = ModelConfig.from_dict(config_dict(packed=False), "test")
+    moe, _ = make_moe(config, runtime)
+    x = torch.randn(3, config.hidden_size)
+    # A shared expert that lies elsewhere runs beside the routed ones; this one cannot multiply.
+    broken = SwiGlu(*(torch.empty(5, 7, device="meta") for _ in range(3)))
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="reduction dim"):
+            Moe(moe.router, moe.experts, broken)(x)
+    routing = moe.router(x)
+    moe.experts.submit(0, x, routing.ids, routing.weights)
+    assert torch.equal(moe.experts.wait(0), moe.experts.forward(x, routing.ids, routing.weights))
