@@ -1,0 +1,1 @@
+"""Make the demo model: dialogues, vocabulary, training, export and scores."""

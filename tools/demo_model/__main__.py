@@ -1,0 +1,47 @@
+"""Make the demo checkpoint from nothing: vocabulary, training, export, scores, model card."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+
+import torch
+
+from .card import write_card
+from .export import export
+from .score import score, show
+from .train import train
+
+
+def machine() -> str:
+    """Name the kind of machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    return f"{names[0] if names else platform.processor()}, {len(names)} CPUs"
+
+
+def main() -> None:
+    """Train (or go on training) in OUT and write OUT/checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, help="folder of the run; a run that was stopped goes on")
+    parser.add_argument("--minutes", type=float, default=95, help="time to train")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2, help="training processes on the CPU, one thread each")
+    parser.add_argument("--count", type=int, default=50, help="prompts for each skill and mode in the score")
+    args = parser.parse_args()
+    counters = train(args.out, args.minutes, args.seed, args.workers)
+    folder = args.out / "checkpoint"
+    export(args.out / "state.pt", args.out / "tiktoken.model", folder)
+    scores = score(folder, seed=2026, count=args.count)
+    write_card(folder, scores, counters, args.seed, machine())
+    show(scores)
+
+
+if __name__ == "__main__":
+    main()
