@@ -57,6 +57,14 @@ def safe_encoding() -> None:
             stream.reconfigure(errors="replace")
 
 
+class Nowhere(io.StringIO):
+    """A file that forgets what is written to it."""
+
+    def write(self, text: str, /) -> int:
+        """Forget the text."""
+        return len(text)
+
+
 class Output:
     """One of stdout and stderr; `styled` says whether escape sequences may be written to it."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_k2.cli.chat.line_input import MORE, assemble, history_path
+from hybrid_k2.cli.chat.line_input import BLOCK, MORE, Typed, assemble, history_path
 
 
 def typing(lines: list[str], prompts: list[str]) -> Callable[[str], str]:
@@ -40,7 +40,7 @@ def typing(lines: list[str], prompts: list[str]) -> Callable[[str], str]:
 )
 def test_messages(lines: list[str], message: str) -> None:
     prompts: list[str] = []
-    assert assemble(typing(lines, prompts), "? ") == message
+    assert assemble(typing(lines, prompts), "? ") == Typed(message, block=lines[0].lstrip().startswith(BLOCK))
     assert prompts[0] == "? "
     assert set(prompts[1:]) <= {MORE}
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hybrid_k2.cli.exits import ends_cleanly
-from hybrid_k2.cli.terminal import Output
+from hybrid_k2.cli.terminal import Nowhere, Output
 
 if TYPE_CHECKING:
     from hybrid_k2.cli.chat.options import ChatOptions
@@ -19,11 +18,11 @@ _REPLY = "The reply"
 _SAMPLING = "Sampling (left out: what the model recommends)"
 
 
-def _reply(name: str, metavar: str, text: str) -> typer.models.OptionInfo:
+def _reply(name: str, metavar: str, text: str) -> Any:
     return typer.Option(name, metavar=metavar, help=text, rich_help_panel=_REPLY)
 
 
-def _sampling(name: str, text: str) -> typer.models.OptionInfo:
+def _sampling(name: str, text: str) -> Any:
     return typer.Option(name, metavar="NUMBER", help=text, rich_help_panel=_SAMPLING)
 
 
@@ -110,7 +109,7 @@ def chat(
         tools=None if tools is None else read_tools(tools),
         thinking=think,
     )
-    notes = Output(open(os.devnull, "w") if quiet else sys.stderr)  # noqa: SIM115  (open until the program ends)
+    notes = Output(Nowhere() if quiet else sys.stderr)
     if interactive:
         _chat(options, rules, notes)
     else:

@@ -13,7 +13,7 @@ from hybrid_k2.errors import ConfigError, RequestError
 
 FORMAT = "hybrid-k2 conversation 1"
 Message = dict[str, Any]
-_FIELDS = {
+_FIELDS: dict[str, dict[str, type]] = {
     "user": {"content": str},
     "assistant": {"content": str, "reasoning_content": str, "tool_calls": list, "stopped": bool},
     "tool": {"content": str, "tool_call_id": str},
@@ -115,7 +115,7 @@ def read_json(path: Path) -> Any:
 def _check_message(path: Path, place: str, message: Any) -> None:
     _require(path, place, isinstance(message, dict), "an object", message)
     role = message.get("role")
-    _require(path, f"{place}.role", role in list(_FIELDS), "user, assistant or tool", role)
+    _require(path, f"{place}.role", isinstance(role, str) and role in _FIELDS, "user, assistant or tool", role)
     for name in _NEEDED[role] - message.keys():
         raise ConfigError(f"{path}: {place}.{name}: missing")
     for name, value in message.items():

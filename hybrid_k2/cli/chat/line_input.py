@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import select
 import sys
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from hybrid_k2.cli.chat.commands import completions
 from hybrid_k2.cli.terminal import Output
@@ -24,22 +24,29 @@ def history_path() -> Path:
     return Path(state if os.path.isabs(state) else Path.home() / ".local" / "state") / "hybrid-k2" / "history"
 
 
-def assemble(next_line: Callable[[str], str], prompt: str = PROMPT) -> str:
-    r"""Return one message: a line, lines that end with a backslash and one more, or a block between lines of \"\"\".
+class Typed(NamedTuple):
+    """A message as it was typed; the text of a block is never a command."""
+
+    text: str
+    block: bool = False
+
+
+def assemble(next_line: Callable[[str], str], prompt: str = PROMPT) -> Typed:
+    r"""Return one message: a line, lines that end with a backslash and one more, or a block between two \"\"\".
 
     `next_line` shows a prompt and returns a line (several lines, if they were pasted). The end of the input within a
     message ends the message; before one it is an EOFError.
     """
     text = next_line(prompt)
     if text.lstrip().startswith(BLOCK):
-        return _block(text.lstrip().removeprefix(BLOCK), next_line)
+        return Typed(_block(text.lstrip().removeprefix(BLOCK), next_line), block=True)
     try:
         while text.endswith("\\"):
             text = text[:-1] + "\n"
             text += next_line(MORE)
     except EOFError:
         pass
-    return text
+    return Typed(text)
 
 
 def _block(text: str, next_line: Callable[[str], str]) -> str:
@@ -59,19 +66,17 @@ class LineInput:
         self._notes = notes
         self._readline = _open_readline() if sys.stdin.isatty() and sys.stdout.isatty() else None
         self._history = history or history_path()
-        self._pasted: deque[str] = deque()
         self._styled_prompts = notes.styled and self._readline is not None and not self._is_libedit()
         self._load_history()
 
-    def read(self, prompt: str = PROMPT) -> str:
-        """Return the next message as it was typed.
+    def read(self, prompt: str = PROMPT) -> Typed:
+        """Return the next message.
 
         Raises: EOFError at the end of the input; KeyboardInterrupt on Ctrl-C.
         """
-        self._pasted.clear()
-        text = assemble(self._next_line, prompt)
-        self._remember(text)
-        return text
+        typed = assemble(self._next_line, prompt)
+        self._remember(typed.text)
+        return typed
 
     def ask(self, question: str) -> bool:
         """Ask a question that is answered with y or n; everything but y is no."""
@@ -81,8 +86,6 @@ class LineInput:
             return False
 
     def _next_line(self, prompt: str) -> str:
-        if self._pasted:
-            return self._pasted.popleft()
         if self._readline is None:
             return self._plain_line(prompt)
         # readline must know which characters of the prompt take no room: \x01 and \x02 stand around them.

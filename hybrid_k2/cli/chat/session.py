@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from hybrid_k2.cli.chat.commands import COMMANDS, help_lines, parse_command
 from hybrid_k2.cli.chat.conversation import Conversation, Message, load_conversation, save_conversation
-from hybrid_k2.cli.chat.line_input import PROMPT, LineInput
+from hybrid_k2.cli.chat.line_input import PROMPT, LineInput, Typed
 from hybrid_k2.cli.chat.options import ChatOptions, check_text
 from hybrid_k2.cli.chat.reply import kept_message, make_reply
 from hybrid_k2.cli.chat.reply_view import ReplyView, figures
@@ -52,9 +52,9 @@ class ChatSession:
         pressed = False  # Ctrl-C at the prompt before
         while True:
             try:
-                text = self._keyboard.read()
+                typed = self._keyboard.read()
                 pressed = False
-                self._take(text)
+                self._take(typed)
             except HybridK2Error as error:
                 say_error(self._notes, error)
             except UnicodeDecodeError as error:
@@ -69,14 +69,14 @@ class ChatSession:
                 self._notes.line()
                 return
 
-    def _take(self, text: str) -> None:
-        if not text.strip():
+    def _take(self, typed: Typed) -> None:
+        if not typed.text.strip():
             return
-        command = parse_command(text)
+        command = None if typed.block else parse_command(typed.text)
         if command is not None:
             self._commands[command.name](command.argument)
             return
-        text = check_text(text, "message")
+        text = check_text(typed.text, "message")
         self._again = 0
         self._answer_to([*self.conversation.messages, {"role": "user", "content": text.strip()}])
 
@@ -107,7 +107,7 @@ class ChatSession:
             if not results:
                 self._notes.line("What does the tool return? (an empty line: nothing)", "dim")
             try:
-                text = self._keyboard.read(f"{call['function']['name']}{PROMPT}")
+                text = self._keyboard.read(f"{call['function']['name']}{PROMPT}").text
             except EOFError:
                 text = ""
             if not text.strip():
