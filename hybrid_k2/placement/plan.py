@@ -21,6 +21,9 @@ AUTO_KV_TOKENS = 65536  # a long chat; 4.3 GiB in bf16 at the size of K2.6
 # Tokens of a prompt that go through the model at a time. At the size of K2.6 each of the 384 experts then serves
 # about 11 of them, so that reading its weights is paid once for many; activations stay within the reserve.
 AUTO_CHUNK_TOKENS = 512
+# Per token, one thread reads this in about 0.3 ms. The hand-offs of a token between threads cost some 0.1 ms on a quiet
+# machine, and many times that on a busy one: less work than this is not worth another thread.
+BYTES_PER_THREAD = 4 << 20
 # The groups whose output is added to the residual stream; the router is always computed in FP32.
 _STREAM_GROUPS = ("attention", "dense_mlp", "shared_experts")
 
@@ -114,7 +117,7 @@ class Plan:
     @property
     def bytes_per_token(self) -> int:
         """Sum the weights that decoding one token reads: dense groups, the chosen experts, one embedding row."""
-        return sum(len(row.layers or (0,)) * decoded_bytes(self.config, row.what, row.dtype) for row in self.rows)
+        return _bytes_per_token(self.config, self.rows)
 
     def table(self) -> str:
         """Write the plan as aligned text."""
@@ -154,7 +157,7 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
         machine=machine,
         kv_cache=kv_cache,
         numerics=rules.numerics if experts_packed else "reference",
-        threads=rules.devices.host_threads or machine.cores,
+        threads=rules.devices.host_threads or _auto_threads(machine.cores, _bytes_per_token(config, rows)),
         activation_dtype=activations,
         chunk_tokens=chunk_tokens,
         rows=rows,
@@ -176,6 +179,15 @@ def _resolve_devices(rules: Rules, machine: Machine) -> dict[str, str]:
             hint="use rules/host.yaml to place everything on the host" if not found else "name a GPU that is there",
         )
     return {"host": "host", "gpu": named}
+
+
+def _bytes_per_token(config: ModelConfig, rows: tuple[PlanRow, ...]) -> int:
+    return sum(len(row.layers or (0,)) * decoded_bytes(config, row.what, row.dtype) for row in rows)
+
+
+def _auto_threads(cores: int, bytes_per_token: int) -> int:
+    """Use every core, but no more threads than have work: a small model loses more to their hand-offs than it gains."""
+    return max(1, min(cores, bytes_per_token // BYTES_PER_THREAD))
 
 
 def _activation_dtype(claims: Claims) -> str:

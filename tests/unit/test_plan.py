@@ -206,8 +206,13 @@ def test_activations_are_fp32_where_a_group_of_the_residual_stream_is() -> None:
     assert plan_of("attention host layers: 0..5", "attention host layers: 6, dtype: fp32").activation_dtype == "fp32"
 
 
+def test_auto_threads_are_the_cores_that_have_work() -> None:
+    assert plan_of(on=machine(64, cores=5)).threads == 1, "a small model"
+    kimi = make_plan(shipped_rules("host"), K2_6, machine(768, cores=5))
+    assert kimi.threads == 5
+
+
 def test_threads_numerics_and_chunks() -> None:
-    assert plan_of(on=machine(64, cores=5)).threads == 5
     text = rules_text().replace("{gpu: cuda:0}", "{host: {threads: 3}}")
     plan = make_plan(parse_rules(text), small_config(), machine(64, cores=5))
     assert (plan.threads, plan.numerics, plan.chunk_tokens) == (3, "exact", 512)
