@@ -68,7 +68,12 @@ class Engine:
         `progress` gets the bytes read and the bytes to read.
         Raises: CheckpointError, ConfigError, UnsupportedModelError, RulesError, HardwareError.
         """
-        return cls(load_model(path, rules, on_plan, progress))
+        loaded = load_model(path, rules, on_plan, progress)
+        try:
+            return cls(loaded)
+        except BaseException:  # no memory for the cache, or Ctrl-C
+            loaded.text.close()
+            raise
 
     @property
     def context_tokens(self) -> int:
@@ -132,7 +137,9 @@ class Engine:
         runs, EngineError.
         """
         self._check_open()
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params: expected SamplingParams, got {params!r}")
         if messages is not None and prompt is None:
             sequence = chat_sequence(self._loaded, messages, tools, thinking, preserve_thinking, params)
         elif prompt is not None and messages is None:

@@ -41,6 +41,8 @@ def text_sequence(
 
 def check_ids(token_ids: Iterable[Any], vocab_size: int) -> list[int]:
     """Return token ids as a list of ints. Raises: RequestError for none, or one that the vocabulary does not have."""
+    if not isinstance(token_ids, Iterable):
+        raise RequestError(f"prompt: expected text or token ids, got {token_ids!r}")
     ids = list(token_ids)
     if not ids:
         raise RequestError("prompt: expected at least one token, got none")
