@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hybrid_k2.checkpoint.int4 import GROUP, VALUES_PER_WORD, PackedWeight
-from hybrid_k2.checkpoint.reader import INDEX_NAME, Checkpoint
+from hybrid_k2.checkpoint.reader import INDEX_NAME, SINGLE_NAME, Checkpoint
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import CheckpointError
 
@@ -194,8 +194,7 @@ def _missing(checkpoint: Checkpoint, spec: TensorSpec) -> CheckpointError:
             f"{spec.name}: expected routed experts that are all INT4 or all plain, like the first one, "
             f"got {other} (in {info.file.name})"
         )
-    index = checkpoint.folder / INDEX_NAME
-    place = index.name if index.is_file() else next(iter(checkpoint.infos.values())).file.name
+    place = INDEX_NAME if (checkpoint.folder / INDEX_NAME).is_file() else SINGLE_NAME
     return CheckpointError(
         f"{spec.name}: expected {' or '.join(spec.dtypes)} {list(spec.shape)}, got no such tensor (in {place})"
     )

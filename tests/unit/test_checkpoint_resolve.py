@@ -127,12 +127,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Downloads]:
     (root / "lab" / "llama").mkdir()
     (root / "lab" / "llama" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (root / "lab" / "llama" / "model.safetensors").write_bytes(bytes(64))
-    handler = type("HubOfThisTest", (Hub,), {"root": root, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Hub.root, Hub.asked = root, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield Downloads(f"http://127.0.0.1:{server.server_port}", cache, handler.asked)
+        yield Downloads(f"http://127.0.0.1:{server.server_port}", cache, Hub.asked)
     finally:
         server.shutdown()
         server.server_close()

@@ -24,7 +24,8 @@ def write(folder: Path, data: object, name: str = "config.json") -> Path:
 
 
 def text_of(data: Data) -> Data:
-    return data.get("text_config", data)
+    text: Data = data.get("text_config", data)
+    return text
 
 
 # The published values.
