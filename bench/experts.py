@@ -1,0 +1,113 @@
+"""Measure one MoE layer of routed experts at the widths of K2.6, against the memory's read bandwidth in the same run.
+
+    python bench/experts.py [--tokens 1,4,16,64] [--threads N] [--seconds 2]
+
+Sixteen experts of random INT4 weights take 396 MB, far more than a cache, so that each call finds them cold. Times are
+the best of many calls: on a shared machine the others measure the neighbours. The raw read is measured before and after
+each case, and the better of the two counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from hybrid_k2.checkpoint import ExpertWeights, PackedWeight
+from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 7168, 2048, 16, 8
+EXPERT_BYTES = 3 * HIDDEN * INTERMEDIATE * 9 // 16  # 4.5 bits per weight
+OPERATIONS = 2 * 3 * HIDDEN * INTERMEDIATE  # per token and expert
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one number of tokens took."""
+
+    tokens: int
+    distinct_experts: int
+    seconds: float
+    raw_gbps: float
+
+    @property
+    def gbps(self) -> float:
+        """Weights read per second, each touched expert counted once."""
+        return self.distinct_experts * EXPERT_BYTES / self.seconds / 1e9
+
+    @property
+    def gops(self) -> float:
+        """Multiplications and additions per second."""
+        return self.tokens * TOP_K * OPERATIONS / self.seconds / 1e9
+
+    def row(self) -> str:
+        """One line of the table."""
+        return (
+            f"{self.tokens:6d} {self.distinct_experts:8d} {self.seconds * 1e3:9.2f} {self.gbps:7.1f} {self.gops:7.0f}"
+            f" {self.raw_gbps:9.1f} {self.gbps / self.raw_gbps:8.0%}"
+        )
+
+
+def random_expert() -> ExpertWeights:
+    """Return random values and scales of about the size of real ones."""
+
+    def matrix(rows: int, columns: int) -> PackedWeight:
+        words = torch.randint(-(2**31), 2**31, (rows, columns // 8), dtype=torch.int32)
+        scale = torch.rand(rows, columns // 32).add_(0.5).mul_(0.01).to(torch.bfloat16)
+        return PackedWeight(words, scale)
+
+    return ExpertWeights(matrix(INTERMEDIATE, HIDDEN), matrix(INTERMEDIATE, HIDDEN), matrix(HIDDEN, INTERMEDIATE))
+
+
+def measure(runtime: ExpertsRuntime, layer: ExpertsBackend, tokens: int, seconds: float) -> Case:
+    """Time calls with fresh routing for `seconds`, and keep the best."""
+    raw = runtime.measure_read_gbps()
+    hidden = torch.randn(tokens, HIDDEN).to(torch.bfloat16)
+    weights = torch.rand(tokens, TOP_K)
+    best, distinct = float("inf"), 0
+    order = torch.arange(EXPERTS, dtype=torch.int32)
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        order = order.roll(TOP_K)  # one token meets the other half of the experts each time: nothing is in a cache
+        rows = [order[:TOP_K] if t == 0 else torch.randperm(EXPERTS)[:TOP_K].to(torch.int32) for t in range(tokens)]
+        ids = torch.stack(rows)
+        start = time.perf_counter()
+        layer.forward(hidden, ids, weights)
+        elapsed = time.perf_counter() - start
+        if elapsed < best:
+            best, distinct = elapsed, len(ids.unique())
+    return Case(tokens, distinct, best, max(raw, runtime.measure_read_gbps()))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default="1,4,16,64")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--seconds", type=float, default=2.0, help="per number of tokens")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    runtime = open_experts("exact", args.threads)
+    layer = runtime.make_layer(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K)
+    start = time.perf_counter()
+    for expert in range(EXPERTS):
+        layer.load_expert(expert, random_expert())
+    print(
+        f"{runtime.name}, {args.threads} threads, {layer.nbytes / 1e6:.0f} MB of weights "
+        f"(made and packed in {time.perf_counter() - start:.1f} s)",
+        file=sys.stderr,
+    )
+    print("tokens  experts        ms    GB/s    GOPS  raw GB/s  of raw")
+    for tokens in map(int, args.tokens.split(",")):
+        print(measure(runtime, layer, tokens, args.seconds).row(), flush=True)
+    layer.close()
+    runtime.close()
+
+
+if __name__ == "__main__":
+    main()
