@@ -49,19 +49,19 @@ class Loaded:
         return torch.cat(parts)
 
 
-def make_test_plan(checkpoint: Checkpoint, config: ModelConfig, rules: str | Rules) -> Plan:
-    """Plan for this machine, with one thread: the models of tests are too small for more."""
+def make_test_plan(checkpoint: Checkpoint, config: ModelConfig, rules: str | Rules, **changes: object) -> Plan:
+    """Plan for this machine, with one thread (the models of tests are too small for more) and these other changes."""
     rules = shipped_rules(rules) if isinstance(rules, str) else rules
     plan = make_plan(rules, config, Machine.probe(), experts_packed=experts_packed(checkpoint, config))
-    return dataclasses.replace(plan, threads=1)
+    return dataclasses.replace(plan, **{"threads": 1, **changes})  # type: ignore[arg-type]
 
 
 @contextmanager
-def loaded(folder: Path, rules: str | Rules = "reference") -> Iterator[Loaded]:
-    """Load a checkpoint by rules, and close the model at the end."""
+def loaded(folder: Path, rules: str | Rules = "reference", **changes: object) -> Iterator[Loaded]:
+    """Load a checkpoint by rules, with changes to their plan, and close the model at the end."""
     config = ModelConfig.load(folder)
     with Checkpoint.open(folder) as checkpoint:
-        plan = make_test_plan(checkpoint, config, rules)
+        plan = make_test_plan(checkpoint, config, rules, **changes)
         model = load_text_model(checkpoint, config, plan)
     try:
         yield Loaded(model, config, plan)

@@ -38,12 +38,12 @@ class Attention:
         Shapes: x [T, hidden] -> [T, hidden].
         Effects: writes the rows' latents to the cache.
         """
-        x = x.to(self.q_a)
+        x = x.to(self.q_a.device)
         latents = self._latents(x, rotation)  # [T, kv_lora + rope]
         for sequence in batch.sequences:
             cache.append(self.layer, sequence, latents[sequence.rows])
         values = self._attend(self._queries(x, rotation), batch, cache)  # [T, heads, value] fp32
-        return linear(values.flatten(1), self.o)
+        return linear(values.flatten(1).to(x.dtype), self.o)
 
     def _queries(self, x: Tensor, rotation: Rotation) -> Tensor:
         q = linear(self.q_a_norm(linear(x, self.q_a)), self.q_b)  # [T, heads * (nope + rope)]

@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.model import mla
@@ -17,6 +16,7 @@ from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.rope import Rope
 from hybrid_k2.placement.plan import KvCachePlan
 from tests.generators import config_dict
+from tests.memory import LargestResult
 from tests.reference import mla as oracle
 
 SIZES = [
@@ -152,20 +152,6 @@ def test_blocks_do_not_change_the_result(attend, monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(attend(*state, shape), whole, **CLOSE)
 
 
-class LargestResult(TorchDispatchMode):
-    """Watch the largest tensor that any operation makes anew."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.nbytes = max(self.nbytes, tensor.nbytes)
-        return out
-
-
 @pytest.mark.parametrize("attend", [mla.naive_attention, absorbed_attention])
 def test_work_memory_is_bounded(attend, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     work_bytes = 1 << 20
@@ -202,7 +188,7 @@ def test_stays_close_in_bf16(dtype: str) -> None:
     )
     x = torch.randn(90, config.hidden_size, generator=torch.Generator().manual_seed(5))
     cache = make_cache(config, dtype=dtype)
-    (got,) = run(narrow, config, cache, [(x, 0, [0, 1])])
+    (got,) = run(narrow, config, cache, [(x.bfloat16(), 0, [0, 1])])
     assert got.dtype == torch.bfloat16
     expected = oracle.attention(x, weights, config)
     error = (got.double() - expected).norm() / expected.norm()

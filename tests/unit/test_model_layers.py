@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hybrid_k2.model import layers
 from hybrid_k2.model.layers import RmsNorm, SwiGlu, linear, rms_norm
+from tests.memory import LargestResult
 from tests.reference import mla, moe
 
 EPS = torch.finfo(torch.float32).eps
@@ -49,11 +51,29 @@ def test_swiglu_equals_the_oracle() -> None:
     assert ((got - expected).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_computes_in_the_dtype_of_the_weight(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_linear_equals_the_oracle(
+    activations: torch.dtype, weights: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = torch.Generator().manual_seed(4)
-    weight, x = torch.randn(6, 5, generator=source).to(dtype), torch.randn(3, 5, generator=source)
-    got = linear(x, weight)
-    assert got.dtype == dtype
-    expected = x.to(dtype).double() @ weight.double().T
-    assert torch.allclose(got.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps * 5)
+    weight, x = torch.randn(50, 33, generator=source).to(weights), torch.randn(tokens, 33, generator=source)
+    x = x.to(activations)
+    computed = torch.float32 if torch.float32 in (activations, weights) else torch.bfloat16
+    expected = x.double() @ weight.double().T
+    bound = (33 * EPS + torch.finfo(computed).eps) * (x.double().abs() @ weight.double().abs().T)
+    for numbers in (1 << 20, 33 * 50, 33 * 7, 1):  # one block, just one, several and a rest, single rows
+        monkeypatch.setattr(layers, "WIDENED_NUMBERS", numbers)
+        got = linear(x, weight)
+        assert got.dtype == computed
+        assert got.shape == (tokens, 50)
+        assert ((got.double() - expected).abs() <= bound).all()
+
+
+def test_widening_takes_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "WIDENED_NUMBERS", 1000)
+    weight, x = torch.randn(400, 100).bfloat16(), torch.randn(2, 100)
+    with LargestResult() as largest:
+        linear(x, weight)
+    assert 4 * 400 * 2 <= largest.nbytes <= 4 * 1000
