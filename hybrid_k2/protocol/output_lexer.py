@@ -53,20 +53,30 @@ SINGULAR_MARKS: Mapping[str, Mark] = {
 }
 REPLY_ENDS = frozenset({tokens.IM_END, "[EOS]", "[EOT]"})
 
-# Everything in text that may be a marker, and a quotation of markers, which is not one. Thinking tags have no
-# such quotation: a thought may well end, and an answer begin, with a quotation mark.
+# What in text may be a marker, and what the end of a text may still grow into.
 _NAME = r"<\|[a-z0-9_]{1,40}\|>"
+_NAME_START = r"<(?:\|(?:[a-z0-9_]{0,40}\|?)?)?"
 _THINK = r"</?think>"
+_THINK_START = r"</?(?:t(?:h(?:i(?:nk?)?)?)?)?"
 _QUOTES = (('"', '"'), ("'", "'"), ("`", "`"), ("“", "”"), ("‘", "’"), ("«", "»"), ("「", "」"))
 _QUOTED = "|".join(f"{opening}(?:{_NAME}){{1,4}}{closing}" for opening, closing in _QUOTES)
-_CANDIDATE = re.compile(f"{_QUOTED}|{_NAME}|{_THINK}")
-
-# What the end of a text may still grow into.
-_NAME_START = r"<(?:\|(?:[a-z0-9_]{0,40}\|?)?)?"
-_THINK_START = r"</?(?:t(?:h(?:i(?:nk?)?)?)?)?"
 _QUOTED_START = f"[{''.join(opening for opening, _ in _QUOTES)}](?:{_NAME}){{0,4}}(?:{_NAME_START})?"
-_UNDECIDED = re.compile(rf"(?:{_QUOTED_START}|{_NAME_START}|{_THINK_START})\Z")
-_LONGEST_UNDECIDED = 1 + 5 * len("<||>") + 5 * 40
+_LONGEST_START = 1 + 5 * (len("<||>") + 40)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How markers are spelled in text: `whole` matches a marker or a quotation, `start` the start of one."""
+
+    whole: re.Pattern[str]
+    start: re.Pattern[str]
+
+
+NAMES = Spelling(re.compile(_NAME), re.compile(rf"{_NAME_START}\Z"))
+# Thinking tags know no quotation: a thought may well end, and an answer begin, with a quotation mark.
+NAMES_AND_QUOTATIONS = Spelling(
+    re.compile(f"{_QUOTED}|{_NAME}|{_THINK}"), re.compile(rf"(?:{_QUOTED_START}|{_NAME_START}|{_THINK_START})\Z")
+)
 
 
 class IdLexer:
@@ -79,7 +89,8 @@ class IdLexer:
         self._tokenizer = tokenizer
         self._markers = {token_id: _marker_of(name) for name, token_id in tokenizer.special.items()}
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._typed = TextScanner({name: Marker(mark, name, typed=True) for name, mark in SINGULAR_MARKS.items()})
+        singular = {name: Marker(mark, name, typed=True) for name, mark in SINGULAR_MARKS.items()}
+        self._typed = TextScanner(singular, NAMES)
 
     def feed(self, ids: Iterable[int]) -> list[Item]:
         """Return the items that the ids complete."""
@@ -117,7 +128,7 @@ class TextLexer:
         markers = {name: Marker(MARKS.get(name, Mark.OTHER), name) for name in tokenizer.special}
         markers[tokens.IM_END] = Marker(Mark.REPLY_END, tokens.IM_END)
         markers |= {name: Marker(mark, name) for name, mark in SINGULAR_MARKS.items()}
-        self._scanner = TextScanner(markers)
+        self._scanner = TextScanner(markers, NAMES_AND_QUOTATIONS)
 
     def feed(self, text: str) -> list[Item]:
         """Return the items that the text completes."""
@@ -131,14 +142,15 @@ class TextLexer:
 class TextScanner:
     """Find the names of markers in streamed text, holding back what may still become one."""
 
-    def __init__(self, markers: Mapping[str, Marker]) -> None:
+    def __init__(self, markers: Mapping[str, Marker], spelling: Spelling) -> None:
         self._markers = markers
+        self._spelling = spelling
         self._held = ""
 
     def feed(self, text: str) -> list[Item]:
         """Return the items that no further text can change."""
         text = self._held + text
-        undecided = _UNDECIDED.search(text, max(0, len(text) - _LONGEST_UNDECIDED))
+        undecided = self._spelling.start.search(text, max(0, len(text) - _LONGEST_START))
         return self._cut(text, undecided.start() if undecided else len(text))
 
     def finish(self) -> list[Item]:
@@ -148,7 +160,7 @@ class TextScanner:
     def _cut(self, text: str, decided: int) -> list[Item]:
         items: list[Item] = []
         start = 0  # of the plain text that no item holds yet
-        for match in _CANDIDATE.finditer(text):
+        for match in self._spelling.whole.finditer(text):
             if match.start() >= decided:
                 break
             decided = max(decided, match.end())
