@@ -356,6 +356,16 @@ def test_arguments_stream_before_the_call_ends() -> None:
     assert texts == ['{"comm', 'and": "', "ls -l"]
 
 
+def test_a_marker_in_a_string_that_prose_follows_is_data_at_once() -> None:
+    tokenizer = small_tokenizer()
+    parser = OutputParser(tokenizer, TOOLS)
+    parser.feed(tokenizer.encode(f'{SECTION}{CALL}functions.exec:0{ARGS}{{"command": "use', allow_special=True))
+    assert parser.feed(tokenizer.encode(f"{END_CALL} ", allow_special=True)) == []
+    assert "".join(event.text for event in parser.feed(tokenizer.encode("to"))) == f"{END_CALL} to"
+    arguments = f'{{"command": "use {END_CALL} to "end" a call"}}'
+    check(call("functions.exec:0", arguments), calls=[("exec", arguments)])
+
+
 # -- truncation
 
 
