@@ -34,9 +34,27 @@ def load_engine(model: str, rules: str | None, notes: Output) -> Engine:
 
 
 def say_plan(plan: Plan, notes: Output) -> None:
-    """Print which rules were chosen and why, and where everything goes."""
-    notes.line(f"rules: {plan.rules.reason or plan.rules.source}")
+    """Print which rules were chosen and why, where everything goes, and which kernels compute the experts.
+
+    Raises: IsaError: HYBRID_K2_ISA asks for kernels that cannot be used.
+    """
+    notes.line(f"rules: {plan.rules.reason or f'{plan.rules.source} (as asked)'}")
     notes.line(plan.table(), "dim")
+    notes.line(f"kernels: {kernels(plan)}", "dim")
+
+
+def kernels(plan: Plan) -> str:
+    """Return what will compute the routed experts, and which native kernels there are."""
+    from hybrid_k2.experts import isa_facts
+
+    if plan.numerics == "reference":
+        return "reference (torch, fp32)"
+    facts = isa_facts()
+    if not facts:
+        return "numba; the native extension is not installed"
+    chosen = next(fact.name for fact in facts if fact.chosen)
+    built = ", ".join(fact.name if fact.supported else f"{fact.name} (not on this CPU)" for fact in facts if fact.built)
+    return f"native {chosen}; built: {built}"
 
 
 @contextmanager

@@ -90,7 +90,10 @@ def test_sampling_out_of_range_is_found_before_loading(call: Call, option: str, 
     refused(call("chat", "/no/such/folder", option, value, "-p", "hi"), expected, value)
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "[1]", '[{"type": "function"}]', "nonsense"])
+DEEP_TOOL = '[{"type": "function", "function": {"name": "f", "parameters": ' + '{"a": ' * 200 + "1" + "}" * 200 + "}}]"
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "[1]", '[{"type": "function"}]', DEEP_TOOL, "nonsense"])
 def test_a_tools_file_that_is_none(call: Call, tmp_path: Path, content: str) -> None:
     tools = tmp_path / "tools.json"
     tools.write_text(content)

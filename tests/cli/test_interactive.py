@@ -93,9 +93,12 @@ def test_ctrl_c_stops_the_reply_and_not_the_chat(babbler: Path, environment: dic
         user.type(f"/load {saved}\r")
         assert "loaded 2 messages" in user.wait_for(PROMPT)
         user.type("not sent\x03")
-        user.wait_for("Ctrl-C again, Ctrl-D or /exit leaves")
+        user.wait_for("Ctrl-D or /exit leaves")
         user.wait_for(PROMPT)
         user.type("\x03")
+        user.wait_for("Ctrl-D or /exit leaves")
+        user.wait_for(PROMPT)
+        user.type("\x04")
         assert user.exit_code() == 0
 
 

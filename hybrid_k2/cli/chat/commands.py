@@ -18,8 +18,8 @@ class Command(NamedTuple):
 
 COMMANDS = (
     Command("help", "", "show the commands and keys"),
-    Command("think", "[on|off]", "switch thinking before the answer; without a word: say which it is"),
-    Command("system", "[TEXT|off]", "set or remove the system prompt; without a word: show it"),
+    Command("think", "[on|off]", "switch thinking, or say whether it is on"),
+    Command("system", "[TEXT|off]", "set, remove or show the system prompt"),
     Command("clear", "", "forget the conversation (the system prompt stays)"),
     Command("regen", "", "answer the last message again"),
     Command("save", "FILE", "save the conversation as JSON"),
@@ -28,10 +28,11 @@ COMMANDS = (
     Command("exit", "", "leave (also /quit and Ctrl-D)"),
 )
 KEYS = (
-    ('line ending with \\, or """ … """', "a message of several lines; pasted lines stay together"),
-    ("Ctrl-C", "stop the reply; at the prompt: clear the line, twice: leave"),
+    ("\\ at line end", "go on with the message on the next line"),
+    ('""" … """', "a message of several lines; pasted lines stay together, too"),
+    ("Ctrl-C", "stop the reply; at the prompt: clear the line"),
     ("Up, Down, Ctrl-R", "earlier messages"),
-    ("a space before /", "send a message that begins with /"),
+    ("space, then /", "send a message that begins with /"),
 )
 _ALIASES = {"quit": "exit", "?": "help"}
 _BY_NAME = {command.name: command for command in COMMANDS}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid_k2.cli.chat.conversation import Conversation
 from hybrid_k2.cli.chat.options import ChatOptions, check_text
-from hybrid_k2.cli.chat.reply_view import ReplyView, figures
+from hybrid_k2.cli.chat.reply_view import ReplyView, say_figures
 from hybrid_k2.cli.terminal import Output
 from hybrid_k2.errors import RequestError
 
@@ -60,7 +60,7 @@ def answer_once(engine: Engine, options: ChatOptions, text: str, answer: Output,
     if as_json:
         answer.line(json.dumps(as_object(reply, options.model), ensure_ascii=False))
     else:
-        notes.line(figures(reply), "dim")
+        say_figures(reply, notes)
 
 
 def as_object(reply: Reply, model: str) -> dict[str, Any]:
@@ -70,6 +70,8 @@ def as_object(reply: Reply, model: str) -> dict[str, Any]:
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise RequestError("standard input: expected text, got a closed stream", hint="give the text with --prompt")
     data = sys.stdin.buffer.read()
     try:
         return data.decode("utf-8-sig")

@@ -40,6 +40,12 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
                 f'{path}: [{index}]: expected {{"type": "function", "function": {{"name": …, "parameters": …}}}}, '
                 f"got {json.dumps(tool, ensure_ascii=False)[:80]}"
             )
+    from hybrid_k2.protocol import declare_tools
+
+    try:
+        declare_tools(tools)
+    except RequestError as error:
+        raise ConfigError(f"{path}: {error.message}", hint=error.hint) from error
     return tools
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hybrid_k2.cli.chat.conversation import Message
-from hybrid_k2.cli.chat.interrupt import on_ctrl_c
+from hybrid_k2.cli.chat.interrupt import no_echo, on_ctrl_c
 from hybrid_k2.cli.chat.options import ChatOptions
 from hybrid_k2.cli.chat.reply_view import ReplyView
 
@@ -28,7 +28,7 @@ def make_reply(engine: Engine, messages: list[Message], options: ChatOptions, vi
         on_prefill=view.show_prefill,
     )
     try:
-        with on_ctrl_c(generation.cancel):
+        with on_ctrl_c(generation.cancel), no_echo():
             for event in generation:
                 view.show(event)
     except KeyboardInterrupt:

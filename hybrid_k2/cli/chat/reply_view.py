@@ -114,15 +114,24 @@ class ReplyView:
             self._at_line_start = text.endswith("\n")
 
 
+def say_figures(reply: Reply, notes: Output) -> None:
+    """Show the figures of a reply, dim."""
+    if not notes.tty:
+        notes.line(figures(reply))
+        return
+    line = WrappedText(notes)
+    line.write(figures(reply), "dim")
+    line.end()
+
+
 def figures(reply: Reply) -> str:
     """Return the line that is shown after a reply: tokens, speed, share of the memory limit."""
     usage, timings = reply.usage, reply.timings
     thinking = f" ({usage.reasoning_tokens} thinking)" if usage.reasoning_tokens else ""
     read = usage.prompt_tokens - usage.cached_tokens
-    reused = f" + {usage.cached_tokens} kept" if usage.cached_tokens else ""
     parts = [
         f"{usage.completion_tokens} tokens{thinking}",
-        f"prefill {read}{reused} at {_speed(timings.prefill_tokens_per_s)}",
+        f"prefill {read} at {_speed(timings.prefill_tokens_per_s)}",
         f"decode {_speed(timings.decode_tokens_per_s)}",
     ]
     if timings.memory_share is not None:

@@ -12,7 +12,7 @@ from hybrid_k2.cli.chat.conversation import Conversation, Message, load_conversa
 from hybrid_k2.cli.chat.line_input import PROMPT, LineInput, Typed
 from hybrid_k2.cli.chat.options import ChatOptions, check_text
 from hybrid_k2.cli.chat.reply import kept_message, make_reply
-from hybrid_k2.cli.chat.reply_view import ReplyView, figures
+from hybrid_k2.cli.chat.reply_view import ReplyView, say_figures
 from hybrid_k2.cli.chat.statistics import Statistics
 from hybrid_k2.cli.exits import say_error
 from hybrid_k2.cli.terminal import Output
@@ -49,22 +49,16 @@ class ChatSession:
     def run(self) -> None:
         """Chat until the user leaves. An error of one message is said, and the chat goes on as if it had not been."""
         self._notes.line(WELCOME, "dim")
-        pressed = False  # Ctrl-C at the prompt before
         while True:
             try:
-                typed = self._keyboard.read()
-                pressed = False
-                self._take(typed)
+                self._take(self._keyboard.read())
             except HybridK2Error as error:
                 say_error(self._notes, error)
             except UnicodeDecodeError as error:
                 self._notes.line(f"error: expected UTF-8 text, got byte 0x{error.object[error.start]:02x}", "error")
             except KeyboardInterrupt:
-                self._notes.line()
-                if pressed:
-                    return
-                pressed = True
-                self._notes.line("(Ctrl-C again, Ctrl-D or /exit leaves)", "dim")
+                # It never leaves: one that comes just after the end of a reply was meant to stop the reply.
+                self._notes.line("\n(Ctrl-D or /exit leaves)", "dim")
             except (EOFError, Leave):
                 self._notes.line()
                 return
@@ -88,7 +82,8 @@ class ChatSession:
             reply = make_reply(self.engine, prompt, self._options_now(again), view)
             self.conversation.messages = messages = [*messages, kept_message(reply)]
             self._statistics.add(reply)
-            self._notes.line(figures(reply), "dim")
+            say_figures(reply, self._notes)
+            self._notes.line()
             results = self._tool_results()
             if not results:
                 return
