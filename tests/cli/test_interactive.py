@@ -13,7 +13,7 @@ from tests.cli.conftest import ONE_THREAD
 from tests.cli.terminal import ESCAPES, Terminal
 
 PROMPT = r"> $"
-FIGURES = r"decode [\d.]+ tok/s · \d+ % of the memory limit\n"
+FIGURES = r"decode\s+[\d.]+\s+tok/s\s+·\s+\d+\s+%\s+of\s+memory\s+limit\n"
 LIKELIEST = ["--temperature", "0", "--no-think"]
 SHORT = [*LIKELIEST, "--max-tokens", "30", *ONE_THREAD]
 

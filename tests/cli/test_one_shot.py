@@ -48,7 +48,7 @@ def test_a_fresh_process_answers_and_says_what_it_does(command: Call, babbler: P
     assert any("routed_experts" in line for line in rest)
     assert any(line.startswith("ready after") and "experts: " in line for line in rest)
     assert re.fullmatch(
-        r"24 tokens · prefill \d+ at [\d.]+ tok/s · decode [\d.]+ tok/s · \d+ % of the memory limit", rest[-1]
+        r"24 tokens · prefill \d+ at [\d.]+ tok/s · decode [\d.]+ tok/s · \d+ % of memory limit", rest[-1]
     )
 
 

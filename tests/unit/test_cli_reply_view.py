@@ -94,5 +94,5 @@ def test_figures() -> None:
         token_ids=(),
     )
     assert figures(reply) == (
-        "50 tokens (20 thinking) · prefill 200 at 200 tok/s · decode 24.5 tok/s · 64 % of the memory limit"
+        "50 tokens (20 thinking) · prefill 200 at 200 tok/s · decode 24.5 tok/s · 64 % of memory limit"
     )

@@ -135,7 +135,7 @@ def figures(reply: Reply) -> str:
         f"decode {_speed(timings.decode_tokens_per_s)}",
     ]
     if timings.memory_share is not None:
-        parts.append(f"{100 * timings.memory_share:.0f} % of the memory limit")
+        parts.append(f"{100 * timings.memory_share:.0f} % of memory limit")
     return " · ".join(parts)
 
 

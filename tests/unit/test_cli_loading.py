@@ -1,0 +1,36 @@
+"""Loading is shown: a bar on a terminal, lines in a file."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import pytest
+
+from hybrid_k2.cli import loading
+from hybrid_k2.cli.terminal import Output
+from tests.unit.test_cli_terminal import Screen
+
+
+def test_a_file_gets_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count(0, 4)  # the clock goes on by four seconds between two reports
+    monkeypatch.setattr(loading.time, "monotonic", lambda: float(next(seconds)))
+    file = io.StringIO()
+    with loading.show_progress(Output(file)) as report:
+        for done in range(1, 8):
+            report(done << 30, 8 << 30)
+    assert file.getvalue().splitlines() == [
+        "loading: 37 % of 8.00 GiB, 256.00 MiB/s",
+        "loading: 75 % of 8.00 GiB, 256.00 MiB/s",
+    ]
+
+
+def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    screen = Screen()
+    with loading.show_progress(Output(screen)) as report:
+        assert screen.getvalue() == "", "the plan is printed before the bar appears"
+        report(1 << 30, 4 << 30)
+    assert "1.0/4.0 GiB" in screen.getvalue()
+    assert screen.getvalue().endswith("\x1b[2K"), "the line is empty again"
