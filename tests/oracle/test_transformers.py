@@ -30,9 +30,9 @@ Record = Callable[[str, object], None]
 # Seeds are chosen so that in no token and layer two experts, or two best logits, tie to within FP32 rounding (about
 # 1e-6): there either choice would be right, and the two implementations may differ.
 CASES: dict[str, dict[str, Any]] = {
-    "tiny": {"seed": 1},
+    "tiny": {"seed": 2},
     "odd-sizes": {
-        "seed": 2,
+        "seed": 6,
         "num_hidden_layers": 5,
         "hidden_size": 160,
         "moe_intermediate_size": 96,
@@ -46,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
         "v_head_dim": 11,
     },
     "one-head-two-dense-layers": {
-        "seed": 3,
+        "seed": 2,
         "num_hidden_layers": 7,
         "first_k_dense_replace": 2,
         "num_attention_heads": 1,
@@ -55,7 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 0.9,
     },
     "other-yarn-no-dense-layer": {
-        "seed": 4,
+        "seed": 2,
         "num_hidden_layers": 2,
         "first_k_dense_replace": 0,
         "n_routed_experts": 5,
@@ -73,7 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "wide-rope-many-experts": {
-        "seed": 5,
+        "seed": 2,
         "vocab_size": 1000,
         "num_attention_heads": 2,
         "q_lora_rank": 130,
@@ -106,7 +106,6 @@ class Pair:
         return torch.randint(self.ours.config.vocab_size - 256, (count,), generator=source).tolist()
 
 
-# Their warning is about a factor that is not max_position_embeddings / original_max_position_embeddings; it is used.
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     folder: Path = tmp_path_factory.mktemp("oracle")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -193,3 +194,22 @@ def test_stays_close_in_bf16(dtype: str) -> None:
     expected = oracle.attention(x, weights, config)
     error = (got.double() - expected).norm() / expected.norm()
     assert error < 8 * 2**-8  # a handful of bf16 roundings in a row, each of relative size 2^-9 to 2^-8
+
+
+def test_runs_on_the_device_of_its_weights() -> None:
+    """Weights and cache lie on another device (one without values), rows and page numbers on the host."""
+    config = make_config()
+    attention, _ = make_attention(config)
+    parts = {f.name: getattr(attention, f.name) for f in dataclasses.fields(attention)}
+    for name, part in parts.items():
+        if isinstance(part, Tensor):
+            parts[name] = part.to("meta")
+        elif isinstance(part, RmsNorm):
+            parts[name] = RmsNorm(part.weight.to("meta"), part.eps)
+    cache = LatentCache(KvCachePlan("host", "bf16", 4096, 64, 0), config, "meta")
+    chunks = [Chunk([0] * 150, 0, [0, 1, 2]), Chunk([0] * 3, 100, [9, 4]), Chunk([0], 70, [30, 31])]
+    batch = Batch.build(chunks)
+    rotation = Rope(config).rotation(batch.positions).to(torch.device("meta"))
+    out = Attention(**parts)(torch.randn(154, config.hidden_size), batch, cache, rotation)
+    assert out.device.type == "meta"
+    assert out.shape == (154, config.hidden_size)

@@ -162,3 +162,17 @@ def test_bf16_activations_stay_close(folder: Path, tiny: Loaded) -> None:
     error = (got - expected).norm(dim=1) / expected.norm(dim=1)
     assert error.median() < 0.04
     assert (got.argmax(1) == expected.argmax(1)).float().mean() > 0.8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_gpu_rules_stay_close_to_the_reference(folder: Path, tiny: Loaded) -> None:
+    """Dense groups and cache on the GPU in bf16, embedding and routed experts on the host."""
+    ids = oracle.random_ids(200, tiny.config, seed=6)
+    expected = tiny.logits(ids)
+    with loaded(folder, "gpu") as gpu:
+        assert gpu.model.layers[1].device.type == gpu.cache().layers[1].device.type == "cuda"
+        got = gpu.logits(ids, [90, 1, 1]).cpu()
+    error = (got - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.median() < 0.04  # bf16 keeps 8 bits
+    assert (got.argmax(1) == expected.argmax(1)).float().mean() > 0.8
