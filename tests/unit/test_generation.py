@@ -145,6 +145,15 @@ def test_a_seed_repeats_bit_for_bit_whatever_ran_before(tmp_path: Path) -> None:
         assert generated(engine, prompt, seeded, seed=4).token_ids != first.token_ids
 
 
+def test_a_seed_trusts_only_whole_chunks_on_whole_chunks(engine: Engine) -> None:
+    """A chunk that follows one computed in part is not what a fresh run would give, though it is whole itself."""
+    prompt = random_ids(5 * CHUNK)
+    generated(engine, prompt[: 2 * CHUNK + 3], max_tokens=1)
+    assert generated(engine, prompt, max_tokens=1).usage.cached_tokens == 2 * CHUNK + 3
+    assert generated(engine, prompt, max_tokens=1, seed=1).usage.cached_tokens == 2 * CHUNK
+    assert generated(engine, prompt, max_tokens=1, seed=1).usage.cached_tokens == 4 * CHUNK
+
+
 # Ends
 
 
@@ -203,6 +212,17 @@ def test_close_in_the_middle(engine: Engine) -> None:
     assert generation.reply.finish_reason == "cancelled"
     assert next(generation, None) is None
     check_still_works(engine)
+
+
+def test_close_shows_what_was_held_back(engine: Engine) -> None:
+    text = ""
+    while len(text) < 2 or not text.isascii():
+        prompt = random_ids(5)
+        text = generated(engine, prompt, max_tokens=1).content
+    generation = engine.generate(prompt, params=SamplingParams(temperature=0, stop=text[-1] + "\0"))
+    assert next(generation).text == text[:-1]
+    generation.close()
+    assert generation.reply.content == text
 
 
 def test_leaving_the_loop_frees_the_engine_at_once(engine: Engine) -> None:

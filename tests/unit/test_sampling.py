@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hybrid_k2.engine.params import SamplingParams
-from hybrid_k2.engine.sampling import Sampler, likely_weights
+from hybrid_k2.engine.sampling import Sampler, _first_beyond, likely_weights
 from hybrid_k2.errors import EngineError
 
 
@@ -85,6 +85,17 @@ def test_the_whole_vocabulary_of_k26_can_be_drawn() -> None:
     drawn = [one.sample(flat) for _ in range(50)]
     assert min(drawn) < 20_000
     assert max(drawn) > 140_000
+
+
+@pytest.mark.parametrize("size", [3, 511, 512, 513, 5000])
+def test_a_draw_at_either_end_never_takes_a_dropped_token(size: int) -> None:
+    """The lowest random number lies before the first kept token, and rounding may put the highest behind the last."""
+    weights = np.zeros(size, np.float32)
+    weights[size // 3 : size // 2 + 1] = np.random.default_rng().uniform(0.1, 1, size // 2 + 1 - size // 3)
+    total = float(weights.sum(dtype=np.float64))
+    assert _first_beyond(weights, 0.0, "right") == size // 3
+    for target in (np.nextafter(total, 0), total, total * (1 + 1e-15)):
+        assert _first_beyond(weights, float(target), "right") == size // 2
 
 
 def test_same_seed_same_tokens_whatever_else_draws() -> None:
