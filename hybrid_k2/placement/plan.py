@@ -144,8 +144,8 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
     """Make a plan without comparing it with the memory of the machine. Raises: RulesError, HardwareError."""
     devices = _resolve_devices(rules, machine)
     claims = claim_groups(rules, config)
-    activations = _activation_dtype(claims)
-    rows = tuple(_row(claim, rules, config, devices, activations, experts_packed) for claim in claims.all)
+    stream = _stream_dtype(claims)
+    rows = tuple(_row(claim, rules, config, devices, stream, experts_packed) for claim in claims.all)
     kv_cache = _plan_kv_cache(rules, config, machine, devices, rows)
     chunk_tokens = min(rules.prefill.chunk_tokens or AUTO_CHUNK_TOKENS, kv_cache.tokens)
     notes = claims.notes
@@ -158,7 +158,7 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
         kv_cache=kv_cache,
         numerics=rules.numerics if experts_packed else "reference",
         threads=rules.devices.host_threads or _auto_threads(machine.cores, _bytes_per_token(config, rows)),
-        activation_dtype=activations,
+        activation_dtype="fp32" if _stream_on_host(claims) else stream,
         chunk_tokens=chunk_tokens,
         rows=rows,
         notes=notes,
@@ -190,23 +190,29 @@ def _auto_threads(cores: int, bytes_per_token: int) -> int:
     return max(1, min(cores, bytes_per_token // BYTES_PER_THREAD))
 
 
-def _activation_dtype(claims: Claims) -> str:
+def _stream_dtype(claims: Claims) -> str:
+    """Find the widest dtype of the groups that the residual stream passes through."""
     return "fp32" if any(c.what in _STREAM_GROUPS and c.rule.dtype == "fp32" for c in claims.all) else "bf16"
 
 
+def _stream_on_host(claims: Claims) -> bool:
+    """Say whether the residual stream never meets a GPU; on a CPU, rounding it to bf16 costs time and accuracy."""
+    return all(c.rule.on == "host" for c in claims.all if c.what in _STREAM_GROUPS)
+
+
 def _row(
-    claim: Claim, rules: Rules, config: ModelConfig, devices: dict[str, str], activations: str, experts_packed: bool
+    claim: Claim, rules: Rules, config: ModelConfig, devices: dict[str, str], stream: str, experts_packed: bool
 ) -> PlanRow:
     dtype = claim.rule.dtype
     if claim.what == "routed_experts":
-        dtype = _expert_dtype(claim, rules, activations, experts_packed)
+        dtype = _expert_dtype(claim, rules, stream, experts_packed)
     elif dtype is None:
         dtype = "fp32" if claim.what == "router" else "bf16"
     nbytes = len(claim.layers or (0,)) * group_bytes(config, claim.what, dtype)
     return PlanRow(claim.what, claim.layers, devices[claim.rule.on], dtype, nbytes, claim.rule.line)
 
 
-def _expert_dtype(claim: Claim, rules: Rules, activations: str, experts_packed: bool) -> str:
+def _expert_dtype(claim: Claim, rules: Rules, stream: str, experts_packed: bool) -> str:
     dtype, rule = claim.rule.dtype, claim.rule
     if experts_packed:
         if dtype not in (None, "int4"):
@@ -216,7 +222,7 @@ def _expert_dtype(claim: Claim, rules: Rules, activations: str, experts_packed: 
     if dtype == "int4":
         hint = "this checkpoint stores its experts unpacked; leave dtype out, or write bf16 or fp32"
         fail(rules.source, rule.line, f"{rule}: expected dtype bf16 or fp32, got int4", hint)
-    return dtype or activations
+    return dtype or stream
 
 
 def _plan_kv_cache(

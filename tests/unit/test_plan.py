@@ -198,12 +198,13 @@ def test_a_range_may_reach_over_layers_of_another_kind() -> None:
     assert next(row for row in plan.rows if row.what == "dense_mlp").layer_text == "0..1"
 
 
-def test_activations_are_fp32_where_a_group_of_the_residual_stream_is() -> None:
-    assert plan_of().activation_dtype == "bf16"
-    assert plan_of("lm_head host dtype: fp32", "embedding host dtype: fp32").activation_dtype == "bf16"
-    assert plan_of("router host dtype: fp32").activation_dtype == "bf16"
-    assert plan_of("shared_experts host dtype: fp32").activation_dtype == "fp32"
-    assert plan_of("attention host layers: 0..5", "attention host layers: 6, dtype: fp32").activation_dtype == "fp32"
+def test_activations_are_fp32_on_the_host_and_where_a_group_of_the_residual_stream_is() -> None:
+    gpu = machine(64, 24)
+    assert plan_of().activation_dtype == "fp32", "everything on the host"
+    assert plan_of("lm_head gpu").activation_dtype == "fp32", "the stream ends before the head"
+    assert plan_of("dense_mlp gpu", on=gpu).activation_dtype == "bf16"
+    assert plan_of("dense_mlp gpu", "router host dtype: fp32", on=gpu).activation_dtype == "bf16"
+    assert plan_of("dense_mlp gpu", "shared_experts host dtype: fp32", on=gpu).activation_dtype == "fp32"
 
 
 def test_auto_threads_are_the_cores_that_have_work() -> None:
