@@ -46,6 +46,7 @@ class Reply:
     """What the events of one reply amount to."""
 
     def __init__(self, events: list[Event], parser: OutputParser) -> None:
+        assert all(event.text for event in events if event.kind not in ("tool_call_begin", "tool_call_end"))
         self.events = joined(events)
         self.parser = parser
         self.reasoning = "".join(event.text for event in events if event.kind == "reasoning")
@@ -197,6 +198,13 @@ def test_ids_that_end_a_reply_or_fill_it_have_no_text(name: str) -> None:
         cut_string = f'{CALL}functions.exec:0{ARGS}{{"command": "a{name}b'
         reply = parse_ids(tokenizer.encode(cut_string, allow_special=True), tokenizer, tools=TOOLS)
         assert reply.arguments(0) == '{"command": "ab'
+
+
+def test_a_character_cut_off_by_a_marker_is_a_replacement_character() -> None:
+    tokenizer = small_tokenizer()
+    first, *rest = "é".encode()
+    reply = parse_ids([first, tokenizer.special["</think>"], *rest, *tokenizer.encode("c")], tokenizer)
+    assert (reply.reasoning, reply.content) == ("\ufffd", "\ufffdc")
 
 
 def test_ids_outside_the_vocabulary_have_no_text() -> None:
@@ -366,6 +374,38 @@ def test_a_marker_in_a_string_that_prose_follows_is_data_at_once() -> None:
     check(call("functions.exec:0", arguments), calls=[("exec", arguments)])
 
 
+@pytest.mark.parametrize(
+    "inside", [f"{END_CALL}<think> b", f"{END_CALL}{END_CALL} b", f"{CALL} b", f"{CALL}</think>{ARGS}"]
+)
+def test_a_marker_that_no_structure_follows_is_data_even_in_bad_json(inside: str) -> None:
+    arguments = f'{{"command": "a {inside} "quoted" c"}}'
+    check(call("functions.exec:0", arguments), calls=[("exec", arguments)])
+
+
+def test_a_malformed_call_holds_the_next_back_no_longer_than_it_must() -> None:
+    tokenizer = small_tokenizer()
+
+    def kinds(text: str) -> list[str]:
+        parser = OutputParser(tokenizer, TOOLS)
+        return [event.kind for event in joined(parser.feed(tokenizer.encode(text, allow_special=True)))]
+
+    call_kinds = ["tool_call_begin", "tool_call_arguments", "tool_call_end"]
+    broken = call("functions.exec:0", '{"command": "ls')
+    assert kinds(f'{broken}{CALL}functions.exec:1{ARGS}{{"') == call_kinds[:2]
+    assert kinds(f'{broken}{CALL}functions.exec:1{ARGS}{{"c') == [*call_kinds, "tool_call_begin", "tool_call_arguments"]
+    outside = call("functions.exec:1", '{", ')  # read as one text with `broken`, its end stands outside any string
+    assert kinds(broken + outside) == [*call_kinds, "tool_call_begin", "tool_call_arguments"]
+
+
+@pytest.mark.parametrize("gap", ["", " \n"])
+def test_an_end_marker_that_ends_the_reply_ends_the_call(gap: str) -> None:
+    check(
+        f"r</think>{call('functions.exec:0', chr(123) + chr(34) + 'command')}{gap}",
+        reasoning="r",
+        calls=[("exec", '{"command')],
+    )
+
+
 # -- truncation
 
 
@@ -466,6 +506,8 @@ def test_an_unresolved_call_is_kept_as_text(call_id: str, arguments: str, caplog
 def test_arguments_that_fit_two_tools_name_none() -> None:
     tools = [tool("a", "q"), tool("b", "q")]
     check(call("call_1", '{"q": 1}'), reasoning='call_1{"q": 1}', tools=tools)
+    tools = [tool("a", "q"), tool("b", "q", "z", required=("z",))]
+    check(call("call_1", '{"q": 1}'), calls=[("a", '{"q": 1}')], tools=tools)
 
 
 def test_an_unresolved_bare_call_stays_where_it_is() -> None:
@@ -506,6 +548,8 @@ def test_an_abandoned_id() -> None:
         ("r</think>\nc\n{call}\n", "r", "\nc\n"),
         ("r</think>{call} \n {call}\n", "r", ""),
         ("r</think>{call}\nd", "r", "\nd"),
+        (f"r</think>c{END_CALL}\n", "r", "c"),
+        (f"r</think>c{END_CALL}\n{{call}}", "r", "c"),
     ],
 )
 def test_white_space(text: str, reasoning: str, content: str) -> None:
