@@ -312,7 +312,7 @@ def test_shipped_rules_place_every_k2_checkpoint(name: str, config: ModelConfig)
     plan = make_plan(shipped_rules(name), config, machine(900, 80))
     assert {row.what for row in plan.rows} <= set(GROUPS)
     assert plan.numerics == ("reference" if name == "reference" else "exact")
-        assert plan.activation_dtype == ("bf16" if name == "gpu" else "fp32")
+    assert plan.activation_dtype == ("bf16" if name == "gpu" else "fp32")
     assert plan.devices == (("cuda:0", "host") if name == "gpu" else ("host",))
 
 
