@@ -31,4 +31,3 @@ def show_log() -> None:
     log.setLevel(level.upper())
     if not any(isinstance(handler, _Lines) for handler in log.handlers):
         log.addHandler(_Lines())
-    log.propagate = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def start(environment: dict[str, str]) -> Iterator[Callable[..., Pipes]]:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
     """Run the entry point in this process, which has torch loaded already."""
     from hybrid_k2.cli.main import run
 
@@ -105,4 +106,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         code = ended.value.code
         return Done(code if isinstance(code, int) else int(code is not None), out, err)
 
-    return call_main
+    log = logging.getLogger("hybrid_k2")
+    handlers, level = [*log.handlers], log.level
+    yield call_main
+    log.handlers[:] = handlers
+    log.setLevel(level)

@@ -7,8 +7,6 @@ import re
 import stat
 from pathlib import Path
 
-import pytest
-
 from tests.cli.conftest import ONE_THREAD
 from tests.cli.terminal import ESCAPES, Terminal
 
@@ -140,11 +138,10 @@ def test_a_message_that_does_not_fit_leaves_the_conversation_as_it_was(
         user.wait_for(FIGURES)
 
 
-@pytest.mark.parametrize("variable", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_no_color(babbler: Path, environment: dict[str, str], variable: dict[str, str]) -> None:
+def test_no_color(babbler: Path, environment: dict[str, str]) -> None:
     """And a history that cannot be kept is no reason to fail."""
-    variable = variable | {"XDG_STATE_HOME": "/dev/null/state"}
-    with Terminal(["chat", str(babbler), *SHORT], environment | variable) as user:
+    variables = {"NO_COLOR": "1", "XDG_STATE_HOME": "/dev/null/state"}
+    with Terminal(["chat", str(babbler), *SHORT], environment | variables) as user:
         assert "the history is not kept: /dev/null/state" in user.wait_for(PROMPT)
         user.type("hello\r")
         user.wait_for(FIGURES)

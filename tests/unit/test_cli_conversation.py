@@ -77,6 +77,7 @@ GOOD: dict[str, Any] = {"format": FORMAT, "system": None, "thinking": True, "mes
     [
         ("{", "expected JSON"),
         ("[]", "expected a conversation saved by /save"),
+        ('["\\ud800"]', "got the lone surrogate '.ud800'"),
         (json.dumps(GOOD | {"format": "other"}), "expected a conversation saved by /save"),
         (json.dumps(GOOD | {"system": 3}), "system: expected a string or null, got 3"),
         (json.dumps(GOOD | {"thinking": "yes"}), "thinking: expected true or false"),

@@ -103,13 +103,19 @@ def read_json(path: Path) -> Any:
     Raises: ConfigError: it cannot be read, or is not JSON in UTF-8.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x}") from error
+    except UnicodeEncodeError as error:  # JSON can write half a surrogate pair; nothing can read it
+        raise ConfigError(
+            f"{path}: expected Unicode text, got the lone surrogate {error.object[error.start]!r}"
+        ) from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: expected JSON: {error}") from error
+    return data
 
 
 def _check_message(path: Path, place: str, message: Any) -> None:
