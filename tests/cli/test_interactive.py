@@ -104,10 +104,13 @@ def test_pasted_lines_are_one_message(babbler: Path, environment: dict[str, str]
     saved = tmp_path / "pasted.json"
     with Terminal(["chat", str(babbler), "-q", *SHORT], environment) as user:
         user.wait_for(PROMPT)
-        user.type("\x1b[200~def f():\n\treturn 1\n\x1b[201~\r")
+        user.type("\x1b[200~  def f():\n\treturn 1\n\x1b[201~\r")
         user.wait_for(FIGURES)
         user.wait_for(PROMPT)
         user.type('"""\r/help\r\rlast\r"""\r')
+        user.wait_for(FIGURES)
+        user.wait_for(PROMPT)
+        user.type(" /etc is a folder\r")
         user.wait_for(FIGURES)
         user.wait_for(PROMPT)
         user.type(f"/save {saved}\r")
@@ -115,7 +118,7 @@ def test_pasted_lines_are_one_message(babbler: Path, environment: dict[str, str]
         user.type("\x04")
         assert user.exit_code() == 0
     texts = [m["content"] for m in json.loads(saved.read_text())["messages"] if m["role"] == "user"]
-    assert texts == ["def f():\n\treturn 1", "/help\n\nlast"]
+    assert texts == ["  def f():\n\treturn 1", "/help\n\nlast", "/etc is a folder"]
 
 
 def test_a_message_that_does_not_fit_leaves_the_conversation_as_it_was(

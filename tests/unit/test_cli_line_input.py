@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from hybrid_k2.cli.chat.line_input import BLOCK, MORE, Typed, assemble, history_path
+from hybrid_k2.cli.chat.line_input import BLOCK, MORE, LineInput, Typed, assemble, history_path
+from hybrid_k2.cli.terminal import Output
 
 
 def typing(lines: list[str], prompts: list[str]) -> Callable[[str], str]:
@@ -56,3 +59,12 @@ def test_the_history_follows_the_xdg_rules(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("XDG_STATE_HOME", "relative/is/invalid")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert history_path() == tmp_path / ".local" / "state" / "hybrid-k2" / "history"
+
+
+def test_a_prompt_with_a_name_of_the_model_is_harmless(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("answer\n"))
+    keyboard = LineInput(Output(sys.stderr))
+    assert keyboard.read("\x1b]0;title\x07tool> ") == Typed("answer")
+    assert capsys.readouterr().err == "␛]0;title␇tool> "

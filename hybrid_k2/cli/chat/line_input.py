@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import NamedTuple
 
 from hybrid_k2.cli.chat.commands import completions
-from hybrid_k2.cli.terminal import Output
+from hybrid_k2.cli.terminal import Output, neutralise
+from hybrid_k2.errors import RequestError
 
 PROMPT, MORE = "> ", "… "
 BLOCK = '"""'
@@ -72,7 +73,7 @@ class LineInput:
     def read(self, prompt: str = PROMPT) -> Typed:
         """Return the next message.
 
-        Raises: EOFError at the end of the input; KeyboardInterrupt on Ctrl-C.
+        Raises: EOFError at the end of the input; KeyboardInterrupt on Ctrl-C; RequestError for what is not text.
         """
         typed = assemble(self._next_line, prompt)
         self._remember(typed.text)
@@ -86,8 +87,13 @@ class LineInput:
             return False
 
     def _next_line(self, prompt: str) -> str:
-        if self._readline is None:
-            return self._plain_line(prompt)
+        prompt = neutralise(prompt)  # readline prints it as it is, and it may hold a name that the model made up
+        try:
+            return self._edited_line(prompt) if self._readline else self._plain_line(prompt)
+        except UnicodeDecodeError as error:
+            raise RequestError(f"keyboard: expected UTF-8 text, got byte 0x{error.object[error.start]:02x}") from error
+
+    def _edited_line(self, prompt: str) -> str:
         # readline must know which characters of the prompt take no room: \x01 and \x02 stand around them.
         shown = f"\x01\x1b[1;32m\x02{prompt}\x01\x1b[0m\x02" if self._styled_prompts else prompt
         return input(shown).rstrip("\r\n") + self._pasted_lines()

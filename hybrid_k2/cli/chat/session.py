@@ -51,17 +51,24 @@ class ChatSession:
         self._notes.line(WELCOME, "dim")
         while True:
             try:
-                self._take(self._keyboard.read())
+                typed = self._next()
+                if typed is None:
+                    return
+                self._take(typed)
             except HybridK2Error as error:
                 say_error(self._notes, error)
-            except UnicodeDecodeError as error:
-                self._notes.line(f"error: expected UTF-8 text, got byte 0x{error.object[error.start]:02x}", "error")
             except KeyboardInterrupt:
                 # It never leaves: one that comes just after the end of a reply was meant to stop the reply.
                 self._notes.line("\n(Ctrl-D or /exit leaves)", "dim")
-            except (EOFError, Leave):
-                self._notes.line()
+            except Leave:
                 return
+
+    def _next(self) -> Typed | None:
+        try:
+            return self._keyboard.read()
+        except EOFError:
+            self._notes.line()
+            return None
 
     def _take(self, typed: Typed) -> None:
         if not typed.text.strip():
@@ -70,9 +77,11 @@ class ChatSession:
         if command is not None:
             self._commands[command.name](command.argument)
             return
-        text = check_text(typed.text, "message")
+        text = check_text(typed.text, "message").rstrip().strip("\n")
+        if not typed.block and text.lstrip().startswith("/"):
+            text = text.lstrip()  # the space that made it a message
         self._again = 0
-        self._answer_to([*self.conversation.messages, {"role": "user", "content": text.strip()}])
+        self._answer_to([*self.conversation.messages, {"role": "user", "content": text}])
 
     def _answer_to(self, messages: list[Message], again: int = 0) -> None:
         """Answer messages and keep them with the reply; ask for the results of tools that the model calls."""
