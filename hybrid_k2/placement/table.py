@@ -35,7 +35,8 @@ def _summary(plan: Plan) -> Iterator[str]:
         needed = plan.bytes_on(device)
         yield f"{device}: {format_bytes(needed)} of {format_bytes(budget.nbytes)} ({budget.origin})"
     yield f"kv cache: {plan.kv_cache.tokens} tokens in pages of {plan.kv_cache.page_tokens}"
-    yield f"experts: {plan.numerics}, {plan.threads} threads; activations {plan.activation_dtype}"
+    threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
+    yield f"experts: {plan.numerics}, {threads}; activations {plan.activation_dtype}"
     yield f"prefill: chunks of {plan.chunk_tokens} tokens"
     yield f"weights read per decoded token: {format_bytes(plan.bytes_per_token)}"
     yield from (f"note: {note}" for note in plan.notes)

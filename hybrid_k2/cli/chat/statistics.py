@@ -38,7 +38,7 @@ class Statistics:
         yield "rules", plan.rules.source
         for device in plan.devices:
             yield device, f"{format_bytes(plan.bytes_on(device))} planned"
-        yield "experts", f"{engine.experts_name}, {plan.threads} threads"
+        yield "experts", f"{engine.experts_name}, {plan.threads} thread{'s' * (plan.threads > 1)}"
         yield "memory", f"{engine.read_gbps:.1f} GB/s read; {format_bytes(plan.bytes_per_token)} per decoded token"
         yield "context", f"{self._context} of {plan.kv_cache.tokens} tokens after the last reply"
         yield "replies", str(self._replies)
