@@ -9,9 +9,10 @@ NATIVE := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
 .PHONY: chat test check bench clean install
 .DELETE_ON_ERROR:
+export PROMPT
 
 chat: $(VENV)/.installed
-	@$(VENV)/bin/hybrid-k2 chat $(MODEL) $(if $(PROMPT),--prompt "$(PROMPT)") $(ARGS)
+	@$(VENV)/bin/hybrid-k2 chat $(MODEL) $(if $(PROMPT),--prompt "$$PROMPT") $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest $(ARGS)
