@@ -5,6 +5,9 @@ PYTHON ?= python3
 MODEL  ?= demo
 VENV   := .venv
 PIP    := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+# What an extra of pyproject.toml needs, without building the project once more.
+requirements = $(VENV)/bin/python -c 'from importlib.metadata import requires; \
+    print(*(r.split(";")[0] for r in requires("hybrid-k2") if r.endswith("extra == \"$(1)\"")))'
 NATIVE := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
 .PHONY: chat test check bench clean install
@@ -41,11 +44,11 @@ $(VENV)/.installed: $(VENV)/bin/python $(NATIVE)
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(PIP) --no-build-isolation -e '.[test]'
+	@$(PIP) $$($(call requirements,test))
 	@touch $@
 
 $(VENV)/.installed-check: $(VENV)/.installed
-	@$(PIP) --no-build-isolation -e '.[check]'
+	@$(PIP) $$($(call requirements,check))
 	@touch $@
 
 clean:
