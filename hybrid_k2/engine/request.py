@@ -13,7 +13,7 @@ from hybrid_k2.engine.sampling import Sampler
 from hybrid_k2.engine.sequence import TokenSequence
 from hybrid_k2.errors import RequestError
 from hybrid_k2.protocol import OutputParser, encode_prompt
-from hybrid_k2.protocol.tokens import SECTION_BEGIN, THINK_END
+from hybrid_k2.protocol.tokens import REPLY_ENDS, SECTION_BEGIN, THINK_END
 
 
 def chat_sequence(
@@ -27,8 +27,10 @@ def chat_sequence(
     """Prepare the answer to a conversation. Raises: RequestError."""
     ids = encode_prompt(loaded.tokenizer, messages, tools, thinking, preserve_thinking)
     parser = OutputParser(loaded.tokenizer, tools, thinking)
-    thinking_ends = [loaded.tokenizer.token_id(name) for name in (THINK_END, SECTION_BEGIN)] if thinking else []
-    return _sequence(loaded, ids, parser, thinking_ends, thinking, params)
+    special = loaded.tokenizer.special
+    turn_ends = [special[name] for name in REPLY_ENDS if name in special]
+    thinking_ends = [special[name] for name in (THINK_END, SECTION_BEGIN)] if thinking else []
+    return _sequence(loaded, ids, parser, turn_ends, thinking_ends, thinking, params)
 
 
 def text_sequence(
@@ -36,7 +38,7 @@ def text_sequence(
 ) -> TokenSequence:
     """Prepare the continuation of a text or of token ids. Raises: RequestError."""
     ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    return _sequence(loaded, ids, PlainText(loaded.tokenizer), [], thinking, params)
+    return _sequence(loaded, ids, PlainText(loaded.tokenizer), [], [], thinking, params)
 
 
 def check_ids(token_ids: Iterable[Any], vocab_size: int) -> list[int]:
@@ -71,6 +73,7 @@ def _sequence(
     loaded: LoadedModel,
     ids: Sequence[int],
     parser: Parser,
+    turn_ends: Sequence[int],
     thinking_ends: Sequence[int],
     thinking: bool,
     params: SamplingParams,
@@ -86,6 +89,7 @@ def _sequence(
         Sampler(params, vocab_size, ids),
         Output(parser, params.stop),
         loaded.config.eos_token_ids,
+        turn_ends,
         thinking_ends,
     )
 

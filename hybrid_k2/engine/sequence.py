@@ -30,9 +30,14 @@ class TokenSequence:
         sampler: Sampler,
         output: Output,
         end_ids: Collection[int],
+        turn_end_ids: Collection[int],
         thinking_end_ids: Collection[int],
     ) -> None:
-        """Start with nothing cached; `thinking_end_ids` is empty for a reply that does not think."""
+        """Start with nothing cached.
+
+        `turn_end_ids` are the end ids that the output's parser understands: with one, a call whose arguments are whole
+        counts as complete. `thinking_end_ids` is empty for a reply that does not think.
+        """
         self.tokens = list(prompt_ids)
         self.prompt_tokens = len(self.tokens)
         self.params = params
@@ -49,6 +54,7 @@ class TokenSequence:
         self._matched_token: int | None = None
         self._end_ids = frozenset(() if params.ignore_eos else end_ids)
         self._silent_ids = frozenset(end_ids)
+        self._turn_end_ids = frozenset(turn_end_ids)
         self._thinking_end_ids = frozenset(thinking_end_ids)
         self._thinking = bool(thinking_end_ids)
         self._reasoning_tokens = 0
@@ -97,7 +103,8 @@ class TokenSequence:
         if token in self._end_ids or token in self.params.stop_token_ids:
             if token in self.params.stop_token_ids:
                 self._matched_token = token
-            return self.finish("stop")
+            events = self.output.feed([token]) if token in self._turn_end_ids else []
+            return events + self.finish("stop")
         self._count_thinking(token)
         events = [] if token in self._silent_ids else self.output.feed([token])
         if self.output.matched_stop is not None:

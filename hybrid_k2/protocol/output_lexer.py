@@ -51,7 +51,6 @@ SINGULAR_MARKS: Mapping[str, Mark] = {
     tokens.SINGULAR_SECTION_BEGIN: Mark.SECTION_BEGIN,
     tokens.SINGULAR_SECTION_END: Mark.SECTION_END,
 }
-REPLY_ENDS = frozenset({tokens.IM_END, "[EOS]", "[EOT]"})
 
 # What in text may be a marker, and what the end of a text may still grow into.
 _NAME = r"<\|[a-z0-9_]{1,40}\|>"
@@ -174,7 +173,7 @@ class TextScanner:
 
 def _marker_of(name: str) -> Marker | None:
     """Return what a special token's id means in a reply; None if nothing at all."""
-    if name in REPLY_ENDS:
+    if name in tokens.REPLY_ENDS:
         return Marker(Mark.REPLY_END, "")
     if name in MARKS:
         return Marker(MARKS[name], name)

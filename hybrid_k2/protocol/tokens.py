@@ -8,6 +8,7 @@ IM_USER = "<|im_user|>"
 IM_ASSISTANT = "<|im_assistant|>"
 IM_MIDDLE = "<|im_middle|>"
 IM_END = "<|im_end|>"
+REPLY_ENDS = (IM_END, "[EOS]", "[EOT]")  # any of these ends the model's turn
 
 # Reasoning and tool calls inside an assistant message.
 THINK_BEGIN = "<think>"

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional
 
 from hybrid_k2.engine import Engine, FinishEvent, SamplingParams
 from hybrid_k2.engine.generation import step
-from hybrid_k2.engine.request import text_sequence
+from hybrid_k2.engine.request import chat_sequence, text_sequence
+from hybrid_k2.engine.sequence import TokenSequence
 from hybrid_k2.errors import EngineError, RequestError
 from tests.engines import GREEDY, free_pages, generated, random_engine
 
@@ -176,6 +179,29 @@ def test_the_models_end_token_stops_unless_ignored(engine: Engine) -> None:
     assert reply.matched_stop is None
     reply = generated(engine, random_ids(5), GREEDY, **forced)
     assert (reply.token_ids, reply.content, reply.finish_reason) == ((end,) * 3, "", "length")
+
+
+def write(engine: Engine, text: str, end: str | None) -> TokenSequence:
+    """Make a thinking chat's sequence write this text, one likeliest token after the other."""
+    params = SamplingParams(temperature=0, max_tokens=len(text))
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
+    sequence = chat_sequence(engine._loaded, [{"role": "user", "content": "hi"}], tools, True, False, params)
+    ids = engine.tokenizer.encode(text, allow_special=True)
+    for token in [*ids, *([engine.tokenizer.token_id(end)] if end else [])]:
+        sequence.sample(functional.one_hot(torch.tensor(token), engine.config.vocab_size).float())
+    if end is None:
+        sequence.finish("length")
+    return sequence
+
+
+@pytest.mark.parametrize(("end", "calls", "reason"), [("<|im_end|>", 1, "tool_calls"), (None, 0, "length")])
+def test_the_end_of_the_turn_completes_a_call_whose_arguments_are_whole(
+    engine: Engine, end: str | None, calls: int, reason: str
+) -> None:
+    begun = "<|tool_calls_section_begin|><|tool_call_begin|>functions.clock:0<|tool_call_argument_begin|>{}"
+    sequence = write(engine, f"now</think>{begun}", end)
+    assert (len(sequence.output.tool_calls), sequence.finish_reason) == (calls, reason)
+    assert "im_end" not in sequence.output.content + sequence.output.reasoning
 
 
 def test_a_stop_string_ends_the_generation(engine: Engine) -> None:
