@@ -40,8 +40,9 @@ def sources() -> list[str]:
 
 def flags(source: str) -> list[str]:
     """Return the compiler flags of one file."""
-    isa = ISA_FLAGS.get(Path(source).parent.name, [])
-    return [*COMMON, *isa, *(f"-DK2_BUILT_{name.upper()}" for name in built_isas())]
+    folder = Path(source).parent
+    kernel = ["-fno-exceptions", *ISA_FLAGS.get(folder.name, [])] if folder.parent.name == "kernels" else []
+    return [*COMMON, *kernel, *(f"-DK2_BUILT_{name.upper()}" for name in built_isas())]
 
 
 class BuildNative(build_ext):
@@ -85,9 +86,10 @@ def extensions() -> list[Extension]:
     return [native]
 
 
-setup(
-    packages=[*find_packages(include=["hybrid_k2", "hybrid_k2.*"]), "hybrid_k2.rules"],
-    package_dir={"hybrid_k2.rules": "rules"},
-    ext_modules=extensions(),
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[*find_packages(include=["hybrid_k2", "hybrid_k2.*"]), "hybrid_k2.rules"],
+        package_dir={"hybrid_k2.rules": "rules"},
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildNative},
+    )

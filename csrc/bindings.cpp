@@ -132,6 +132,19 @@ class PyLayer {
     return py::make_tuple(gate, gate_scale, up, up_scale, down, down_scale);
   }
 
+  // The expert in layout L32: w13 [I/16, H/32, 576] and w2 [H/32, I/32, 576], copied.
+  py::tuple read_l32(int expert) const {
+    const std::shared_ptr<Layer> layer = open();
+    const ExpertLayer& experts = layer->experts();
+    const LayerShape& s = experts.shape();
+    experts.check_loaded(expert);
+    Array<uint8_t> w13({s.intermediate / kHalfBlock, s.hidden_groups(), kBlockBytes});
+    Array<uint8_t> w2({s.hidden_groups(), s.intermediate_groups(), kBlockBytes});
+    std::memcpy(w13.mutable_data(), experts.w13(expert), size_t(s.w13_bytes()));
+    std::memcpy(w2.mutable_data(), experts.w2(expert), size_t(s.w2_bytes()));
+    return py::make_tuple(w13, w2);
+  }
+
   // hidden: float32, or bf16 as uint16, [T, H]; ids int32 and weights float32 [T, K]; output float32 [T, H].
   void forward(const py::array& hidden, const py::array& ids, const py::array& weights, const py::array& output) {
     const std::shared_ptr<Layer> layer = open();
@@ -244,6 +257,7 @@ PYBIND11_MODULE(_native, m) {
       .def("load_expert", &PyLayer::load_expert, py::arg("expert"), py::arg("gate"), py::arg("gate_scale"),
            py::arg("up"), py::arg("up_scale"), py::arg("down"), py::arg("down_scale"))
       .def("read_expert", &PyLayer::read_expert, py::arg("expert"))
+      .def("read_l32", &PyLayer::read_l32, py::arg("expert"))
       .def("forward", &PyLayer::forward, py::arg("hidden"), py::arg("ids"), py::arg("weights"), py::arg("output"))
       .def("submit", &PyLayer::submit, py::arg("slot"), py::arg("hidden"), py::arg("ids"), py::arg("weights"))
       .def("wait", &PyLayer::wait, py::arg("slot"), py::arg("output"), py::arg("timeout_s") = -1.0)

@@ -37,10 +37,14 @@ void ExpertLayer::pack(int expert, const PackedMatrix& gate, const PackedMatrix&
   loaded_[expert].store(true, std::memory_order_release);
 }
 
-void ExpertLayer::unpack(int expert, const MutablePackedMatrix& gate, const MutablePackedMatrix& up,
-                         const MutablePackedMatrix& down) const {
+void ExpertLayer::check_loaded(int expert) const {
   check_argument(expert >= 0 && expert < shape_.experts, "expert", text("0..", shape_.experts - 1), expert);
   check_argument(loaded(expert), "expert", "a loaded one", expert);
+}
+
+void ExpertLayer::unpack(int expert, const MutablePackedMatrix& gate, const MutablePackedMatrix& up,
+                         const MutablePackedMatrix& down) const {
+  check_loaded(expert);
   check_matrix("gate", gate, shape_.intermediate, shape_.hidden);
   check_matrix("up", up, shape_.intermediate, shape_.hidden);
   check_matrix("down", down, shape_.hidden, shape_.intermediate);

@@ -39,6 +39,8 @@ class ExpertLayer {
   void unpack(int expert, const MutablePackedMatrix& gate, const MutablePackedMatrix& up,
               const MutablePackedMatrix& down) const;
 
+  // ArgumentError unless the expert exists and was packed.
+  void check_loaded(int expert) const;
   bool loaded(int expert) const { return loaded_[expert].load(std::memory_order_acquire); }
   const uint8_t* w13(int expert) const { return memory_.data() + expert * shape_.expert_bytes(); }
   const uint8_t* w2(int expert) const { return w13(expert) + shape_.w13_bytes(); }

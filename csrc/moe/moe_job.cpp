@@ -47,7 +47,7 @@ MoeJob::MoeJob(ThreadPool& pool, const KernelTable& table, const ExpertLayer& la
   reserve(workspace_->output, size_t(tokens_) * shape.hidden * sizeof(float));
   reserve(workspace_->packed, size_t(chunk_tokens * packed_bytes_));
   reserve(workspace_->activated, size_t(chunk_tokens * per_token * activated_bytes_));
-  std::memcpy(workspace_->hidden.data(), input.hidden, hidden_bytes);
+  if (tokens_ > 0) std::memcpy(workspace_->hidden.data(), input.hidden, hidden_bytes);
   for (int first = 0; first < tokens_; first += kChunkTokens) {
     const int64_t at = int64_t(first) * per_token;
     const int count = std::min(kChunkTokens, tokens_ - first);
@@ -63,7 +63,8 @@ MoeJob::~MoeJob() {
 }
 
 void MoeJob::copy_output(float* out) const {
-  std::memcpy(out, workspace_->output.data(), size_t(tokens_) * layer_.shape().hidden * sizeof(float));
+  const size_t bytes = size_t(tokens_) * layer_.shape().hidden * sizeof(float);
+  if (bytes > 0) std::memcpy(out, workspace_->output.data(), bytes);
 }
 
 void MoeJob::check_ids(const MoeInput& input) const {

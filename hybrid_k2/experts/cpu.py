@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hybrid_k2.checkpoint import ExpertWeights, PackedWeight
@@ -35,6 +37,11 @@ def native_isas() -> list[IsaFact]:
         IsaFact(name, built, supported=not missing, missing=tuple(missing))
         for name, built, missing in _native.instruction_sets()
     ]
+
+
+def features_of(leaf1_ecx: int, leaf7_ebx: int, leaf7_ecx: int, xcr0: int) -> list[str]:
+    """Name the CPU features that these CPUID registers and XCR0 report, of those that the kernels ask for."""
+    return list(_native.features_of(leaf1_ecx, leaf7_ebx, leaf7_ecx, xcr0))
 
 
 def _array(tensor: Tensor) -> Any:
@@ -86,6 +93,15 @@ class NativeExperts(ExpertsBackend):
             PackedWeight(up, up_scale.view(torch.bfloat16)),
             PackedWeight(down, down_scale.view(torch.bfloat16)),
         )
+
+    def read_l32(self, expert: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Return a copy of one expert in layout L32.
+
+        Shapes: w13 [I/16, H/32, 576], w2 [H/32, I/32, 576].
+        Raises: ValueError if it was not loaded.
+        """
+        w13, w2 = self._layer.read_l32(expert)
+        return w13, w2
 
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See ExpertsBackend."""

@@ -1,0 +1,130 @@
+// A layer's computation with 1, 2, 3 and 5 workers on the portable kernels, for the sanitizers; numerics are tested from
+// Python.
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "kernels/kernel_list.h"
+#include "moe/moe_job.h"
+#include "moe/runtime.h"
+#include "testing/check.h"
+
+namespace k2 {
+namespace {
+
+using Random = std::mt19937;
+
+struct Words {
+  Words(Random& random, int rows, int inputs) : rows(rows), inputs(inputs) {
+    for (int i = 0; i < rows * inputs / 8; ++i) words.push_back(uint32_t(random()));
+    for (int i = 0; i < rows * inputs / kGroup; ++i) scales.push_back(uint16_t(0x3c00 + random() % 256));
+  }
+  PackedMatrix matrix() const { return {words.data(), scales.data(), rows, inputs}; }
+
+  int rows, inputs;
+  std::vector<uint32_t> words;
+  std::vector<uint16_t> scales;
+};
+
+struct Batch {
+  Batch(Random& random, const LayerShape& shape, int tokens) : tokens(tokens) {
+    std::normal_distribution<float> normal;
+    for (int i = 0; i < tokens * shape.hidden; ++i) hidden.push_back(normal(random));
+    for (int i = 0; i < tokens * shape.experts_per_token; ++i) {
+      ids.push_back(int32_t(random() % unsigned(shape.experts)));  // a token may name an expert twice
+      weights.push_back(normal(random));
+    }
+  }
+  MoeInput input() const { return {hidden.data(), false, ids.data(), weights.data(), tokens}; }
+
+  int tokens;
+  std::vector<float> hidden, weights;
+  std::vector<int32_t> ids;
+};
+
+std::vector<float> compute(Layer& layer, const Batch& batch) {
+  std::vector<float> out(size_t(batch.tokens) * layer.experts().shape().hidden);
+  const std::shared_ptr<MoeJob> job = layer.start(batch.input());
+  K2_EXPECT(layer.runtime().pool.wait(*job));
+  job->rethrow();
+  job->copy_output(out.data());
+  return out;
+}
+
+void results_do_not_depend_on_workers() {
+  Random random(7);
+  const LayerShape shape{96, 64, 5, 3};
+  std::vector<Words> weights;
+  for (int e = 0; e < shape.experts; ++e) {
+    weights.emplace_back(random, shape.intermediate, shape.hidden);
+    weights.emplace_back(random, shape.intermediate, shape.hidden);
+    weights.emplace_back(random, shape.hidden, shape.intermediate);
+  }
+  const Batch batches[] = {{random, shape, 0}, {random, shape, 1}, {random, shape, 13}, {random, shape, 1100}};
+  std::vector<std::vector<float>> expected;
+  for (const int workers : {1, 2, 3, 5}) {
+    Layer layer(std::make_shared<Runtime>("portable", workers), shape);
+    for (int e = 0; e < shape.experts; ++e) {
+      layer.experts().pack(e, weights[3 * e].matrix(), weights[3 * e + 1].matrix(), weights[3 * e + 2].matrix());
+    }
+    std::vector<std::vector<float>> results;
+    for (const Batch& batch : batches) results.push_back(compute(layer, batch));
+    if (expected.empty()) expected = results;
+    for (size_t i = 0; i < results.size(); ++i) {
+      K2_EXPECT(results[i] == expected[i]);  // no NaN here: equal numbers are equal bits, but for the sign of zero
+    }
+    for (int e = 0; e < shape.experts; ++e) {  // lossless
+      Random other(99);
+      Words gate(other, shape.intermediate, shape.hidden), up = gate, down(other, shape.hidden, shape.intermediate);
+      auto view = [](Words& w) { return MutablePackedMatrix{w.words.data(), w.scales.data(), w.rows, w.inputs}; };
+      layer.experts().unpack(e, view(gate), view(up), view(down));
+      K2_EXPECT(gate.words == weights[3 * e].words && gate.scales == weights[3 * e].scales);
+      K2_EXPECT(up.words == weights[3 * e + 1].words && up.scales == weights[3 * e + 1].scales);
+      K2_EXPECT(down.words == weights[3 * e + 2].words && down.scales == weights[3 * e + 2].scales);
+    }
+  }
+}
+
+void closing_with_work_in_flight_ends_it() {
+  Random random(8);
+  const LayerShape shape{64, 64, 2, 2};
+  auto runtime = std::make_shared<Runtime>("portable", 2);
+  for (int round = 0; round < 10; ++round) {
+    Layer layer(runtime, shape);
+    for (int e = 0; e < shape.experts; ++e) {
+      const Words gate(random, 64, 64), up(random, 64, 64), down(random, 64, 64);
+      layer.experts().pack(e, gate.matrix(), up.matrix(), down.matrix());
+    }
+    const Batch batch(random, shape, 300);
+    layer.keep(0, layer.start(batch.input()));
+    layer.keep(1, layer.start(batch.input()));
+  }
+}
+
+void work_is_cut_without_gap_or_overlap() {
+  Random random(9);
+  for (int round = 0; round < 200; ++round) {
+    RoutedChunk chunk{};
+    const int experts = int(random() % 6), units = 1 + int(random() % 9), workers = 1 + int(random() % 9);
+    for (int e = 0; e < experts; ++e) chunk.experts.push_back({e, 0, 1 + int(random() % 40)});
+    int before = 0;
+    K2_EXPECT(cut_work(chunk, units, 0, workers).index == 0 && cut_work(chunk, units, 0, workers).unit == 0);
+    for (int worker = 1; worker <= workers; ++worker) {
+      const WorkCut cut = cut_work(chunk, units, worker, workers);
+      const int at = cut.index * units + cut.unit;
+      K2_EXPECT(at >= before && cut.unit < units);
+      before = at;
+    }
+    K2_EXPECT(before == experts * units);
+  }
+}
+
+}  // namespace
+}  // namespace k2
+
+int main() {
+  k2::work_is_cut_without_gap_or_overlap();
+  k2::results_do_not_depend_on_workers();
+  k2::closing_with_work_in_flight_ends_it();
+  std::puts("ok");
+}

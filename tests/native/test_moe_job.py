@@ -1,0 +1,20 @@
+"""A layer's computation under the sanitizers: the same result for every number of workers, no race, no bad access."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.native.conftest import MOE_SOURCES, Compiler, require_sanitizer, run_program
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_moe_job(sanitizer: str, compiler: Compiler) -> None:
+    require_sanitizer(compiler, sanitizer)
+    flags = (f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
+    objects = compiler.objects(("testing/moe_job_test.cpp", *MOE_SOURCES), "-O0", "-g1", *flags)
+    # The kernels' unrolled code takes minutes to compile with the address sanitizer; they run on guarded buffers in
+    # test_kernel_tables.
+    kernel_flags = ("-fsanitize=thread",) if sanitizer == "thread" else ()
+    portable = compiler.object("kernels/portable/a16_portable.cpp", "-O1", *kernel_flags)
+    program = compiler.program(f"moe_job_test_{sanitizer[:6]}", [*objects, portable], *flags)
+    assert run_program(program) == "ok\n"
