@@ -27,6 +27,7 @@ _FIXED_FIELDS: tuple[tuple[str, object, str], ...] = (
     ("scoring_func", "sigmoid", "the router scores experts with a sigmoid"),
     ("topk_method", "noaux_tc", "the router chooses experts by score plus a correction bias"),
     ("moe_layer_freq", 1, "every layer after the first dense ones is a mixture of experts"),
+    ("rope_interleave", True, "rotary pairs are neighbouring columns"),
     ("attention_bias", False, "the attention projections carry no bias"),
     ("tie_word_embeddings", False, "lm_head is a tensor of its own"),
 )

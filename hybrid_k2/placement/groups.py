@@ -26,7 +26,6 @@ GROUPS = (
 )
 LAYERED_GROUPS = ("attention", "router", "dense_mlp", "shared_experts", "routed_experts")
 
-INT4_GROUP = 32  # inputs that share one bf16 scale
 # Bytes of 32 weights, so that INT4 with its scale stays an integer: 16 bytes of nibbles and 2 of scale. The packed
 # host layout (L32) holds the same bytes in another order.
 _BYTES_PER_32 = {"fp32": 128, "bf16": 64, "int4": 18}

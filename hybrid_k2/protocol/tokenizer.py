@@ -6,7 +6,6 @@ import codecs
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
@@ -80,11 +79,6 @@ class Tokenizer:
         if name not in self.special:
             raise CheckpointError(f"special token {name}: expected it in the vocabulary, got none of that name")
         return self.special[name]
-
-    @cached_property
-    def special_names(self) -> Mapping[int, str]:
-        """The name of each special id."""
-        return MappingProxyType({token_id: name for name, token_id in self.special.items()})
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Encode text; look-alikes of special tokens are ordinary text unless `allow_special` is true."""

@@ -198,6 +198,7 @@ REFUSED = [
     ("topk_group", 4),
     ("hidden_act", "gelu"),
     ("attention_bias", True),
+    ("rope_interleave", False),
     ("tie_word_embeddings", True),
     ("moe_layer_freq", 2),
     ("q_lora_rank", None),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid_k2.cli.chat.conversation import Conversation
 from hybrid_k2.cli.chat.options import ChatOptions, check_text
+from hybrid_k2.cli.chat.reply import start_reply
 from hybrid_k2.cli.chat.reply_view import ReplyView, say_figures
 from hybrid_k2.cli.terminal import Output
 from hybrid_k2.errors import RequestError
@@ -43,13 +44,7 @@ def answer_once(engine: Engine, options: ChatOptions, text: str, answer: Output,
     """
     view = ReplyView(answer, notes)
     messages = Conversation(options.system, [{"role": "user", "content": text}]).prompt()
-    generation = engine.generate(
-        messages=messages,
-        tools=options.tools,
-        thinking=options.thinking,
-        params=options.params,
-        on_prefill=view.show_prefill,
-    )
+    generation = start_reply(engine, messages, options, view)
     try:
         for event in generation:
             if not as_json:

@@ -10,9 +10,20 @@ from hybrid_k2.cli.chat.options import ChatOptions
 from hybrid_k2.cli.chat.reply_view import ReplyView
 
 if TYPE_CHECKING:
-    from hybrid_k2.engine import Engine, Reply
+    from hybrid_k2.engine import Engine, Generation, Reply
 
 CANCELLED = "cancelled"
+
+
+def start_reply(engine: Engine, messages: list[Message], options: ChatOptions, view: ReplyView) -> Generation:
+    """Ask for a reply with the chat's options; nothing is computed before its first event. Raises: RequestError."""
+    return engine.generate(
+        messages=messages,
+        tools=options.tools,
+        thinking=options.thinking,
+        params=options.params,
+        on_prefill=view.show_prefill,
+    )
 
 
 def make_reply(engine: Engine, messages: list[Message], options: ChatOptions, view: ReplyView) -> Reply:
@@ -20,13 +31,7 @@ def make_reply(engine: Engine, messages: list[Message], options: ChatOptions, vi
 
     Raises: RequestError: the messages cannot be answered; nothing was generated.
     """
-    generation = engine.generate(
-        messages=messages,
-        tools=options.tools,
-        thinking=options.thinking,
-        params=options.params,
-        on_prefill=view.show_prefill,
-    )
+    generation = start_reply(engine, messages, options, view)
     try:
         with on_ctrl_c(generation.cancel), no_echo():
             for event in generation:
