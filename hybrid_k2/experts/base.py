@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +118,11 @@ class ExpertsBackend(ABC):
         whatever the computation raised; ValueError for a slot that is not in flight.
         """
 
+    def abandon(self, slot: int) -> None:
+        """Free a slot whose result, or error, nobody wants any more; one that is not in flight stays as it is."""
+        with suppress(Exception):
+            self.wait(slot)
+
     @abstractmethod
     def close(self) -> None:
         """Release the weights; the backend cannot be used any more."""
@@ -197,3 +203,7 @@ class QueuedBackend(ExpertsBackend):
             raise
         del self._slots[slot]
         return result
+
+    def abandon(self, slot: int) -> None:
+        """See ExpertsBackend; what comes next queues behind the computation."""
+        self._slots.pop(slot, None)

@@ -32,11 +32,13 @@ class Moe:
             routed = self.experts.forward(hidden, routing.ids, routing.weights)  # [T, hidden] fp32
             shared = self.shared(x)  # [T, hidden]
         else:
-            self.experts.submit(SLOT, hidden, routing.ids, routing.weights)
             try:
+                self.experts.submit(SLOT, hidden, routing.ids, routing.weights)
                 shared = self.shared(x)  # [T, hidden], while the host computes the routed experts
-            finally:
                 routed = self.experts.wait(SLOT)  # [T, hidden] fp32
+            except BaseException:  # Ctrl-C may come anywhere, also while `submit` or `wait` returns
+                self.experts.abandon(SLOT)
+                raise
         # The original model casts the sum of the routed experts before it adds the shared one.
         return routed.to(x) + shared.to(x)
 

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
 
 from hybrid_k2.checkpoint import ExpertWeights
 from hybrid_k2.config import ModelConfig
+from hybrid_k2.errors import EngineError
+from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime
 from hybrid_k2.experts.reference import ReferenceRuntime
 from hybrid_k2.model.layers import SwiGlu
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.router import Router
 from tests.generators import config_dict
 from tests.reference import moe as oracle
+from tests.unit.experts_common import load_random_experts, native_runtime
 
 SIZES = [
     {},
@@ -89,3 +94,62 @@ def test_an_error_beside_the_experts_leaves_no_slot_in_flight(runtime: Reference
     routing = moe.router(x)
     moe.experts.submit(0, x, routing.ids, routing.weights)
     assert torch.equal(moe.experts.wait(0), moe.experts.forward(x, routing.ids, routing.weights))
+
+
+class Interrupted:
+    """Pass calls on to a backend, and be interrupted as one of them returns (or before it waits)."""
+
+    def __init__(self, backend: ExpertsBackend, method: str) -> None:
+        self._backend = backend
+        self._method = method
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def submit(self, *arguments: Any) -> None:
+        self._backend.submit(*arguments)
+        if self._method == "submit":
+            raise KeyboardInterrupt
+
+    def wait(self, slot: int) -> None:
+        if self._method == "before wait":
+            raise KeyboardInterrupt
+        self._backend.wait(slot)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["submit", "before wait", "wait"])
+@pytest.mark.parametrize("open_runtime", [ReferenceRuntime, native_runtime])
+def test_an_interrupt_around_the_experts_leaves_no_slot_in_flight(open_runtime: Any, method: str) -> None:
+    runtime: ExpertsRuntime = open_runtime()
+    backend = runtime.make_layer(64, 32, 4, 2)
+    load_random_experts(backend)
+    router = Router(torch.randn(4, 64), torch.zeros(4), 2, True, 1.0)
+    # A shared expert on another device (one without values) makes the routed ones run beside it.
+    shared = SwiGlu(*(torch.empty(shape, device="meta") for shape in ((32, 64), (32, 64), (64, 32))))
+    x = torch.randn(5, 64)
+    interrupted: Any = Interrupted(backend, method)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            Moe(router, interrupted, shared)(x)
+    routing = router(x)
+    backend.submit(0, x, routing.ids, routing.weights)
+    assert torch.equal(backend.wait(0), backend.forward(x, routing.ids, routing.weights))
+    backend.close()
+    runtime.close()
+
+
+@pytest.mark.parametrize("open_runtime", [ReferenceRuntime, native_runtime])
+def test_abandoning_swallows_errors_and_empty_slots(open_runtime: Any) -> None:
+    runtime: ExpertsRuntime = open_runtime()
+    backend = runtime.make_layer(64, 32, 4, 2)
+    batch = torch.randn(2, 64), torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, 2)
+    backend.abandon(0)
+    with suppress(EngineError):  # expert 0 was not loaded: some backends find it out while they compute
+        backend.submit(0, *batch)
+    backend.abandon(0)
+    load_random_experts(backend)
+    backend.submit(0, *batch)
+    assert torch.equal(backend.wait(0), backend.forward(*batch))
+    backend.close()
+    runtime.close()
