@@ -70,12 +70,16 @@ def float64_layer(hidden: int, intermediate: int, experts: int, top_k: int) -> R
     return layer
 
 
-def error(result: Tensor, expected: Tensor) -> float:
-    """The largest relative error of a token's output vector."""
-    if not len(expected):
-        return 0.0
+def token_errors(result: Tensor, expected: Tensor) -> Tensor:
+    """The relative error of each token's output vector."""
     difference = (result.to(torch.float64) - expected).norm(dim=1)
-    return float((difference / expected.norm(dim=1)).max())
+    return difference / expected.norm(dim=1)
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    """The root mean square of the tokens' relative errors."""
+    errors = token_errors(result, expected)
+    return float(errors.square().mean().sqrt()) if len(errors) else 0.0
 
 
 def _heavy_tailed(tokens: int, hidden: int) -> Tensor:

@@ -23,13 +23,14 @@ from tests.unit.experts_common import (
     random_expert,
     random_routing,
     random_weight,
+    token_errors,
     usable_isas,
 )
 
 TOKENS = (0, 1, 2, 3, 5, 6, 7, 15, 16, 17, 40, 257)
 ODD_LAYER = (160, 96, 24, 6)  # hidden, moe_intermediate, experts, top-k
-# A16 rounds activations to 16 bits, once per matrix: 5e-5 to 7e-5 of the output's norm on large layers, a little more
-# on single tokens of small ones. FP32 backends are at 1e-6.
+# A16 rounds activations to 16 bits, once per matrix: 5e-5 to 7e-5 of the output's norm. A single token of a small layer
+# comes to twice the tolerance where its experts' outputs cancel. FP32 backends are at 1e-6.
 TOLERANCE = 2e-4
 ACCURATE = [*(f"native {isa}" for isa in usable_isas()), "numba", "reference"]
 INVARIANT = ACCURATE[:-1]
@@ -67,7 +68,9 @@ def test_the_error_against_float64_is_small(runtime: ExpertsRuntime, activations
             result = layer.forward(x, ids, weights)
             assert result.shape == (tokens, 160)
             assert result.dtype == torch.float32
-            assert error(result, oracle.forward(x, ids, weights)) < TOLERANCE
+            expected = oracle.forward(x, ids, weights)
+            assert error(result, expected) < TOLERANCE
+            assert bool((token_errors(result, expected) < 2 * TOLERANCE).all())
 
 
 def test_the_error_on_a_wider_layer_is_small(runtime: ExpertsRuntime) -> None:
