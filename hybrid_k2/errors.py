@@ -18,6 +18,18 @@ escapes (a plain Python exception) is a bug of hybrid-k2.
 from __future__ import annotations
 
 
+_SHOWN_CHARACTERS = 100  # a message stays readable, whatever was given
+
+
+def shown(value: object) -> str:
+    """Show a value in an error message, in one short piece; works for any size and depth."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits, or thousands of levels
+        return f"a value too large to show ({type(value).__name__})"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
+
+
 class HybridK2Error(Exception):
     """Base of every error that is not a bug; `hint` says what the user can do about it."""
 

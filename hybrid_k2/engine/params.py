@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
 
-from hybrid_k2.errors import ConfigError, RequestError
+from hybrid_k2.errors import ConfigError, RequestError, shown
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024  # bounds the text that may have to be held back while a stop string is still possible
@@ -69,7 +68,7 @@ class SamplingParams:
         _check_integer("seed", self.seed, -_SEED_BOUND, _SEED_BOUND - 1)
         _check_integer("max_tokens", self.max_tokens, 1, None)
         if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos: expected True or False, got {self.ignore_eos!r}")
+            raise RequestError(f"ignore_eos: expected True or False, got {shown(self.ignore_eos)}")
 
     @classmethod
     def defaults(cls, thinking: bool, generation_config: Mapping[str, Any] | None = None) -> SamplingParams:
@@ -105,16 +104,16 @@ class SamplingParams:
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
             for token in ids:
                 if token >= vocab_size:
-                    raise RequestError(f"{name}: expected token ids from 0 to {vocab_size - 1}, got {token}")
+                    raise RequestError(f"{name}: expected token ids from 0 to {vocab_size - 1}, got {shown(token)}")
 
 
 def _check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
     if value is None:
         return
-    number = not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    number = not isinstance(value, bool) and isinstance(value, Real)
     if not number or not low <= value <= high or (above and value == low):
         span = f"above {low}, at most {high}" if above else f"from {low} to {high}"
-        raise RequestError(f"{name}: expected a number {span}, got {value!r}")
+        raise RequestError(f"{name}: expected a number {span}, got {shown(value)}")
 
 
 def _check_integer(name: str, value: Any, low: int, high: int | None) -> None:
@@ -123,7 +122,7 @@ def _check_integer(name: str, value: Any, low: int, high: int | None) -> None:
     integer = not isinstance(value, bool) and isinstance(value, Integral)
     if not integer or value < low or (high is not None and value > high):
         span = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise RequestError(f"{name}: expected an integer {span}, got {value!r}")
+        raise RequestError(f"{name}: expected an integer {span}, got {shown(value)}")
 
 
 def _stop_strings(value: object) -> tuple[str, ...]:
@@ -132,7 +131,7 @@ def _stop_strings(value: object) -> tuple[str, ...]:
         raise RequestError(f"stop: expected at most {MAX_STOP_STRINGS} strings, got {len(strings)}")
     for string in strings:
         if not isinstance(string, str) or not 1 <= len(string) <= MAX_STOP_CHARACTERS:
-            got = f"a string of {len(string)} characters" if isinstance(string, str) else repr(string)
+            got = f"a string of {len(string)} characters" if isinstance(string, str) else shown(string)
             raise RequestError(f"stop: expected strings of 1 to {MAX_STOP_CHARACTERS} characters, got {got}")
     return strings
 
@@ -141,19 +140,22 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     ids = _as_tuple(name, value, "token ids")
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
-            raise RequestError(f"{name}: expected token ids of at least 0, got {token!r}")
+            raise RequestError(f"{name}: expected token ids of at least 0, got {shown(token)}")
     return tuple(int(token) for token in ids)
 
 
 def _logit_bias(value: object) -> Mapping[int, float]:
     if not isinstance(value, Mapping):
-        raise RequestError(f"logit_bias: expected a mapping of token ids to numbers, got {value!r}")
+        raise RequestError(f"logit_bias: expected a mapping of token ids to numbers, got {shown(value)}")
     for token, bias in zip(_token_ids("logit_bias", value), value.values(), strict=True):
-        _check_number(f"logit_bias[{token}]", math.nan if bias is None else bias, -100, 100)
+        place = f"logit_bias[{shown(token)}]"
+        if bias is None:
+            raise RequestError(f"{place}: expected a number from -100 to 100, got None")
+        _check_number(place, bias, -100, 100)
     return MappingProxyType({int(token): float(bias) for token, bias in value.items()})
 
 
 def _as_tuple(name: str, value: object, what: str) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        raise RequestError(f"{name}: expected a list of {what}, got {value!r}")
+        raise RequestError(f"{name}: expected a list of {what}, got {shown(value)}")
     return tuple(value)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 
 from hybrid_k2.engine.params import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, SamplingParams
-from hybrid_k2.errors import ConfigError, RequestError
+from hybrid_k2.errors import ConfigError, RequestError, shown
+
+HUGE = 10**6000  # more digits than Python turns into text
 
 WRONG = [
     *((name, value) for name in ("temperature", "top_p", "min_p") for value in (-0.1, math.nan, math.inf, "1", True)),
@@ -43,13 +46,25 @@ WRONG = [
     ("logit_bias", {"1": 1.0}),
     ("logit_bias", [1]),
     ("ignore_eos", 1),
+    *((name, HUGE) for name in ("temperature", "top_p", "min_p", "presence_penalty", "repetition_penalty", "seed")),
+    *((name, -HUGE) for name in ("temperature", "frequency_penalty", "top_k", "max_tokens", "seed")),
+    ("temperature", Fraction(10**400)),
+    ("logit_bias", {1: HUGE}),
+    ("logit_bias", {-HUGE: 1.0}),
+    ("logit_bias", {HUGE: 101}),
+    ("logit_bias", HUGE),
+    ("stop_token_ids", [-HUGE]),
+    ("stop", HUGE),
+    ("stop", [HUGE]),
+    ("ignore_eos", HUGE),
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG, ids=[f"{n}={str(v)[:12]}" for n, v in WRONG])
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=[f"{n}={shown(v)[:12]}" for n, v in WRONG])
 def test_refuses_a_wrong_value_and_names_the_field(name: str, value: Any) -> None:
-    with pytest.raises(RequestError, match=rf"^{name}.*: expected .*, got "):
+    with pytest.raises(RequestError, match=rf"^{name}.*: expected .*, got ") as caught:
         SamplingParams(**{name: value})
+    assert len(caught.value.message) < 300
 
 
 def test_accepts_the_limits_and_other_number_types() -> None:
@@ -103,3 +118,9 @@ def test_ids_outside_the_vocabulary_are_refused(name: str, value: Any) -> None:
     params.check_vocabulary(11)
     with pytest.raises(RequestError, match=rf"{name}: expected token ids from 0 to 9, got 10"):
         params.check_vocabulary(10)
+
+
+@pytest.mark.parametrize(("name", "value"), [("stop_token_ids", [HUGE]), ("logit_bias", {HUGE: 1.0})])
+def test_an_id_of_any_size_is_refused_by_the_vocabulary(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=rf"{name}: expected token ids from 0 to 9, got a value too large to show"):
+        SamplingParams(**{name: value}).check_vocabulary(10)
