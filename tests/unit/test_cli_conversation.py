@@ -61,10 +61,12 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert load_conversation(tmp_path / "real.json")[0].system == "s"
 
 
-@pytest.mark.parametrize("place", ["missing/c.json", "folder"])
-def test_saving_where_it_cannot_be(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "message"), [("missing/c.json", "cannot be written: No such"), ("folder", "got a folder")]
+)
+def test_saving_where_it_cannot_be(tmp_path: Path, place: str, message: str) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(ConfigError, match=message):
         save_conversation(tmp_path / place, Conversation(), model="demo", thinking=True)
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hybrid_k2.cli.chat.files import read_json, write_whole
 from hybrid_k2.errors import ConfigError, RequestError
 
 FORMAT = "hybrid-k2 conversation 1"
@@ -62,21 +61,7 @@ def save_conversation(path: Path, conversation: Conversation, *, model: str, thi
         "system": conversation.system,
         "messages": conversation.messages,
     }
-    text = json.dumps(data, ensure_ascii=False, indent=2) + "\n"
-    try:
-        path = path.resolve()
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        os.unlink(temporary)
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+    write_whole(path, json.dumps(data, ensure_ascii=False, indent=2) + "\n")
 
 
 def load_conversation(path: Path) -> tuple[Conversation, bool]:
@@ -95,27 +80,6 @@ def load_conversation(path: Path) -> tuple[Conversation, bool]:
     for index, message in enumerate(messages):
         _check_message(path, f"messages[{index}]", message)
     return Conversation(system, messages), bool(thinking)
-
-
-def read_json(path: Path) -> Any:
-    """Return the JSON value of a file.
-
-    Raises: ConfigError: it cannot be read, or is not JSON in UTF-8.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(data, ensure_ascii=False).encode("utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected UTF-8 text, got byte 0x{error.object[error.start]:02x}") from error
-    except UnicodeEncodeError as error:  # JSON can write half a surrogate pair; nothing can read it
-        raise ConfigError(
-            f"{path}: expected Unicode text, got the lone surrogate {error.object[error.start]!r}"
-        ) from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: expected JSON: {error}") from error
-    return data
 
 
 def _check_message(path: Path, place: str, message: Any) -> None:

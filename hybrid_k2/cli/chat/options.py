@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid_k2.cli.chat.conversation import read_json
+from hybrid_k2.cli.chat.files import read_json
 from hybrid_k2.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybrid_k2.cli.chat.commands import COMMANDS, help_lines, parse_command
 from hybrid_k2.cli.chat.conversation import Conversation, Message, load_conversation, save_conversation
+from hybrid_k2.cli.chat.files import path_of, target_of
 from hybrid_k2.cli.chat.line_input import PROMPT, LineInput, Typed
 from hybrid_k2.cli.chat.options import ChatOptions, check_text
 from hybrid_k2.cli.chat.reply import kept_message, make_reply
@@ -148,18 +148,19 @@ class ChatSession:
         self._answer_to(messages, self._again)
 
     def _save(self, argument: str) -> None:
-        path = file_of(argument)
-        if path.exists() and path.resolve() != self._file and not self._keyboard.ask(f"{path} exists; replace it?"):
+        path = path_of(argument)
+        target = target_of(path)
+        if target.exists() and target != self._file and not self._keyboard.ask(f"{path} exists; replace it?"):
             self._notes.line("not saved", "dim")
             return
-        save_conversation(path, self.conversation, model=self.options.model, thinking=self.thinking)
-        self._file = path.resolve()
+        save_conversation(target, self.conversation, model=self.options.model, thinking=self.thinking)
+        self._file = target
         self._notes.line(f"saved {self._size()} to {path}", "dim")
 
     def _load(self, argument: str) -> None:
-        path = file_of(argument)
+        path = path_of(argument)
         self.conversation, self.thinking = load_conversation(path)
-        self._file, self._again = path.resolve(), 0
+        self._file, self._again = target_of(path), 0
         self._notes.line(f"loaded {self._size()} from {path}; thinking is {'on' if self.thinking else 'off'}", "dim")
 
     def _stats(self, _: str) -> None:
@@ -173,11 +174,3 @@ class ChatSession:
     def _size(self) -> str:
         count = len(self.conversation.messages)
         return f"{count} message{'' if count == 1 else 's'}"
-
-
-def file_of(argument: str) -> Path:
-    """Return the path that was typed behind a command: quotes around it are taken off, `~` is the home folder."""
-    text = argument.strip()
-    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
-        text = text[1:-1]
-    return Path(os.path.expanduser(text))
