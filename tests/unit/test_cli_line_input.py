@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +60,31 @@ def test_the_history_follows_the_xdg_rules(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("XDG_STATE_HOME", "relative/is/invalid")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert history_path() == tmp_path / ".local" / "state" / "hybrid-k2" / "history"
+
+
+class Typewriter(io.StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_without_a_home_the_history_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("readline")
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr("sys.stdin", Typewriter())
+    monkeypatch.setattr("sys.stdout", Typewriter())
+    monkeypatch.setattr("builtins.input", lambda _: "hello")
+    notes = io.StringIO()
+    keyboard = LineInput(Output(notes))
+    assert keyboard.read() == Typed("hello")
+    assert re.fullmatch("the history is not kept: home folder: .*\n", notes.getvalue())
 
 
 def test_a_prompt_with_a_name_of_the_model_is_harmless(

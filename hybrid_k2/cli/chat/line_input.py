@@ -11,8 +11,9 @@ from types import ModuleType
 from typing import NamedTuple
 
 from hybrid_k2.cli.chat.commands import completions
+from hybrid_k2.cli.state import state_folder
 from hybrid_k2.cli.terminal import Output, neutralise
-from hybrid_k2.errors import RequestError
+from hybrid_k2.errors import ConfigError, RequestError
 
 PROMPT, MORE = "> ", "… "
 BLOCK = '"""'
@@ -20,9 +21,8 @@ HISTORY_LENGTH = 1000
 
 
 def history_path() -> Path:
-    """Return the file of the history, by the XDG rules."""
-    state = os.environ.get("XDG_STATE_HOME", "")
-    return Path(state if os.path.isabs(state) else Path.home() / ".local" / "state") / "hybrid-k2" / "history"
+    """Return the file of the history. Raises: ConfigError: there is no place for it."""
+    return state_folder() / "history"
 
 
 class Typed(NamedTuple):
@@ -63,10 +63,10 @@ def _block(text: str, next_line: Callable[[str], str]) -> str:
 class LineInput:
     """The keyboard; with readline where Python has it. A history that cannot be kept is said once and done without."""
 
-    def __init__(self, notes: Output, history: Path | None = None) -> None:
+    def __init__(self, notes: Output) -> None:
         self._notes = notes
         self._readline = _open_readline() if sys.stdin.isatty() and sys.stdout.isatty() else None
-        self._history = history or history_path()
+        self._history: Path | None = None  # None: it is not kept
         self._styled_prompts = notes.styled and self._readline is not None and not self._is_libedit()
         self._load_history()
 
@@ -119,11 +119,12 @@ class LineInput:
         if self._readline is None:
             return
         try:
+            self._history = history_path()
             self._history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.close(os.open(self._history, os.O_CREAT | os.O_RDONLY, 0o600))
             self._readline.read_history_file(self._history)
             self._readline.set_history_length(HISTORY_LENGTH)
-        except OSError as error:
+        except (OSError, ConfigError) as error:
             self._without_history(error)
 
     def _remember(self, text: str) -> None:
@@ -134,15 +135,16 @@ class LineInput:
         if length and readline.get_history_item(length) == text:
             return
         readline.add_history(text)
-        if self._history.parts:
+        if self._history is not None:
             try:
                 readline.write_history_file(self._history)
             except OSError as error:
                 self._without_history(error)
 
-    def _without_history(self, error: OSError) -> None:
-        self._notes.line(f"the history is not kept: {self._history}: {error.strerror}", "dim")
-        self._history = Path()
+    def _without_history(self, error: OSError | ConfigError) -> None:
+        reason = error.message if isinstance(error, ConfigError) else f"{self._history}: {error.strerror}"
+        self._notes.line(f"the history is not kept: {reason}", "dim")
+        self._history = None
 
 
 def _open_readline() -> ModuleType | None:
