@@ -58,7 +58,7 @@ class Attention:
 
     def _attend(self, q: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
         """Give each sequence the form that is cheaper for it."""
-        kv_b = self.kv_b.float().view(self.shape.heads, -1, self.shape.kv_lora)  # [heads, nope + value, kv_lora]
+        kv_b = self.kv_b.view(self.shape.heads, -1, self.shape.kv_lora)  # [heads, nope + value, kv_lora]
         values = q.new_empty(*q.shape[:2], self.shape.value)  # [T, heads, value]
         absorbed: list[SequenceSlice] = []
         for sequence in batch.sequences:
@@ -66,7 +66,7 @@ class Attention:
                 absorbed.append(sequence)
             else:
                 rows = sequence.rows
-                values[rows] = naive_attention(q[rows], self._cached(sequence, cache), kv_b, self.shape)
+                values[rows] = naive_attention(q[rows], cache.gather(self.layer, sequence), kv_b, self.shape)
         if absorbed:
             self._attend_absorbed(q, absorbed, cache, kv_b, values)
         return values
@@ -79,10 +79,7 @@ class Attention:
         q_latent = absorb_queries(q[rows], kv_b, self.shape)  # [heads, rows, kv_lora + rope]
         parts = torch.split(q_latent, [s.stop - s.start for s in sequences], dim=1)
         contexts = [
-            latent_attention(part, self._cached(sequence, cache), self.shape)  # [heads, rows of it, kv_lora]
+            latent_attention(part, cache.gather(self.layer, sequence), self.shape)  # [heads, rows of it, kv_lora]
             for sequence, part in zip(sequences, parts, strict=True)
         ]
         values[rows] = expand_values(torch.cat(contexts, dim=1), kv_b, self.shape)
-
-    def _cached(self, sequence: SequenceSlice, cache: LatentCache) -> Tensor:
-        return cache.gather(self.layer, sequence).to(self.kv_b.device, torch.float32)  # [length, kv_lora + rope]

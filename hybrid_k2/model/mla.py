@@ -9,20 +9,25 @@ absorbed   moves W_UK to the query and W_UV behind the sum, and attends to the l
 
 Both are the same function; `prefer_absorbed` counts their multiplications.
 
-Memory beside inputs and outputs: kv_b and the sequence's latents in fp32 (no copy where they are already), and work
-buffers of at most about 4 * WORK_BYTES, or what one head's keys and one query's scores need if that is more. A context
-of 64k tokens with 64 heads therefore takes 151 MB of fp32 latents and about 256 MB more, where all scores of a
-512-token chunk would take 8.6 GB.
+Weights and latents come in the dtype that they are kept in. On the host they are widened to fp32, which is exact, a few
+heads or some hundred tokens at a time: such a block stays in a CPU's caches and in memory that is used over and over,
+where fresh memory for whole matrices costs more than the arithmetic of a decode step.
+
+Memory beside inputs and outputs: work buffers of at most about 4 * WORK_BYTES, or what one head's keys and one query's
+scores need if that is more. The naive form also takes the sequence's latents in fp32 (151 MB for 64k tokens). All
+scores of a 512-token chunk behind 64k tokens, with 64 heads, would take 8.6 GB.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hybrid_k2.config import ModelConfig
+from hybrid_k2.model.layers import WIDENED_NUMBERS
 
 WORK_BYTES = 64 << 20  # large enough for efficient products, small beside any model
 FP32_BYTES = 4
@@ -62,17 +67,15 @@ class MlaShape:
 def naive_attention(q: Tensor, latent: Tensor, kv_b: Tensor, shape: MlaShape) -> Tensor:
     """Attend with keys and values made from the latents, a few heads at a time.
 
-    Shapes: q [T, heads, nope + rope] fp32, for the last T of L tokens; latent [L, kv_lora + rope] fp32;
-    kv_b [heads, nope + value, kv_lora] fp32 -> [T, heads, value] fp32.
+    Shapes: q [T, heads, nope + rope] fp32, for the last T of L tokens; latent [L, kv_lora + rope];
+    kv_b [heads, nope + value, kv_lora] -> [T, heads, value] fp32.
     """
-    tokens = latent.shape[0]
+    latent = latent.to(q)
     c, k_rope = latent[:, : shape.kv_lora], latent[:, shape.kv_lora :]  # [L, kv_lora], [L, rope]
-    per_head = tokens * (shape.nope + shape.rope + shape.value) * FP32_BYTES
-    group = max(1, WORK_BYTES // per_head)
+    per_head = len(latent) * (shape.nope + shape.rope + shape.value) * FP32_BYTES
     out = q.new_empty(q.shape[0], shape.heads, shape.value)  # [T, heads, value]
-    for h in range(0, shape.heads, group):
-        heads = slice(h, min(h + group, shape.heads))
-        kv = torch.matmul(c, kv_b[heads].transpose(1, 2))  # [g, L, nope + value]
+    for heads, w in _widened_heads(kv_b, max(1, WORK_BYTES // per_head)):
+        kv = torch.matmul(c, w.transpose(1, 2))  # [g, L, nope + value]
         k_nope, v = kv[..., : shape.nope], kv[..., shape.nope :]  # [g, L, nope], [g, L, value]
         k = torch.cat((k_nope, k_rope.expand(len(kv), -1, -1)), dim=-1)  # [g, L, nope + rope]
         part = causal_attention(q[:, heads].transpose(0, 1), k, v, shape.scale)  # [g, T, value]
@@ -83,28 +86,87 @@ def naive_attention(q: Tensor, latent: Tensor, kv_b: Tensor, shape: MlaShape) ->
 def absorb_queries(q: Tensor, kv_b: Tensor, shape: MlaShape) -> Tensor:
     """Turn queries into queries over latents.
 
-    Shapes: q [T, heads, nope + rope] fp32, kv_b [heads, nope + value, kv_lora] fp32 -> [heads, T, kv_lora + rope].
+    Shapes: q [T, heads, nope + rope] fp32, kv_b [heads, nope + value, kv_lora] -> [heads, T, kv_lora + rope] fp32.
     """
     by_head = q.transpose(0, 1)
     q_nope, q_rope = by_head[..., : shape.nope], by_head[..., shape.nope :]  # [heads, T, nope], [heads, T, rope]
-    q_c = torch.bmm(q_nope, kv_b[:, : shape.nope])  # [heads, T, kv_lora]
-    return torch.cat((q_c, q_rope), dim=-1)  # [heads, T, kv_lora + rope]
+    out = q.new_empty(*by_head.shape[:2], shape.kv_lora + shape.rope)  # [heads, T, kv_lora + rope]
+    for heads, w_uk in _widened_heads(kv_b[:, : shape.nope], shape.heads):
+        out[heads, :, : shape.kv_lora] = torch.bmm(q_nope[heads], w_uk)  # [g, T, kv_lora]
+    out[..., shape.kv_lora :] = q_rope
+    return out
 
 
 def latent_attention(q: Tensor, latent: Tensor, shape: MlaShape) -> Tensor:
-    """Attend to latents with absorbed queries.
+    """Attend to latents with absorbed queries, a block of queries at a time.
 
-    Shapes: q [heads, T, kv_lora + rope] fp32, latent [L, kv_lora + rope] fp32 -> [heads, T, kv_lora] fp32.
+    Shapes: q [heads, T, kv_lora + rope] fp32, for the last T of L tokens; latent [L, kv_lora + rope], on any device
+    -> [heads, T, kv_lora] fp32.
     """
-    return causal_attention(q, latent, latent[:, : shape.kv_lora], shape.scale)
+    heads, queries, size = q.shape
+    before = len(latent) - queries
+    tokens = max(1, min(len(latent), _block_numbers(q.device) // size))  # of one block of latents
+    block = max(1, WORK_BYTES // (heads * max(tokens, size) * FP32_BYTES))
+    out = q.new_empty(heads, queries, shape.kv_lora)  # [heads, T, kv_lora]
+    for start in range(0, queries, block):
+        stop = min(start + block, queries)
+        part = q[:, start:stop] * shape.scale  # [heads, B, kv_lora + rope]
+        out[:, start:stop] = _running_attention(part, latent[: before + stop], tokens, shape.kv_lora)
+    return out
+
+
+def _running_attention(q: Tensor, latent: Tensor, tokens: int, kv_lora: int) -> Tensor:
+    """Attend to so many tokens at a time; sums are kept relative to the highest score so far ("online softmax").
+
+    Shapes: q [heads, B, kv_lora + rope] fp32, scaled, for the last B of L tokens -> [heads, B, kv_lora] fp32.
+    """
+    queries = q.shape[1]
+    highest = q.new_full((len(q), queries, 1), -torch.inf)  # [heads, B, 1]
+    total = torch.zeros_like(highest)  # [heads, B, 1]
+    context = q.new_zeros(len(q), queries, kv_lora)  # [heads, B, kv_lora]
+    for start in range(0, len(latent), tokens):
+        k = latent[start : start + tokens].to(q)  # [b, kv_lora + rope]
+        scores = torch.matmul(q, k.T)  # [heads, B, b]
+        # Query i sees the tokens up to its own place; the first block has one that all of them see.
+        own_place = len(latent) - queries - start
+        if own_place + 1 < len(k):
+            later = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(own_place + 1)  # [B, b]
+            scores.masked_fill_(later, -torch.inf)
+        peak = torch.maximum(highest, scores.amax(-1, keepdim=True))  # [heads, B, 1]
+        weights = scores.sub_(peak).exp_()  # [heads, B, b]
+        shrink = highest.sub_(peak).exp_()  # [heads, B, 1]
+        total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+        context.mul_(shrink).add_(torch.matmul(weights, k[:, :kv_lora]))
+        highest = peak
+    return context.div_(total)
 
 
 def expand_values(context: Tensor, kv_b: Tensor, shape: MlaShape) -> Tensor:
     """Turn sums of latents into sums of values.
 
-    Shapes: context [heads, T, kv_lora] fp32, kv_b [heads, nope + value, kv_lora] fp32 -> [T, heads, value] fp32.
+    Shapes: context [heads, T, kv_lora] fp32, kv_b [heads, nope + value, kv_lora] -> [T, heads, value] fp32.
     """
-    return torch.bmm(context, kv_b[:, shape.nope :].transpose(1, 2)).transpose(0, 1)  # [T, heads, value]
+    out = context.new_empty(*context.shape[:2], shape.value)  # [heads, T, value]
+    for heads, w_uv in _widened_heads(kv_b[:, shape.nope :], shape.heads):
+        out[heads] = torch.bmm(context[heads], w_uv.transpose(1, 2))  # [g, T, value]
+    return out.transpose(0, 1)
+
+
+def _widened_heads(kv_b: Tensor, at_most: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield which heads, and their matrices in fp32: at most so many, and few enough for one block.
+
+    Shapes: kv_b [heads, n, kv_lora] -> [g, n, kv_lora] each.
+    """
+    group = min(at_most, max(1, _block_numbers(kv_b.device) // kv_b[0].numel()))
+    for start in range(0, len(kv_b), group):
+        heads = slice(start, min(start + group, len(kv_b)))
+        yield heads, kv_b[heads].float()
+
+
+def _block_numbers(device: torch.device) -> int:
+    """How many numbers to widen at once: on the host what caches hold, elsewhere what makes for few kernel launches."""
+    room = WORK_BYTES // FP32_BYTES
+    return min(WIDENED_NUMBERS, room) if device.type == "cpu" else room
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hybrid_k2.config import ModelConfig
-from hybrid_k2.model import mla
+from hybrid_k2.model import layers, mla
 from hybrid_k2.model.attention import Attention
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.latent_cache import LatentCache
@@ -33,8 +33,9 @@ SIZES = [
     },
     {"num_attention_heads": 1, "qk_nope_head_dim": 32, "v_head_dim": 5, "kv_lora_rank": 8, "q_lora_rank": 3},
 ]
-# Outputs are sums of some hundred products of fp32 numbers of O(1); about 10 times the error that is seen.
-CLOSE = {"rtol": 0.0, "atol": 2e-5}
+# A sum of n fp32 products errs by about sqrt(n) * 2^-24 of its size. From x to the output at most 8 of them follow each
+# other (q_a, q_b, W_UK, scores, weighted sum, W_UV, o; kv_a beside), n is at most 160, and outputs are at most 5.
+CLOSE = {"rtol": 0.0, "atol": 8 * 160**0.5 * 2**-24 * 5}
 
 
 def make_config(**overrides: object) -> ModelConfig:
@@ -165,6 +166,42 @@ def test_work_memory_is_bounded(attend, monkeypatch: pytest.MonkeyPatch) -> None
     results = 4 * shape.heads * queries * (shape.kv_lora + shape.rope)
     assert results < work_bytes  # so that the bound is about scores and keys: all scores would take 14 times of it
     assert work_bytes // 2 < largest.nbytes <= work_bytes
+
+
+def test_decoding_widens_neither_a_matrix_nor_the_history_as_a_whole() -> None:
+    """Fresh memory for either would cost more than all that the step computes with it."""
+    wide = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    config = make_config(num_attention_heads=16, q_lora_rank=16, **wide)
+    attention, _ = make_attention(config)
+    kv_b = attention.kv_b.bfloat16()
+    bf16 = dataclasses.replace(attention, kv_b=kv_b)
+    widened = dataclasses.replace(attention, kv_b=kv_b.float())
+    cache = make_cache(config, 4096, "bf16")
+    cache.layers[1].copy_(torch.randn(cache.layers[1].shape))
+    part = [(torch.randn(1, config.hidden_size), 4000, list(range(64)))]
+    limit = 4 * layers.WIDENED_NUMBERS
+    assert 4 * kv_b.numel() > limit
+    assert 4 * cache.layers[1].numel() > limit
+    with LargestResult() as largest:
+        (got,) = run(bf16, config, cache, part)
+    assert limit // 2 <= largest.nbytes <= limit
+    (expected,) = run(widened, config, cache, part)
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("work_bytes", [1, 50_000, 1 << 26])
+def test_steep_scores_in_any_order_are_exact(work_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of some hundred would overflow if they were not taken relative to the highest; here in float64."""
+    monkeypatch.setattr(mla, "WORK_BYTES", work_bytes)
+    shape = MlaShape.of(make_config(num_attention_heads=2))
+    q = 200 * torch.randn(2, 9, shape.kv_lora + shape.rope, dtype=torch.float64)
+    latent = torch.randn(70, shape.kv_lora + shape.rope, dtype=torch.float64)
+    for steep in (latent, latent * torch.arange(70)[:, None] / 30, latent * torch.arange(70).flip(0)[:, None] / 30):
+        scores = (q @ steep.T) * shape.scale  # [heads, 9, 70]
+        assert scores.abs().max() > 750  # exp overflows from 710 on
+        scores.masked_fill_(torch.ones(9, 70, dtype=torch.bool).triu(62), -torch.inf)
+        expected = scores.softmax(-1) @ steep[:, : shape.kv_lora]
+        torch.testing.assert_close(mla.latent_attention(q, steep, shape), expected, rtol=0, atol=1e-10)
 
 
 def test_chooses_the_form_with_fewer_multiplications() -> None:
