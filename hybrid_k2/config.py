@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hybrid_k2.errors import ConfigError, UnsupportedModelError
+from hybrid_k2.files import parse_json_object, read_file
 
+CONFIG_NAME = "config.json"
+GENERATION_NAME = "generation_config.json"
 MULTIMODAL_MODEL_TYPE = "kimi_k25"
 TEXT_MODEL_TYPES = ("kimi_k2", "deepseek_v3")
 INT4_GROUP = 32  # input columns that share one scale in the INT4 format of K2.5/K2.6
@@ -126,12 +130,11 @@ class ModelConfig:
 
         Raises: ConfigError for a missing, unreadable or contradictory file; UnsupportedModelError for another model.
         """
-        path = Path(folder) / "config.json"
-        data = read_json_object(path)
-        generation = Path(folder) / "generation_config.json"
-        if generation.is_file():
-            more = _Fields(read_json_object(generation), str(generation)).token_ids("eos_token_id")
-            data["eos_token_id"] = [*_Fields(data, str(path)).token_ids("eos_token_id"), *more]
+        path = Path(folder) / CONFIG_NAME
+        data = _read_config(path)
+        generation = _Fields(read_generation_config(Path(folder)), str(Path(folder) / GENERATION_NAME))
+        more = generation.token_ids("eos_token_id")
+        data["eos_token_id"] = [*_Fields(data, str(path)).token_ids("eos_token_id"), *more]
         return cls.from_dict(data, str(path))
 
     @classmethod
@@ -171,24 +174,30 @@ class ModelConfig:
         return config
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read one JSON file whose top level is an object. Raises: ConfigError."""
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """Read what a checkpoint states about sampling; it may have no such file. Raises: ConfigError."""
+    path = folder / GENERATION_NAME
+    if not os.path.lexists(path):
+        return {}
+    return parse_json_object(read_file(path, ConfigError), str(path), ConfigError)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         if not path.parent.is_dir():
             kind = "a file" if path.parent.exists() else "a path that does not exist"
             raise ConfigError(f"{path.parent}: expected a checkpoint folder, got {kind}")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        contents = "an empty folder" if not any(path.parent.iterdir()) else f"a folder without {path.name}"
+        names = {one.name for one in path.parent.iterdir()}
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path.parent}: cannot be read: {reason}") from None
+    if path.name not in names:
+        contents = f"a folder without {path.name}" if names else "an empty folder"
         raise ConfigError(
             f"{path.parent}: expected a checkpoint with {path.name}, got {contents}",
             hint="give the folder that holds config.json and the model's .safetensors files",
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: expected readable JSON, got: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data
+        )
+    return parse_json_object(read_file(path, ConfigError), str(path), ConfigError)
 
 
 class _Fields:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hybrid_k2.checkpoint.int4 import GROUP, VALUES_PER_WORD, PackedWeight
-from hybrid_k2.checkpoint.shard import TensorInfo, parse_json_object, read_shard_header
-from hybrid_k2.errors import CheckpointError
+from hybrid_k2.checkpoint.shard import TensorInfo, read_shard_header
+from hybrid_k2.errors import CheckpointError, shown
+from hybrid_k2.files import parse_json_object, read_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -133,9 +134,6 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     """Return the index's tensor-to-file map, or None where a single file holds everything."""
     try:
         names = {path.name for path in folder.iterdir()}
-        if INDEX_NAME in names:
-            size = (folder / INDEX_NAME).stat().st_size
-            text = b"" if size > MAX_INDEX_BYTES else (folder / INDEX_NAME).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error.strerror}") from error
     if INDEX_NAME not in names:
@@ -143,18 +141,19 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             return None
         raise _no_weights(folder, names)
     place = str(folder / INDEX_NAME)
-    if size > MAX_INDEX_BYTES:
-        raise CheckpointError(f"{place}: expected at most {MAX_INDEX_BYTES} bytes, got {size}")
-    weight_map = parse_json_object(text, place).get("weight_map")
+    text = read_file(folder / INDEX_NAME, CheckpointError, MAX_INDEX_BYTES)
+    weight_map = parse_json_object(text, place, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{place}: weight_map: expected an object of tensor and file names, got {weight_map!r}")
+        raise CheckpointError(
+            f"{place}: weight_map: expected an object of tensor and file names, got {shown(weight_map)}"
+        )
     inside: set[str] = set()  # a full index names 64 files 208,550 times
     for tensor, file in weight_map.items():
         if isinstance(file, str) and file in inside:
             continue
         if not _stays_inside(file):
             raise CheckpointError(
-                f"{place}: weight_map: {tensor}: expected the name of a .safetensors file in this folder, got {file!r}"
+                f"{place}: weight_map: {tensor}: expected the name of a .safetensors file in this folder, got {shown(file)}"
             )
         inside.add(file)
     return weight_map

@@ -6,14 +6,13 @@ dtype, shape and byte range behind the header.
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
-from hybrid_k2.errors import CheckpointError
+from hybrid_k2.errors import CheckpointError, shown
+from hybrid_k2.files import parse_json_object
 
 # Bytes per element of the dtype names that a header may hold.
 ITEM_BYTES = {
@@ -65,25 +64,6 @@ def read_shard_header(path: Path, file: BinaryIO, file_bytes: int) -> dict[str, 
     return {info.name: info for info in tensors}
 
 
-def parse_json_object(text: bytes, place: str) -> dict[str, Any]:
-    """Parse a JSON object without repeated keys. Raises: CheckpointError naming `place`."""
-    try:
-        data = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{place}: expected valid JSON, got: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{place}: expected a JSON object, got {type(data).__name__}")
-    return data
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"key {name!r} twice")
-    return data
-
-
 def _read_exactly(path: Path, file: BinaryIO, length: int) -> bytes:
     parts = []
     while length and (part := file.read(length)):
@@ -95,26 +75,26 @@ def _read_exactly(path: Path, file: BinaryIO, length: int) -> bytes:
 
 
 def _parse_header(path: Path, text: bytes, data_start: int) -> list[TensorInfo]:
-    header = parse_json_object(text, f"{path}: safetensors header")
+    header = parse_json_object(text, f"{path}: safetensors header", CheckpointError)
     header.pop("__metadata__", None)
     return [_parse_entry(path, name, entry, data_start) for name, entry in header.items()]
 
 
 def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{name}: expected an object in the header, got {entry!r} (in {path})")
+        raise CheckpointError(f"{name}: expected an object in the header, got {shown(entry)} (in {path})")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise CheckpointError(f"{name}: expected a known dtype, got {dtype!r} (in {path})")
+        raise CheckpointError(f"{name}: expected a known dtype, got {shown(dtype)} (in {path})")
     if not _is_sizes(shape):
-        raise CheckpointError(f"{name}: expected a shape of non-negative integers, got {shape!r} (in {path})")
+        raise CheckpointError(f"{name}: expected a shape of non-negative integers, got {shown(shape)} (in {path})")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{name}: expected data_offsets [begin, end], got {offsets!r} (in {path})")
+        raise CheckpointError(f"{name}: expected data_offsets [begin, end], got {shown(offsets)} (in {path})")
     begin, end = offsets
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != nbytes:
         raise CheckpointError(
-            f"{name}: expected {nbytes} bytes for {dtype} {list(shape)}, got data_offsets of {end - begin} (in {path})"
+            f"{name}: expected {shown(nbytes)} bytes for {dtype} {shown(shape)}, got data_offsets of {end - begin} (in {path})"
         )
     return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, nbytes)
 

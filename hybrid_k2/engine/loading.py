@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, experts_packed, resolve_checkpoint
-from hybrid_k2.config import ModelConfig, read_json_object
+from hybrid_k2.config import GENERATION_NAME, ModelConfig, read_generation_config
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.errors import CheckpointError
 from hybrid_k2.model.loader import Progress, load_text_model
@@ -82,7 +82,6 @@ def _plan(rules: str | Path | Rules | None, config: ModelConfig, packed: bool) -
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    stated = read_json_object(path) if path.is_file() else {}
-    SamplingParams.defaults(True, stated)  # a bad value is an error of the checkpoint, not of the first request
+    stated = read_generation_config(folder)
+    SamplingParams.defaults(True, stated, str(folder / GENERATION_NAME))  # a bad value is an error of the checkpoint, not of the first request
     return stated

@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
 
+from hybrid_k2.config import GENERATION_NAME
 from hybrid_k2.errors import ConfigError, RequestError, shown
 
 MAX_STOP_STRINGS = 16
@@ -71,18 +72,28 @@ class SamplingParams:
             raise RequestError(f"ignore_eos: expected True or False, got {shown(self.ignore_eos)}")
 
     @classmethod
-    def defaults(cls, thinking: bool, generation_config: Mapping[str, Any] | None = None) -> SamplingParams:
+    def defaults(
+        cls,
+        thinking: bool,
+        generation_config: Mapping[str, Any] | None = None,
+        source: str = GENERATION_NAME,
+    ) -> SamplingParams:
         """Give the model's own values: K2.6's, overridden by what `generation_config.json` states.
 
-        Raises: ConfigError for a bad value in the generation config.
+        Its other keys, lengths like `max_new_tokens` among them, are not read: a reply may fill the context.
+        Raises: ConfigError for a bad value in the generation config; `source` names it.
         """
-        given: dict[str, Any] = {name: (generation_config or {}).get(name) for name in _INHERITED}
-        if generation_config and generation_config.get("do_sample") is False:
+        file = generation_config or {}
+        given: dict[str, Any] = {name: file.get(name) for name in _INHERITED}
+        do_sample = file.get("do_sample")
+        if not isinstance(do_sample, (bool, type(None))):
+            raise ConfigError(f"{source}: do_sample: expected true or false, got {shown(do_sample)}")
+        if do_sample is False:
             given["temperature"] = 0.0  # the file format's way to ask for the most likely token
         try:
             stated = cls(**given)
         except RequestError as error:
-            raise ConfigError(f"generation_config.json: {error.message}") from None
+            raise ConfigError(f"{source}: {error.message}") from None
         return stated.over(
             cls(
                 temperature=_THINKING_TEMPERATURE if thinking else _INSTANT_TEMPERATURE,

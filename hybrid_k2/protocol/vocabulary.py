@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
+import re
 from pathlib import Path
 
-from hybrid_k2.errors import CheckpointError
+from hybrid_k2.errors import CheckpointError, shown
+from hybrid_k2.files import parse_json_object, read_file
 
 SPECIAL_COUNT = 256  # ids kept for special tokens above the byte-pair ranks
+_RANK = re.compile(rb"[0-9]{1,12}")
+_ID = re.compile(r"0|[1-9][0-9]{0,11}")
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -19,7 +22,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     """
     ranks: dict[bytes, int] = {}
     line_of_rank: dict[int, int] = {}
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(read_file(path, CheckpointError).splitlines(), start=1):
         if not line.strip():
             continue
         token, rank = _parse_rank(line, f"{path}:{number}")
@@ -44,12 +47,12 @@ def read_special(path: Path, base: int) -> dict[str, int]:
     """
     names: dict[int, str] = {}
     for key, entry in _added_tokens(path).items():
-        place = f"{path}: added_tokens_decoder[{key!r}]"
-        if not key.isdecimal() or not base <= int(key) < base + SPECIAL_COUNT:
-            raise CheckpointError(f"{place}: expected an id in {base}..{base + SPECIAL_COUNT - 1}, got {key}")
+        place = f"{path}: added_tokens_decoder[{shown(key)}]"
+        if not _ID.fullmatch(key) or not base <= int(key) < base + SPECIAL_COUNT:
+            raise CheckpointError(f"{place}: expected an id in {base}..{base + SPECIAL_COUNT - 1}, got {shown(key)}")
         name = entry.get("content") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not name:
-            raise CheckpointError(f"{place}.content: expected the token's text, got {name!r}")
+            raise CheckpointError(f"{place}.content: expected the token's text, got {shown(name)}")
         names[int(key)] = name
     special: dict[str, int] = {}
     for token_id in range(base, base + SPECIAL_COUNT):
@@ -60,16 +63,9 @@ def read_special(path: Path, base: int) -> dict[str, int]:
     return special
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: expected a readable file, got {error.strerror}") from error
-
-
 def _parse_rank(line: bytes, place: str) -> tuple[bytes, int]:
     fields = line.split()
-    if len(fields) != 2 or not fields[1].isdigit():
+    if len(fields) != 2 or not _RANK.fullmatch(fields[1]):
         raise CheckpointError(f"{place}: expected 'base64 rank', got {line[:60]!r}")
     try:
         token = base64.b64decode(fields[0], validate=True)
@@ -94,13 +90,8 @@ def _check_complete(path: Path, ranks: dict[bytes, int], line_of_rank: dict[int,
 
 
 def _added_tokens(path: Path) -> dict[str, object]:
-    try:
-        config = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}:{error.lineno}: expected JSON, got {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: expected UTF-8 text, got {error.reason} at byte {error.start}") from error
-    added = config.get("added_tokens_decoder") if isinstance(config, dict) else None
+    config = parse_json_object(read_file(path, CheckpointError), str(path), CheckpointError)
+    added = config.get("added_tokens_decoder")
     if not isinstance(added, dict):
         raise CheckpointError(f"{path}: added_tokens_decoder: expected an object of ids, got {type(added).__name__}")
     return added

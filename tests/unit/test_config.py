@@ -356,7 +356,14 @@ def test_no_config_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"{'model_type': 1}"])
 def test_bad_json(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "config.json").write_bytes(text)
-    with pytest.raises(ConfigError, match=r"config.json: expected readable JSON, got"):
+    with pytest.raises(ConfigError, match=r"config.json: expected valid JSON, got"):
+        ModelConfig.load(tmp_path)
+
+
+def test_a_key_twice(tmp_path: Path) -> None:
+    text = json.dumps(config_dict(), indent=1).replace('"hidden_size": 64', '"hidden_size": 64, "hidden_size": 128')
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json: expected valid JSON, got: key 'hidden_size' twice"):
         ModelConfig.load(tmp_path)
 
 
@@ -376,7 +383,7 @@ def test_missing_model_type_and_text_config() -> None:
 def test_bad_generation_config(tmp_path: Path) -> None:
     write(tmp_path, config_dict())
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"generation_config.json: expected readable JSON"):
+    with pytest.raises(ConfigError, match=r"generation_config.json: expected valid JSON"):
         ModelConfig.load(tmp_path)
     write(tmp_path, {"eos_token_id": "end"}, "generation_config.json")
     with pytest.raises(ConfigError, match=r"generation_config.json: eos_token_id"):

@@ -112,8 +112,14 @@ def test_what_is_wrong_is_found_before_anything_is_loaded(tmp_path: Path) -> Non
         load()
     write_tokenizer(tmp_path, 512)
     (tmp_path / "generation_config.json").write_text('{"temperature": -3}')
-    with pytest.raises(ConfigError, match=r"generation_config\.json: temperature: expected a number from 0 to 100"):
+    with pytest.raises(ConfigError, match=r"temperature: expected a number from 0 to 100, got -3") as caught:
         load()
+    assert caught.value.message.startswith(f"{tmp_path / 'generation_config.json'}: temperature: ")
+    for value in ("no", 10**400):
+        name = "temperature" if value != "no" else "do_sample"
+        (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
+        with pytest.raises(ConfigError, match=rf"generation_config\.json: {name}: expected "):
+            load()
     (tmp_path / "generation_config.json").unlink()
     data = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[:-100])

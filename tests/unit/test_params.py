@@ -112,6 +112,17 @@ def test_a_bad_generation_config_is_named(stated: dict[str, Any]) -> None:
         SamplingParams.defaults(True, stated)
 
 
+@pytest.mark.parametrize("value", ["no", 0, [], HUGE], ids=shown)
+def test_do_sample_is_true_or_false(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^/a/b\.json: do_sample: expected true or false, got "):
+        SamplingParams.defaults(True, {"do_sample": value}, "/a/b.json")
+    SamplingParams.defaults(True, {"do_sample": None})
+
+
+def test_lengths_of_the_generation_config_are_not_read() -> None:
+    assert SamplingParams.defaults(True, {"max_new_tokens": -3}) == SamplingParams.defaults(True)
+
+
 @pytest.mark.parametrize(("name", "value"), [("stop_token_ids", [3, 10]), ("logit_bias", {10: 1.0})])
 def test_ids_outside_the_vocabulary_are_refused(name: str, value: Any) -> None:
     params = SamplingParams(**{name: value})

@@ -241,6 +241,7 @@ def load_with(folder: Path, *, model: bytes | None = None, config: bytes | None 
         (b"YQ== 0\n\nYQ== 1\n", r"tiktoken\.model:3: token b'a': expected once, got it again \(rank 0\)"),
         (b"YQ== 0\nYg== 2\n", r"tiktoken\.model:2: ranks: expected 0\.\.1 without a gap, got 2 and no 1"),
         (b"YQ== 0\nYg== 1\n", r"expected a rank for each of the 256 bytes, got none for 0x00"),
+        (b"YQ== " + b"9" * 6000 + b"\n", r"tiktoken\.model:1: expected 'base64 rank'"),
         (b"\x00\xff\x80\n", r"tiktoken\.model:1: expected 'base64 rank'"),
     ],
 )
@@ -255,12 +256,20 @@ BASE = 256 + len(MERGES)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (b"", r"tokenizer_config\.json:1: expected JSON"),
-        (b'{\n"a": x\n}', r"tokenizer_config\.json:2: expected JSON"),
-        (b'{"a": "\xff"}', r"tokenizer_config\.json: expected UTF-8 text"),
-        (b"[]", r"added_tokens_decoder: expected an object of ids"),
+        (b"", r"tokenizer_config\.json: expected valid JSON"),
+        (b'{\n"a": x\n}', r"tokenizer_config\.json: expected valid JSON, got: .* line 2 "),
+        (b'{"a": "\xff"}', r"tokenizer_config\.json: expected valid JSON, got: 'utf-8' codec"),
+        (
+            b'{"a": ' + b"9" * 6000 + b"}",
+            r"tokenizer_config\.json: expected valid JSON, got: an integer of 6000 digits",
+        ),
+        (b"[" * 200_000, r"tokenizer_config\.json: expected valid JSON"),
+        (b'{"a": 1, "a": 1}', r"tokenizer_config\.json: expected valid JSON, got: key 'a' twice"),
+        (b"[]", r"tokenizer_config\.json: expected a JSON object, got list"),
         (b"{}", r"added_tokens_decoder: expected an object of ids"),
         (b'{"added_tokens_decoder": {"7": {"content": "<x>"}}}', rf"\['7'\]: expected an id in {BASE}\.\.{BASE + 255}"),
+        (b'{"added_tokens_decoder": {"' + b"9" * 6000 + b'": {}}}', r"\['9+\.\.\.\]: expected an id"),
+        (f'{{"added_tokens_decoder": {{"0{BASE}": {{"content": "<x>"}}}}}}'.encode(), r"\]: expected an id"),
         (b'{"added_tokens_decoder": {"x": {"content": "<x>"}}}', r"\['x'\]: expected an id"),
         (f'{{"added_tokens_decoder": {{"{BASE}": {{}}}}}}'.encode(), r"\.content: expected the token's text, got None"),
         (f'{{"added_tokens_decoder": {{"{BASE}": "x"}}}}'.encode(), r"\.content: expected the token's text"),
@@ -285,7 +294,5 @@ def test_one_name_for_two_ids(tmp_path: Path) -> None:
 def test_missing_files(tmp_path: Path, name: str) -> None:
     write_vocabulary(tmp_path, BYTES, SPECIAL_OFFSETS)
     (tmp_path / name).unlink()
-    with pytest.raises(
-        CheckpointError, match=re.escape(f"{tmp_path / name}: expected a readable file, got No such file")
-    ):
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path / name}: expected a file, got no such file")):
         Tokenizer.load(tmp_path)

@@ -1,0 +1,63 @@
+"""Reading a file that belongs to a checkpoint: regular files only, of a sane size, and JSON without surprises."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from hybrid_k2.errors import HybridK2Error
+
+MAX_BYTES = 100_000_000  # many times the largest file of K2.6 that is read whole; the index has a limit of its own
+MAX_DIGITS = 1000  # of an integer in JSON; far beyond any use, and well inside what Python reads and writes
+
+
+def read_file(path: Path, error_class: type[HybridK2Error], max_bytes: int = MAX_BYTES) -> bytes:
+    """Read a whole file. Raises: `error_class` when there is none, or it is no regular file, too large or unreadable.
+
+    A pipe or a device is refused unopened: reading it might wait forever.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise error_class(f"{path}: expected a file, got {_kind(status.st_mode)}")
+        if status.st_size > max_bytes:
+            raise error_class(f"{path}: expected at most {max_bytes} bytes, got {status.st_size}")
+        return path.read_bytes()
+    except FileNotFoundError:
+        found = "a link to a file that does not exist" if os.path.lexists(path) else "no such file"
+        raise error_class(f"{path}: expected a file, got {found}") from None
+    except OSError as error:
+        raise error_class(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def parse_json_object(text: bytes, place: str, error_class: type[HybridK2Error]) -> dict[str, Any]:
+    """Parse a JSON object without repeated keys. Raises: `error_class` naming `place`."""
+    try:
+        data = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique, parse_int=_integer)
+    except (ValueError, RecursionError) as error:
+        raise error_class(f"{place}: expected valid JSON, got: {error}") from None
+    if not isinstance(data, dict):
+        raise error_class(f"{place}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def _kind(mode: int) -> str:
+    return "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {name!r} twice")
+    return data
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
