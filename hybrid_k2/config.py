@@ -8,15 +8,16 @@ or another library's generation defaults are ignored.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hybrid_k2.errors import ConfigError, UnsupportedModelError
+from hybrid_k2.errors import ConfigError, UnsupportedModelError, shown
+from hybrid_k2.fields import Fields
 from hybrid_k2.files import parse_json_object, read_file
 
 CONFIG_NAME = "config.json"
@@ -132,10 +133,16 @@ class ModelConfig:
         """
         path = Path(folder) / CONFIG_NAME
         data = _read_config(path)
-        generation = _Fields(read_generation_config(Path(folder)), str(Path(folder) / GENERATION_NAME))
-        more = generation.token_ids("eos_token_id")
-        data["eos_token_id"] = [*_Fields(data, str(path)).token_ids("eos_token_id"), *more]
-        return cls.from_dict(data, str(path))
+        generation = Fields(read_generation_config(Path(folder)), str(Path(folder) / GENERATION_NAME))
+        config = cls.from_dict(data, str(path))
+        generation.check_ids("eos_token_id", config.vocab_size)
+        ends = dict.fromkeys([*config.eos_token_ids, *generation.token_ids("eos_token_id")])
+        if not ends:
+            raise ConfigError(
+                f"{path}: eos_token_id: expected an end token here or in {GENERATION_NAME}, got none",
+                hint="without one no reply would end",
+            )
+        return replace(config, eos_token_ids=tuple(ends))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str) -> ModelConfig:
@@ -143,10 +150,10 @@ class ModelConfig:
 
         Raises: ConfigError, UnsupportedModelError.
         """
-        top = _Fields(data, source)
+        top = Fields(data, source)
         model_type = top.text("model_type")
         if model_type == MULTIMODAL_MODEL_TYPE:
-            text = _Fields(top.json_object("text_config"), f"{source}: text_config")
+            text = Fields(top.json_object("text_config"), f"{source}: text_config")
             text.must_be_one_of("model_type", TEXT_MODEL_TYPES, "the language model inside kimi_k25 is a K2")
             prefix, has_vision = "language_model.", bool(data.get("vision_config"))
         elif model_type in TEXT_MODEL_TYPES:
@@ -154,7 +161,7 @@ class ModelConfig:
         else:
             raise UnsupportedModelError(
                 f"{source}: model_type: expected {MULTIMODAL_MODEL_TYPE} or {' or '.join(TEXT_MODEL_TYPES)}, "
-                f"got {model_type!r}",
+                f"got {shown(model_type)}",
                 hint="hybrid-k2 runs the Kimi K2 family only (Kimi K2.5 and K2.6)",
             )
         _refuse_other_mathematics(top, text)
@@ -169,6 +176,8 @@ class ModelConfig:
             **_rope(text),
         )
         _check_sizes(config, text.place)
+        for fields, name in product((top, text), ("bos_token_id", "pad_token_id", "eos_token_id")):
+            fields.check_ids(name, config.vocab_size)
         if _check_quantization(top, text):
             _check_int4_sizes(config, text.place)
         return config
@@ -200,75 +209,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return parse_json_object(read_file(path, ConfigError), str(path), ConfigError)
 
 
-class _Fields:
-    """Typed access to one JSON object; every error says where the field stands."""
-
-    def __init__(self, data: Mapping[str, Any], place: str) -> None:
-        self.data = data
-        self.place = place
-
-    def get(self, name: str, kind: type | tuple[type, ...], expected: str) -> Any:
-        if name not in self.data:
-            raise ConfigError(f"{self.place}: {name}: expected {expected}, got no such field")
-        value = self.data[name]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(f"{self.place}: {name}: expected {expected}, got {value!r}")
-        return value
-
-    def text(self, name: str) -> str:
-        return str(self.get(name, str, "a string"))
-
-    def json_object(self, name: str) -> dict[str, Any]:
-        return dict(self.get(name, dict, "an object"))
-
-    def flag(self, name: str) -> bool:
-        return bool(self.get(name, bool, "true or false"))
-
-    def integer(self, name: str, minimum: int = 1) -> int:
-        expected = f"an integer of at least {minimum}"
-        value = int(self.get(name, int, expected))
-        if value < minimum:
-            raise ConfigError(f"{self.place}: {name}: expected {expected}, got {value}")
-        return value
-
-    def number(self, name: str, above: float = 0.0) -> float:
-        expected = f"a finite number above {above:g}"
-        value = float(self.get(name, (int, float), expected))
-        if not math.isfinite(value) or value <= above:
-            raise ConfigError(f"{self.place}: {name}: expected {expected}, got {value}")
-        return value
-
-    def token_ids(self, name: str) -> tuple[int, ...]:
-        value = self.data.get(name)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(isinstance(one, bool) or not isinstance(one, int) for one in ids):
-            raise ConfigError(f"{self.place}: {name}: expected a token id, a list of them or null, got {value!r}")
-        return tuple(ids)
-
-    def token_id(self, name: str, default: int | None) -> int | None:
-        ids = self.token_ids(name)
-        if len(ids) > 1:
-            raise ConfigError(f"{self.place}: {name}: expected one token id, got {list(ids)}")
-        return ids[0] if ids else default
-
-    def must_be(self, name: str, expected: object, reason: str) -> None:
-        """Refuse a present field with another value; `true` and `1` are not the same here."""
-        value = self.data.get(name, expected)
-        if type(value) is not type(expected) or value != expected:
-            raise UnsupportedModelError(
-                f"{self.place}: {name}: expected {_shown(expected)}, got {_shown(value)} (not implemented: {reason})"
-            )
-
-    def must_be_one_of(self, name: str, expected: tuple[str, ...], reason: str) -> None:
-        value = self.text(name)
-        if value not in expected:
-            raise UnsupportedModelError(
-                f"{self.place}: {name}: expected {' or '.join(expected)}, got {_shown(value)} "
-                f"(not implemented: {reason})"
-            )
-
-
-def _refuse_other_mathematics(top: _Fields, text: _Fields) -> None:
+def _refuse_other_mathematics(top: Fields, text: Fields) -> None:
     for name, expected, reason in _FIXED_FIELDS:
         text.must_be(name, expected, reason)
     top.must_be("tie_word_embeddings", False, "lm_head is a tensor of its own")
@@ -287,7 +228,7 @@ def _refuse_other_mathematics(top: _Fields, text: _Fields) -> None:
         text.integer("num_nextn_predict_layers", minimum=0)
 
 
-def _text_sizes(text: _Fields) -> dict[str, Any]:
+def _text_sizes(text: Fields) -> dict[str, Any]:
     sizes: dict[str, Any] = {
         name: text.integer(name)
         for name in (
@@ -315,12 +256,12 @@ def _text_sizes(text: _Fields) -> dict[str, Any]:
     return sizes
 
 
-def _rope(text: _Fields) -> dict[str, Any]:
+def _rope(text: Fields) -> dict[str, Any]:
     """Read rotary base and scaling in the original spelling, or from the `rope_parameters` of newer saves."""
     key = "rope_parameters" if text.data.get("rope_parameters") is not None else "rope_scaling"
     if text.data.get(key) is None:
         return {"rope_theta": text.number("rope_theta", above=1.0), "rope_scaling": None}
-    scaling = _Fields(text.json_object(key), f"{text.place}: {key}")
+    scaling = Fields(text.json_object(key), f"{text.place}: {key}")
     theta = (scaling if "rope_theta" in scaling.data else text).number("rope_theta", above=1.0)
     kind = "rope_type" if "rope_type" in scaling.data else "type"
     if key == "rope_parameters" and scaling.data.get(kind) == "default":
@@ -360,22 +301,22 @@ def _check_sizes(config: ModelConfig, place: str) -> None:
         raise ConfigError(f"{place}: qk_rope_head_dim: expected an even number, got {config.qk_rope_head_dim}")
 
 
-def _check_quantization(top: _Fields, text: _Fields) -> bool:
+def _check_quantization(top: Fields, text: Fields) -> bool:
     """Say whether the configuration announces INT4 weights; refuse every other quantisation."""
     holder = next((one for one in (text, top) if one.data.get("quantization_config") is not None), None)
     if holder is None:
         return False
-    quantization = _Fields(holder.json_object("quantization_config"), f"{holder.place}: quantization_config")
+    quantization = Fields(holder.json_object("quantization_config"), f"{holder.place}: quantization_config")
     quantization.must_be_one_of("quant_method", ("compressed-tensors",), "the INT4 format of K2.5/K2.6")
     quantization.must_be_one_of("format", ("pack-quantized",), "the INT4 format of K2.5/K2.6")
     quantization.must_be("kv_cache_scheme", None, "the KV cache is not quantised by the checkpoint")
     for name, group in quantization.json_object("config_groups").items():
         if not isinstance(group, dict):
-            raise ConfigError(f"{quantization.place}: config_groups.{name}: expected an object, got {group!r}")
-        fields = _Fields(group, f"{quantization.place}: config_groups.{name}")
+            raise ConfigError(f"{quantization.place}: config_groups.{name}: expected an object, got {shown(group)}")
+        fields = Fields(group, f"{quantization.place}: config_groups.{name}")
         for activations in ("input_activations", "output_activations"):
             fields.must_be(activations, None, "activations are not quantised by the checkpoint")
-        weights = _Fields(fields.json_object("weights"), f"{fields.place}.weights")
+        weights = Fields(fields.json_object("weights"), f"{fields.place}.weights")
         for field, expected in _INT4_WEIGHTS:
             weights.must_be(field, expected, "weights are 4-bit integers in groups of 32 with one scale each")
     return True
@@ -393,7 +334,3 @@ def _check_int4_sizes(config: ModelConfig, place: str) -> None:
 
 def _yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def _shown(value: object) -> str:
-    return json.dumps(value, default=repr)

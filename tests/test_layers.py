@@ -20,7 +20,7 @@ LAYERS = [
     {"experts", "placement", "protocol", "demo"},
     {"checkpoint"},
     {"config"},
-    {"files"},
+    {"fields", "files"},
     {"errors"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

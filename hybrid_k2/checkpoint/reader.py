@@ -153,7 +153,8 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
             continue
         if not _stays_inside(file):
             raise CheckpointError(
-                f"{place}: weight_map: {tensor}: expected the name of a .safetensors file in this folder, got {shown(file)}"
+                f"{place}: weight_map: {tensor}: expected the name of a .safetensors file in this folder, "
+                f"got {shown(file)}"
             )
         inside.add(file)
     return weight_map

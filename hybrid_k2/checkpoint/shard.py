@@ -94,7 +94,8 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Tenso
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != nbytes:
         raise CheckpointError(
-            f"{name}: expected {shown(nbytes)} bytes for {dtype} {shown(shape)}, got data_offsets of {end - begin} (in {path})"
+            f"{name}: expected {shown(nbytes)} bytes for {dtype} {shown(shape)}, "
+            f"got data_offsets of {end - begin} (in {path})"
         )
     return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, nbytes)
 

@@ -83,5 +83,6 @@ def _plan(rules: str | Path | Rules | None, config: ModelConfig, packed: bool) -
 
 def _generation_config(folder: Path) -> dict[str, Any]:
     stated = read_generation_config(folder)
-    SamplingParams.defaults(True, stated, str(folder / GENERATION_NAME))  # a bad value is an error of the checkpoint, not of the first request
+    # A bad value is an error of the checkpoint, not of the first request.
+    SamplingParams.defaults(True, stated, str(folder / GENERATION_NAME))
     return stated

@@ -70,6 +70,7 @@ DAMAGED = {
     "text offsets": ({"t": entry(offsets=["0", "8"])}, 8, "t: expected data_offsets"),
     "wrong size": ({"t": entry(shape=[3])}, 8, r"t: expected 12 bytes for F32 \[3\], got data_offsets of 8"),
     "huge shape": ({"t": entry(shape=[2**40, 2**40])}, 8, "t: expected .* bytes for F32"),
+    "shape of more digits than Python shows": ({"t": entry(shape=[2**62] * 400)}, 8, "t: expected a value too large"),
     "overlap": (
         {"a": entry(), "b": entry(offsets=[4, 12])},
         12,

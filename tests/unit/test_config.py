@@ -11,11 +11,18 @@ from typing import Any
 import pytest
 
 from hybrid_k2.config import ModelConfig, RopeScaling
-from hybrid_k2.errors import ConfigError, UnsupportedModelError
+from hybrid_k2.errors import ConfigError, UnsupportedModelError, shown
 from tests.conftest import SHARED
 from tests.generators import config_dict
 
 Data = dict[str, Any]
+REQUIRED = [
+    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "n_shared_experts", "n_routed_experts", "num_experts_per_tok", "q_lora_rank"),
+    *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings"),
+    *("first_k_dense_replace", "routed_scaling_factor", "rms_norm_eps", "norm_topk_prob", "rope_theta"),
+    *("n_group", "topk_group"),
+]
 
 
 def write(folder: Path, data: object, name: str = "config.json") -> Path:
@@ -159,13 +166,64 @@ def test_end_tokens_are_united(tmp_path: Path) -> None:
     write(tmp_path, data)
     assert ModelConfig.load(tmp_path).eos_token_ids == (9, 7, 8)
     write(tmp_path, {"eos_token_id": [7, 6]}, "generation_config.json")
-    assert ModelConfig.load(tmp_path).eos_token_ids == (9, 7, 6, 8)
+    assert ModelConfig.load(tmp_path).eos_token_ids == (9, 7, 8, 6)
 
 
-def test_no_end_token() -> None:
+@pytest.mark.parametrize("value", [None, []])
+def test_no_end_token(tmp_path: Path, value: object) -> None:
     data = config_dict(model_type="kimi_k2")
-    data["eos_token_id"] = None
+    data["eos_token_id"] = value
     assert ModelConfig.from_dict(data, "config.json").eos_token_ids == ()
+    write(tmp_path, data)
+    for generation in (None, {"eos_token_id": value}, {}):
+        if generation is not None:
+            write(tmp_path, generation, "generation_config.json")
+        with pytest.raises(ConfigError, match=r"config\.json: eos_token_id: expected an end token .*, got none"):
+            ModelConfig.load(tmp_path)
+    write(tmp_path, {"eos_token_id": 5}, "generation_config.json")
+    assert ModelConfig.load(tmp_path).eos_token_ids == (5,)
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "bos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", [-1, 512, 10**6000], ids=shown)
+def test_token_ids_outside_the_vocabulary(name: str, value: int) -> None:
+    inside = config_dict()
+    text_of(inside)[name] = value
+    for data in (config_dict() | {name: value}, inside):
+        with pytest.raises(ConfigError, match=rf"{name}: expected token ids from 0 to 511 \(vocab_size\), got "):
+            ModelConfig.from_dict(data, "config.json")
+    ModelConfig.from_dict(config_dict() | {name: 511}, "config.json")
+
+
+@pytest.mark.parametrize("value", [-1, [3, 512]])
+def test_end_tokens_of_the_generation_config_outside_the_vocabulary(tmp_path: Path, value: object) -> None:
+    write(tmp_path, config_dict())
+    write(tmp_path, {"eos_token_id": value}, "generation_config.json")
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id: expected token ids from 0 to 511"):
+        ModelConfig.load(tmp_path)
+
+
+# Values of any size.
+
+
+NESTED: list[Any] = []
+for _ in range(5000):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 10**6000, NESTED], ids=["large", "low", "digits", "nested"])
+@pytest.mark.parametrize("field", [*REQUIRED, "scoring_func", "rope_scaling", "num_key_value_heads"])
+def test_a_field_of_any_size_is_refused_in_one_short_message(field: str, value: object) -> None:
+    data = config_dict(model_type="kimi_k2", rope_scaling=None) | {field: value}
+    with pytest.raises((ConfigError, UnsupportedModelError), match=f"config.json: {field}: expected ") as caught:
+        ModelConfig.from_dict(data, "config.json")
+    assert len(caught.value.message) < 400
+
+
+def test_an_integer_that_no_float_holds_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    write(tmp_path, config_dict(rope_theta=10**400))
+    with pytest.raises(ConfigError, match=r"rope_theta: expected a finite number above 1, got 10000"):
+        ModelConfig.load(tmp_path)
 
 
 @pytest.mark.parametrize("value", ["end", True, 1.5, [1, "end"]])
@@ -297,14 +355,6 @@ def test_quantized_activations() -> None:
 
 
 # What is wrong.
-
-REQUIRED = [
-    *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "n_shared_experts", "n_routed_experts", "num_experts_per_tok", "q_lora_rank"),
-    *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings"),
-    *("first_k_dense_replace", "routed_scaling_factor", "rms_norm_eps", "norm_topk_prob", "rope_theta"),
-    *("n_group", "topk_group"),
-]
 
 
 @pytest.mark.parametrize("field", REQUIRED)
