@@ -1,14 +1,13 @@
 """How a command ends: exit codes, and what is said on stderr.
 
 0    done                                     70   a bug: traceback, and a request to report it
-1    a `HybridK2Error`: one `error: ...`      130  Ctrl-C
+1    one `error: ...`                         130  Ctrl-C
 2    wrong usage (said by typer)              141  the reader of stdout has gone (`| head`)
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 
 import typer
 
+from hybrid_k2.cli.streams import OutputError
 from hybrid_k2.cli.terminal import Output
 from hybrid_k2.errors import HybridK2Error
 
@@ -42,12 +42,16 @@ def ends_cleanly(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as interrupt:
             raise typer.Exit(INTERRUPTED) from interrupt
-        except BrokenPipeError as error:
-            # Python flushes stdout once more at exit; that flush must not fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(PIPE_CLOSED) from error
 
     return run_command
+
+
+def say_output_error(error: OutputError) -> int:
+    """Print why the output ended, unless its reader wanted no more; return the exit code."""
+    if error.reader_left:
+        return PIPE_CLOSED
+    say_error(Output(sys.stderr), HybridK2Error(str(error)))
+    return FAILED
 
 
 def say_bug(error: Exception, version: str) -> None:

@@ -9,9 +9,10 @@ import typer
 
 from hybrid_k2 import __version__
 from hybrid_k2.cli.chat.command import chat
-from hybrid_k2.cli.exits import BUG, FAILED, INTERRUPTED, say_bug, say_error
+from hybrid_k2.cli.exits import BUG, FAILED, INTERRUPTED, say_bug, say_error, say_output_error
 from hybrid_k2.cli.log import show_log
-from hybrid_k2.cli.terminal import Output, safe_encoding
+from hybrid_k2.cli.streams import OutputError, own_streams
+from hybrid_k2.cli.terminal import Output
 from hybrid_k2.errors import HybridK2Error
 
 app = typer.Typer(
@@ -26,7 +27,7 @@ app.command()(chat)
 
 def _say_version(wanted: bool) -> None:
     if wanted:
-        sys.stdout.write(f"hybrid-k2 {__version__}\n")
+        Output(sys.stdout).line(f"hybrid-k2 {__version__}")
         raise typer.Exit
 
 
@@ -44,7 +45,14 @@ def run(arguments: list[str] | None = None) -> None:
 
     Raises: SystemExit, always.
     """
-    safe_encoding()
+    try:
+        with own_streams():
+            _run(arguments)
+    except OutputError as error:
+        sys.exit(say_output_error(error))
+
+
+def _run(arguments: list[str] | None) -> None:
     try:
         show_log()
         app(arguments, prog_name="hybrid-k2")
@@ -53,6 +61,8 @@ def run(arguments: list[str] | None = None) -> None:
         sys.exit(FAILED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except OutputError:
+        raise
     except Exception as error:
         say_bug(error, __version__)
         sys.exit(BUG)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 from functools import cached_property
 from typing import TYPE_CHECKING, TextIO
 
@@ -48,13 +47,6 @@ def neutralise(text: str) -> str:
 def is_styled(file: TextIO) -> bool:
     """Say whether colours and attributes may be written to a file (`NO_COLOR`, `TERM=dumb` and pipes forbid them)."""
     return file.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
-
-
-def safe_encoding() -> None:
-    """Let stdout and stderr replace what their encoding cannot express, rather than fail in the middle of a reply."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 class Nowhere(io.StringIO):
