@@ -1,10 +1,12 @@
-"""Commands on bad files: one error, and the chat goes on."""
+"""What goes wrong in a chat: one error, and it goes on; a bug ends it, and the conversation is saved."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
+import re
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hybrid_k2.cli.chat.conversation import FORMAT
+from hybrid_k2.cli.chat.conversation import FORMAT, Conversation, load_conversation
 from hybrid_k2.cli.chat.line_input import LineInput
 from hybrid_k2.cli.chat.options import ChatOptions
 from hybrid_k2.cli.chat.session import ChatSession
@@ -83,3 +85,25 @@ def test_saving_where_it_cannot_be(chat: Chat, tmp_path: Path, name: str) -> Non
     assert "replace it?" not in said
     assert json.loads((tmp_path / "after.json").read_text())["messages"] == MESSAGES
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "after.json"])
+
+
+def test_a_bug_ends_the_chat_but_not_the_conversation(chat: Chat, notes: io.StringIO, tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        chat("/load good.json", "hello")
+    (rescued,) = (tmp_path / "state" / "hybrid-k2").glob("rescued-*.json")
+    assert f"/load {rescued}\n" in notes.getvalue()
+    assert stat.S_IMODE(rescued.stat().st_mode) == 0o600
+    assert load_conversation(rescued) == (Conversation("Be kind.", MESSAGES), True)
+
+
+def test_a_bug_in_a_command_rescues_as_well(chat: Chat, notes: io.StringIO, tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("no folder")
+    with pytest.raises(AttributeError):  # the broken engine has no plan to show
+        chat("/load good.json", "/stats")
+    assert re.search("the conversation cannot be saved: .*state", notes.getvalue())
+
+
+def test_nothing_is_rescued_of_an_empty_chat(chat: Chat, tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        chat("hello")
+    assert not (tmp_path / "state").exists()

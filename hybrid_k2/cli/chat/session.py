@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +18,8 @@ from hybrid_k2.cli.chat.reply import kept_message, make_reply
 from hybrid_k2.cli.chat.reply_view import ReplyView, say_figures
 from hybrid_k2.cli.chat.statistics import Statistics
 from hybrid_k2.cli.exits import say_error
+from hybrid_k2.cli.state import state_folder
+from hybrid_k2.cli.streams import OutputError
 from hybrid_k2.cli.terminal import Output
 from hybrid_k2.errors import HybridK2Error
 
@@ -62,6 +67,9 @@ class ChatSession:
                 self._notes.line("\n(Ctrl-D or /exit leaves)", "dim")
             except Leave:
                 return
+            except Exception:  # a bug, or a terminal that is gone: the chat ends, but not with what was said in it
+                self._rescue()
+                raise
 
     def _next(self) -> Typed | None:
         try:
@@ -167,6 +175,20 @@ class ChatSession:
         for name, value in self._statistics.lines(self.engine, self.options.model):
             self._notes.write(f"  {name:18}", "bold")
             self._notes.line(value)
+
+    def _rescue(self) -> None:
+        """Save the conversation where the user did not ask for it, and say where."""
+        if not self.conversation.messages:
+            return
+        try:
+            path = state_folder() / f"rescued-{time.strftime('%Y-%m-%d-%H%M%S')}-{os.getpid()}.json"
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            save_conversation(path, self.conversation, model=self.options.model, thinking=self.thinking)
+            said = f"the conversation is saved; to go on with it: /load {path}"
+        except (HybridK2Error, OSError) as error:
+            said = f"the conversation cannot be saved: {error}"
+        with suppress(OutputError):
+            self._notes.line(said, "warning")
 
     def _exit(self, _: str) -> None:
         raise Leave
