@@ -95,6 +95,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]  # any of these ends a reply
     tensor_prefix: str  # in front of every text tensor's name: "language_model." or ""
     has_vision: bool  # the checkpoint describes a vision tower
+    num_draft_layers: int = 0  # multi-token prediction layers behind the last layer; they are not read
     latent_norm_eps: float = 1e-6  # q_a and kv_a norm: the original model code leaves its class default there
 
     @property
@@ -222,10 +223,6 @@ def _refuse_other_mathematics(top: Fields, text: Fields) -> None:
             f"{text.place}: q_lora_rank: expected an integer, got null "
             "(not implemented: queries always pass through q_a_proj and q_b_proj)"
         )
-    # Draft (multi-token prediction) layers stand after the last layer and do not change the model's output:
-    # any number of them is accepted, and their tensors are not read.
-    if "num_nextn_predict_layers" in text.data:
-        text.integer("num_nextn_predict_layers", minimum=0)
 
 
 def _text_sizes(text: Fields) -> dict[str, Any]:
@@ -250,6 +247,10 @@ def _text_sizes(text: Fields) -> dict[str, Any]:
         )
     }
     sizes["first_k_dense_replace"] = text.integer("first_k_dense_replace", minimum=0)
+    # Draft (multi-token prediction) layers stand after the last layer and do not change the model's output:
+    # any number of them is accepted, and their tensors are not read.
+    if "num_nextn_predict_layers" in text.data:
+        sizes["num_draft_layers"] = text.integer("num_nextn_predict_layers", minimum=0)
     sizes["routed_scaling_factor"] = text.number("routed_scaling_factor")
     sizes["rms_norm_eps"] = text.number("rms_norm_eps")
     sizes["norm_topk_prob"] = text.flag("norm_topk_prob")

@@ -5,6 +5,7 @@ Tensors that are not named here (the vision tower, draft layers) are left alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -64,10 +65,11 @@ def expected_tensors(config: ModelConfig, has: Callable[[str], bool]) -> Iterato
 
 
 def check_checkpoint(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Check that every tensor of the text model is there with the right shape and dtype.
+    """Check that every tensor of the text model is there with the right shape and dtype, and no layer too many.
 
-    Raises: CheckpointError for the first tensor that is not, naming it, its file, and what was expected.
+    Raises: CheckpointError for the first tensor that is wrong, naming it, its file, and what was expected.
     """
+    _refuse_more_layers(checkpoint, config)
     for spec in expected_tensors(config, checkpoint.has):
         info = checkpoint.infos.get(spec.name)
         if info is None:
@@ -198,6 +200,19 @@ def _missing(checkpoint: Checkpoint, spec: TensorSpec) -> CheckpointError:
     return CheckpointError(
         f"{spec.name}: expected {' or '.join(spec.dtypes)} {list(spec.shape)}, got no such tensor (in {place})"
     )
+
+
+def _refuse_more_layers(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Refuse tensors of layers that the configuration does not count: without them the model would be cut short."""
+    layers = config.num_hidden_layers + config.num_draft_layers
+    pattern = re.compile(rf"{re.escape(config.tensor_prefix)}model\.layers\.([0-9]+)")
+    for name, info in checkpoint.infos.items():
+        match = pattern.match(name)
+        if match is not None and int(match[1][:10]) >= layers:
+            raise CheckpointError(
+                f"{name}: expected layers 0..{layers - 1} only, got layer {match[1]} (in {info.file.name})",
+                hint="config.json has a smaller num_hidden_layers than the model that the tensors are from",
+            )
 
 
 def _other_form(name: str) -> str | None:

@@ -8,6 +8,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -262,10 +263,36 @@ def test_a_file_without_tensors(tmp_path: Path, tiny: tuple[ModelConfig, dict[st
 
 def test_unknown_tensors_are_left_alone(tmp_path: Path, tiny: tuple[ModelConfig, dict[str, Tensor]]) -> None:
     config, tensors = tiny
-    extra = {f"{LAYER}.3.eh_proj.weight": torch.ones(2), "vision_tower.x": torch.ones(1, dtype=torch.int8)}
+    extra = {
+        f"{LAYER}.3.eh_proj.weight": torch.ones(2),  # a draft layer
+        f"{LAYER}.2.more.weight": torch.ones(2),
+        "vision_tower.model.layers.99.x": torch.ones(1, dtype=torch.int8),
+    }
     write_tensors(tmp_path, tensors | extra)
     with Checkpoint.open(tmp_path) as checkpoint:
-        check_checkpoint(checkpoint, config)
+        check_checkpoint(checkpoint, replace(config, num_draft_layers=1))
+
+
+@pytest.mark.parametrize("layer", [3, 41, 10**30])
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_a_layer_too_many(tmp_path: Path, tiny: tuple[ModelConfig, dict[str, Tensor]], layer: int, drafts: int) -> None:
+    config, tensors = tiny
+    layer += drafts
+    error = refusal(
+        tmp_path,
+        replace(config, num_draft_layers=drafts),
+        tensors | {f"{LAYER}.{layer}.input_layernorm.weight": torch.ones(64)},
+    )
+    assert error.message.startswith(
+        f"{LAYER}.{layer}.input_layernorm.weight: expected layers 0..{2 + drafts} only, got layer {layer} (in "
+    )
+    assert "num_hidden_layers" in (error.hint or "")
+
+
+def test_a_model_cut_short_by_its_config(tmp_path: Path, tiny: tuple[ModelConfig, dict[str, Tensor]]) -> None:
+    config, tensors = tiny
+    message = refusal(tmp_path, replace(config, num_hidden_layers=2), tensors, shards=2).message
+    assert re.match(rf"{re.escape(LAYER)}\.2\..*: expected layers 0\.\.1 only, got layer 2 \(in model-", message)
 
 
 # Experts.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +126,11 @@ def test_scaled_softmax_follows_mscale_all_dim() -> None:
     assert config.rope_scaling.rotary_scale == pytest.approx((0.05 * math.log(8) + 1) / (0.2 * math.log(8) + 1))
 
 
-def test_draft_layers_and_training_fields_are_ignored() -> None:
+def test_draft_layers_are_counted_and_training_fields_ignored() -> None:
     data = config_dict()
     plain = ModelConfig.from_dict(data, "config.json")
-    text_of(data).update(num_nextn_predict_layers=1, aux_loss_alpha="anything", temperature=7, use_cache=None)
-    assert ModelConfig.from_dict(data, "config.json") == plain
+    text_of(data).update(num_nextn_predict_layers=2, aux_loss_alpha="anything", temperature=7, use_cache=None)
+    assert ModelConfig.from_dict(data, "config.json") == replace(plain, num_draft_layers=2)
 
 
 def test_absent_fields_that_have_one_value() -> None:
