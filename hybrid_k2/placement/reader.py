@@ -6,7 +6,7 @@ import re
 
 from hybrid_k2.placement.form import FORM_VERSION, Devices, KvCacheRule, PlaceRule, PrefillRule, Rules
 from hybrid_k2.placement.groups import GROUPS, LAYERED_GROUPS
-from hybrid_k2.placement.section import Section
+from hybrid_k2.placement.section import HOTTEST, Section, describe
 from hybrid_k2.placement.yaml_tree import Mapping, Node, Sequence, parse_yaml
 
 DENSE_DTYPES = ("bf16", "fp32")
@@ -70,12 +70,12 @@ def _place(top: Section, devices: Devices) -> tuple[PlaceRule, ...]:
     if node is None:
         top.fail("place", "expected the key place (a list of rules), got none")
     if not isinstance(node, Sequence) or not node.items:
-        top.fail("place", "place: expected a list of rules, got none")
+        top.fail("place", f"place: expected a list of rules, got {describe(node)}")
     return tuple(_place_rule(top.source, item, number, devices) for number, item in enumerate(node.items, start=1))
 
 
 def _place_rule(source: str, node: Node, number: int, devices: Devices) -> PlaceRule:
-    section = Section(source, f"place rule {number}", node, ("what", "layers", "on", "dtype"), later=("hottest",))
+    section = Section(source, f"place rule {number}", node, ("what", "layers", "on", "dtype"), later=(HOTTEST,))
     what = section.choice("what", GROUPS)
     layers = section.layers("layers")
     if layers is not None and what not in LAYERED_GROUPS:

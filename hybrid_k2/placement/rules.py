@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 from hybrid_k2.config import ModelConfig
-from hybrid_k2.errors import RulesError
+from hybrid_k2.errors import RulesError, shown
 from hybrid_k2.placement.budget import find_budget
 from hybrid_k2.placement.form import Devices, KvCacheRule, PlaceRule, PrefillRule, Rules
 from hybrid_k2.placement.machine import Machine
@@ -31,21 +32,28 @@ __all__ = [
 
 # A GPU that holds the dense groups but only a shorter context than this is not worth the choice by default.
 _MIN_GPU_TOKENS = 4096
+_SHIPPED_NAME = re.compile(r"(?:rules/)?([^/.]+)(?:\.yaml)?")
 
 
 def load_rules(path: str | Path) -> Rules:
     """Load a rule file; a name that is no file may be that of a shipped one ("host", "host.yaml", "rules/host.yaml").
 
+    A path that says where it starts ("./host") always means a file.
     Raises: RulesError.
     """
-    path = Path(path)
-    if not os.path.isfile(path) and path.parent in (Path(), Path("rules")) and path.suffix in ("", ".yaml"):
-        if path.stem in shipped_names():
-            return shipped_rules(path.stem)
-        if not os.path.exists(path):
-            names = ", ".join(f"rules/{name}.yaml" for name in shipped_names())
-            raise RulesError(f"{path}: expected a rule file, got no such file", hint=f"shipped: {names}")
-    return parse_rules(read_text(path, str(path)), str(path))
+    try:
+        file = Path(path)
+    except TypeError:
+        raise RulesError(
+            f"rules: expected a rule file or the name of a shipped one, got {shown(path)}", hint=_shipped_hint()
+        ) from None
+    source = str(path)  # as it was written: Path drops a "./"
+    if not os.path.isfile(file) and (name := _SHIPPED_NAME.fullmatch(source)):
+        if name[1] in shipped_names():
+            return shipped_rules(name[1])
+        if not os.path.lexists(file):
+            raise RulesError(f"{source}: expected a rule file, got no such file", hint=_shipped_hint())
+    return parse_rules(read_text(file, source), source)
 
 
 def shipped_rules(name: str) -> Rules:
@@ -73,6 +81,10 @@ def default_rules(machine: Machine, config: ModelConfig, *, experts_packed: bool
     if needed > budget or plan.kv_cache.tokens < min(_MIN_GPU_TOKENS, config.max_position_embeddings):
         return _choose("host", f"{device} ({gpu.name}) is too small, {sizes}: everything on the host")
     return _choose("gpu", f"{device} ({gpu.name}) takes the dense groups, {sizes}")
+
+
+def _shipped_hint() -> str:
+    return f"shipped: {', '.join(f'rules/{name}.yaml' for name in shipped_names())}"
 
 
 def _choose(name: str, why: str) -> Rules:

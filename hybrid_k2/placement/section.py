@@ -16,6 +16,7 @@ from typing import NoReturn
 from hybrid_k2.placement.sizes import try_parse_bytes
 from hybrid_k2.placement.yaml_tree import Mapping, Node, Scalar, Sequence, fail
 
+HOTTEST = "hottest"  # experts chosen by how often they are used: of a coming version
 _COUNT = re.compile(r"0|[1-9][0-9]{0,11}")
 _LAYERS = re.compile(r"(0|[1-9][0-9]{0,5})(?:\.\.(0|[1-9][0-9]{0,5}))?")
 
@@ -28,7 +29,7 @@ class Section:
         self.source = source
         self.name = name
         if not isinstance(node, Mapping):
-            fail(source, node.line, f"{name or 'rules'}: expected the keys {', '.join(keys)}, got {_shown(node)}")
+            fail(source, node.line, f"{name or 'rules'}: expected the keys {', '.join(keys)}, got {describe(node)}")
         self.node = node
         for key in node.entries:
             if key in later:
@@ -60,7 +61,7 @@ class Section:
         if node is None:
             return None
         if not isinstance(node, Scalar) or not node.text:
-            self.fail(key, f"{key}: expected {expected}, got {_shown(node)}")
+            self.fail(key, f"{key}: expected {expected}, got {describe(node)}")
         return node.text
 
     def choice(self, key: str, allowed: List[str], later: Iterable[str] = (), *, default: str | None = None) -> str:
@@ -103,6 +104,8 @@ class Section:
         node = self.get(key)
         if node is None:
             return None
+        if (word := _later_layers(node)) is not None:
+            self.unavailable(key, f"{key}: {word}", "name the layers: a layer, a range as 1..60, or a list of these")
         items = node.items if isinstance(node, Sequence) else (node,)
         parts = sorted((self._layer_range(key, item) for item in items), key=lambda part: part.start)
         if not parts:
@@ -116,11 +119,17 @@ class Section:
         expected = "a layer, a range as 1..60, or a list of these"
         match = _LAYERS.fullmatch(node.text) if isinstance(node, Scalar) else None
         if match is None:
-            self.fail(key, f"{key}: expected {expected}, got {_shown(node)}")
+            self.fail(key, f"{key}: expected {expected}, got {describe(node)}")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             self.fail(key, f"{key}: expected a range that ascends, got {first}..{last}", f"write {last}..{first}")
         return range(first, last + 1)
+
+
+def _later_layers(node: Node) -> str | None:
+    """Find the word for a choice of layers that the form knows and this version does not have."""
+    words = node.entries if isinstance(node, Mapping) else node.text.split() if isinstance(node, Scalar) else ()
+    return next((word for word in words if word == HOTTEST), None)
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str | None:
@@ -128,9 +137,10 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str | None:
     return f"did you mean {close[0]!r}?" if close else None
 
 
-def _shown(node: Node) -> str:
+def describe(node: Node) -> str:
+    """Say in an error what stands where something else is expected."""
     if isinstance(node, Sequence):
-        return "a list"
+        return "a list" if node.items else "an empty list"
     if isinstance(node, Mapping):
         return "a mapping"
     return repr(node.text) if node.text else "nothing"

@@ -85,7 +85,8 @@ def read_text(path: Path, source: str) -> str:
     except FileNotFoundError:
         fail(source, None, "expected a rule file, got no such file")
     except (OSError, ValueError) as error:
-        fail(source, None, f"expected a readable rule file, got: {error}")
+        reason = error.strerror if isinstance(error, OSError) else error
+        fail(source, None, f"expected a readable rule file, got: {reason}")
     if len(data) > MAX_FILE_BYTES:
         fail(source, None, f"expected a rule file of at most {MAX_FILE_BYTES} bytes, got a larger one")
     try:

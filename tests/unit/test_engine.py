@@ -107,6 +107,12 @@ def test_what_is_wrong_is_found_before_anything_is_loaded(tmp_path: Path) -> Non
     write_checkpoint(tmp_path)
     with pytest.raises(RulesError, match=r"nowhere\.yaml"):
         load("nowhere.yaml")
+    for rules in (3, b"x", {"place": []}):
+        with pytest.raises(RulesError, match="rules: expected a rule file or the name of a shipped one, got "):
+            load(rules)
+    for rules in ([], {}, ()):
+        with pytest.raises(RulesError, match=r"rules: expected a rule file .*, got (\[\]|{}|\(\))"):
+            Engine.load(tmp_path, rules, on_plan=never, progress=never)
     write_tokenizer(tmp_path, 600)
     with pytest.raises(CheckpointError, match=r"tiktoken\.model: expected vocab_size = 512 tokens, got 600"):
         load()

@@ -7,13 +7,14 @@ import re
 from fractions import Fraction
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_k2.config import ModelConfig
-from hybrid_k2.errors import HybridK2Error, RulesError
+from hybrid_k2.errors import HybridK2Error, RulesError, shown
 from hybrid_k2.placement import default_rules, load_rules, make_plan, parse_rules, shipped_names, shipped_rules
 from hybrid_k2.placement.form import format_layers
 from hybrid_k2.placement.groups import GROUPS
@@ -154,6 +155,9 @@ def test_a_mistake_is_named_with_its_line(old: str, new: str, line: int, words: 
         ("on: gpu, layers: 1..60", "on: gpu, layers: 1..60, dtype: fp8", 5, "dtype: fp8"),
         ("on: host, dtype: int4", "on: gpu, dtype: int4", 10, "routed_experts on: gpu"),
         ("dtype: int4", "hottest: 4, dtype: int4", 10, "hottest"),
+        ("layers: 1..60", "layers: hottest", 5, "layers: hottest"),
+        ("layers: 1..60", "layers: hottest 12", 5, "layers: hottest"),
+        ("layers: 1..60", "layers: {hottest: 12}", 5, "layers: hottest"),
         ("numerics: exact", "numerics: fast", 13, "numerics: fast"),
         ("numerics: exact", "numerics: bf16", 13, "numerics: bf16"),
         ("overlap: off", "overlap: ping_pong", 14, "overlap: ping_pong"),
@@ -177,8 +181,10 @@ def test_what_the_form_knows_and_this_version_lacks_is_told_apart(old: str, new:
         ("---\n", 2, "got nothing"),
         ("version", 1, "expected the keys version"),
         ("- version: 1", 1, "got a list"),
-        ("version: 1\nplace: []", 2, "expected a list of rules"),
-        ("version: 1\nplace:", 2, "expected a list of rules"),
+        ("version: 1\nplace: []", 2, "expected a list of rules, got an empty list"),
+        ("version: 1\nplace:", 2, "expected a list of rules, got nothing"),
+        ("version: 1\nplace: {what: attention, on: host}", 2, "place: expected a list of rules, got a mapping"),
+        ("version: 1\nplace: host", 2, "place: expected a list of rules, got 'host'"),
         ("version: 1\n", 1, "the key place"),
         ("version: 1\nplace: [\n", 3, "expected YAML"),
         ("version: 1\nplace:\n\t- {}", 3, "expected YAML"),
@@ -224,7 +230,17 @@ def test_files_that_cannot_be_rules(tmp_path: Path) -> None:
     assert "a larger one" in message(large)
     assert message(latin) == f"{latin}:2: expected UTF-8 text, got byte 0xe9"
     assert "a device, pipe or socket" in message(pipe)
-    assert "expected a readable rule file" in message(tmp_path / ("long" * 100 + ".yml"))
+    long, loop = tmp_path / ("long" * 100 + ".yml"), tmp_path / "loop.yaml"
+    loop.symlink_to(loop)
+    assert message(long) == f"{long}: expected a readable rule file, got: File name too long"
+    assert message(loop) == f"{loop}: expected a readable rule file, got: Too many levels of symbolic links"
+
+
+@pytest.mark.parametrize("path", [3, b"host", [], {}, None, 1.5, 10**6000, ("host",)], ids=shown)
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(RulesError, match=r"^rules: expected a rule file or the name of a shipped one, got ") as caught:
+        load_rules(path)
+    assert "rules/host.yaml" in (caught.value.hint or "")
 
 
 _PIECES = st.sampled_from(
@@ -325,6 +341,9 @@ def test_shipped_names_work_from_any_folder_and_files_win(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     for name in ("gpu", "gpu.yaml", "rules/gpu.yaml", Path("rules/gpu.yaml")):
         assert load_rules(name) == shipped_rules("gpu")
+    for name in ("./gpu", "./rules/gpu.yaml", str(tmp_path / "gpu"), "rules/./gpu.yaml", "rules//gpu"):
+        with pytest.raises(RulesError, match=f"^{re.escape(name)}: expected a rule file, got no such file"):
+            load_rules(name)
     (tmp_path / "gpu").mkdir()
     assert load_rules("gpu") == shipped_rules("gpu")
     (tmp_path / "gpu.yaml").write_text(VALID)
