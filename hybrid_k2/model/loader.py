@@ -21,7 +21,7 @@ from hybrid_k2.checkpoint import (
     read_expert,
 )
 from hybrid_k2.config import ModelConfig
-from hybrid_k2.errors import MemoryBudgetError
+from hybrid_k2.errors import CheckpointError, MemoryBudgetError
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
 from hybrid_k2.model.attention import Attention
 from hybrid_k2.model.devices import torch_device, torch_dtype
@@ -153,8 +153,11 @@ class _Builder:
 
         def load(expert: int) -> int:
             weights = read_expert(self.checkpoint, config, layer, expert)
-            backend.load_expert(expert, weights if dtype == INT4 else _plain_as(weights, torch_dtype(dtype)))
             prefix = expert_prefix(config, layer, expert)
+            try:
+                backend.load_expert(expert, weights if dtype == INT4 else _plain_as(weights, torch_dtype(dtype)))
+            except CheckpointError as error:  # the backend knows neither names nor files
+                raise CheckpointError(f"{prefix}: {error.message} (in {self.files(prefix)})", hint=error.hint) from None
             return sum(self.stored_bytes(f"{prefix}.{part}_proj") for part in ("gate", "up", "down"))
 
         with ThreadPoolExecutor(min(self.plan.threads, MAX_READERS), "load-experts") as readers:
@@ -190,6 +193,11 @@ class _Builder:
     def stored_bytes(self, prefix: str) -> int:
         infos = self.checkpoint.infos
         return sum(infos[name].nbytes for part in LINEAR_PARTS if (name := f"{prefix}.{part}") in infos)
+
+    def files(self, prefix: str) -> str:
+        """Name the files that hold parts of one expert."""
+        infos = self.checkpoint.infos
+        return ", ".join(sorted({info.file.name for name, info in infos.items() if name.startswith(f"{prefix}.")}))
 
     def count(self, nbytes: int) -> None:
         self.done += nbytes

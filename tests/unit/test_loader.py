@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import torch
 from hybrid_k2.checkpoint import Checkpoint, expected_tensors
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import CheckpointError
+from hybrid_k2.experts.cpu import NATIVE_ERROR
 from hybrid_k2.experts.open import open_experts
 from hybrid_k2.model import loader
 from hybrid_k2.model.layers import SwiGlu
@@ -165,6 +167,21 @@ def test_a_file_that_shrinks_while_loading_is_named(tensor: str, tmp_path: Path)
         with open(info.file, "r+b") as file:
             file.truncate(info.offset + 1)
         with pytest.raises(CheckpointError, match=r"expected \d+ bytes, got \d+.*model\.safetensors"):
+            load_text_model(checkpoint, config, plan)
+
+
+@pytest.mark.parametrize("scale", [float("inf"), float("nan"), 256.0])
+def test_a_scale_that_the_kernels_cannot_use_is_placed(folder: Path, scale: float, tmp_path: Path) -> None:
+    if NATIVE_ERROR is not None:
+        pytest.skip(f"the native extension is not installed: {NATIVE_ERROR}")
+    tensors = read_tensors(folder)
+    expert = "language_model.model.layers.1.mlp.experts.9"
+    tensors[f"{expert}.up_proj.weight_scale"][3, 1] = scale
+    write_tensors(tmp_path, tensors)
+    config = ModelConfig.load(folder)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        plan = make_test_plan(checkpoint, config, "host")
+        with pytest.raises(CheckpointError, match=rf"{re.escape(expert)}.*scale.*\(in model\.safetensors\)"):
             load_text_model(checkpoint, config, plan)
 
 
