@@ -42,14 +42,18 @@ class Timings:
 
 @dataclass(frozen=True)
 class Reply:
-    """Hold one finished (or cancelled) reply."""
+    """Hold one finished (or cancelled) reply.
+
+    A request that states `seed` repeats the reply bit for bit if its own request stated it. One that drew its seed may
+    have reused latents computed while decoding: with that seed it repeats the draws, on logits equal up to rounding.
+    """
 
     content: str
     reasoning: str
     tool_calls: tuple[ToolCall, ...]  # complete calls only
     finish_reason: FinishReason
     matched_stop: str | int | None  # the stop string or stop token id that ended it, if one of the request's did
-    seed: int  # give it back in SamplingParams to get the same text again
+    seed: int  # as the request stated it, or as it was drawn
     usage: Usage
     timings: Timings
     token_ids: tuple[int, ...] = field(repr=False)  # all that were generated
