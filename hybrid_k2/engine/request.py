@@ -88,7 +88,7 @@ def _sequence(
         _max_tokens(params, len(ids), loaded),
         Sampler(params, vocab_size, ids),
         Output(parser, params.stop),
-        loaded.config.eos_token_ids,
+        {*loaded.config.eos_token_ids, *turn_ends},  # K2.5 names [EOS] alone, and writes <|im_end|>
         turn_ends,
         thinking_ends,
     )

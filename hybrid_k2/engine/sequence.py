@@ -53,6 +53,7 @@ class TokenSequence:
         self.finish_reason: FinishReason | None = None
         self._matched_token: int | None = None
         self._end_ids = frozenset(() if params.ignore_eos else end_ids)
+        self._stop_ids = frozenset(params.stop_token_ids)
         self._silent_ids = frozenset(end_ids)
         self._turn_end_ids = frozenset(turn_end_ids)
         self._thinking_end_ids = frozenset(thinking_end_ids)
@@ -100,8 +101,8 @@ class TokenSequence:
         """
         token = self.sampler.sample(logits)
         self.tokens.append(token)
-        if token in self._end_ids or token in self.params.stop_token_ids:
-            if token in self.params.stop_token_ids:
+        if token in self._end_ids or token in self._stop_ids:
+            if token in self._stop_ids:
                 self._matched_token = token
             events = self.output.feed([token]) if token in self._turn_end_ids else []
             return events + self.finish("stop")
