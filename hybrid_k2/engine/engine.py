@@ -213,7 +213,10 @@ class Engine:
             raise EngineError("engine: expected an open one, got one that was closed")
 
     def _memory_share(self, tokens_per_s: float) -> float | None:
-        """Compare the weights read per second with the memory; None with a GPU, whose memory is another one."""
-        if self._closed or self.plan.devices != ("host",):
+        """Compare the weights read per second with the memory.
+
+        None with a GPU, whose memory is another one, and for the reference, which reads more than the stored weights.
+        """
+        if self._closed or self.plan.devices != ("host",) or self.plan.numerics == "reference":
             return None
         return self.plan.bytes_per_token * tokens_per_s / (self.read_gbps * 1e9)
