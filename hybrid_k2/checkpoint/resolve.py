@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from hybrid_k2.errors import CheckpointError
 # What the engine reads of a repository; no code of it is fetched or run.
 CONFIG_FILES = ("*.json",)
 WEIGHT_FILES = ("tiktoken.model", "*.safetensors")
+_UNKNOWABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO)
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -24,7 +26,7 @@ def resolve_checkpoint(path_or_repo_id: str) -> Path:
     Raises: CheckpointError, ConfigError, UnsupportedModelError.
     """
     path = Path(os.path.expanduser(path_or_repo_id))
-    if path_or_repo_id and os.path.exists(path):
+    if path_or_repo_id and _exists(path):
         return _folder(path)
     if not _REPO_ID.fullmatch(path_or_repo_id):
         raise CheckpointError(
@@ -32,6 +34,19 @@ def resolve_checkpoint(path_or_repo_id: str) -> Path:
             hint="check the path: there is no such folder",
         )
     return _download(path_or_repo_id)
+
+
+def _exists(path: Path) -> bool:
+    """Say whether there is such a path. Raises: CheckpointError where the system does not let us know."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno in _UNKNOWABLE:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        return False
+    except ValueError:  # a null character
+        return False
+    return True
 
 
 def _folder(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -194,6 +195,32 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"file\.safetensors: expected a checkpoint folder, got a file") as error:
         resolve_checkpoint(str(tmp_path / "file.safetensors"))
     assert error.value.hint
+
+
+def test_a_folder_that_nobody_may_look_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(CheckpointError) as caught:
+        resolve_checkpoint(str(loop / "model"))
+    assert caught.value.message == f"{loop / 'model'}: cannot be read: Too many levels of symbolic links"
+    # The administrator may look into every folder, so the answer of the system is played where the tests run as one.
+    closed = tmp_path / "closed"
+    write_checkpoint(closed / "model", num_hidden_layers=1)
+    closed.chmod(0)
+    try:
+        if os.geteuid() == 0:
+            monkeypatch.setattr(Path, "stat", refuse_stat)
+        with pytest.raises(CheckpointError) as caught:
+            resolve_checkpoint(str(closed / "model"))
+    finally:
+        monkeypatch.undo()
+        closed.chmod(0o700)
+    assert caught.value.message == f"{closed / 'model'}: cannot be read: Permission denied"
+    assert resolve_checkpoint(str(closed / "model")) == closed / "model"
+
+
+def refuse_stat(path: Path, **_: Any) -> os.stat_result:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 @pytest.mark.parametrize(
