@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_k2.demo import demo_path
+from hybrid_k2.demo import FOLDER
 from tests.cli.conftest import ONE_THREAD, Done
 from tests.cli.terminal import Terminal
 from tests.cli.test_interactive import FIGURES, PROMPT
 
-pytestmark = pytest.mark.skipif(not (demo_path() / "config.json").is_file(), reason="no demo checkpoint in this tree")
+pytestmark = pytest.mark.skipif(not (FOLDER / "config.json").is_file(), reason="no demo checkpoint in this tree")
 
 CLOCK = {
     "type": "function",

@@ -37,6 +37,11 @@ def test_no_such_folder(call: Call) -> None:
     refused(call("chat", "/no/such/folder", "-p", "hi"), "/no/such/folder", "hint: ")
 
 
+def test_an_installation_without_the_demo_model(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("hybrid_k2.demo.FOLDER", tmp_path / "none")
+    refused(call("chat", "-p", "hi"), "an installation without it", "hint: install hybrid-k2 again")
+
+
 def test_an_empty_folder(call: Call, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(call("chat", tmp_path / "empty", "-p", "hi"), str(tmp_path / "empty"), "empty")
