@@ -127,6 +127,14 @@ def test_wrong_usage(call: Call) -> None:
         assert done.out == ""
 
 
+@pytest.mark.parametrize("rules", ["", " "])
+def test_rules_without_a_name(call: Call, rules: str) -> None:
+    done = call("chat", "-p", "hi", "--rules", rules)
+    assert done.code == 2
+    assert done.out == ""
+    assert "--rules: expected a rule file or a name, got" in " ".join(done.err.split())
+
+
 def test_control_characters_in_an_error_are_harmless_on_a_terminal(copy: Path, environment: dict[str, str]) -> None:
     from tests.cli.terminal import Terminal
 

@@ -86,6 +86,8 @@ def chat(
     interactive = not prompt and sys.stdin is not None and sys.stdin.isatty()
     if as_json and interactive:
         raise typer.BadParameter("expected --prompt TEXT or text on standard input", param_hint="--json")
+    if rules is not None and not rules.strip():
+        raise typer.BadParameter("expected a rule file or a name, got an empty text", param_hint="--rules")
 
     from hybrid_k2.cli.chat.options import ChatOptions, check_text, read_tools
     from hybrid_k2.engine.params import SamplingParams
