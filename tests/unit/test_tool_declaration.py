@@ -168,15 +168,40 @@ def test_no_functions_send_the_list_as_json() -> None:
         ({}, "tools: expected a list, got dict"),
         ([1], r"tools\[0\]: expected an object, got int"),
         ([{"type": "function"}], r"tools\[0\]\.function: expected an object, got NoneType"),
-        ([{"type": "function", "function": {}}], r"tools\[0\]\.function\.name: expected the function's name, got null"),
+        ([{"type": "function", "function": {}}], r"tools\[0\]\.function\.name: expected the function's name, got None"),
         ([{"type": "function", "function": {"name": ""}}], r"tools\[0\]\.function\.name: "),
         ([{"type": "x", 1: 2}], r"tools\[0\]: expected keys that are text"),
-        ([{"type": "x", "y": {1, 2}}], "tools: expected JSON data"),
+        ([{"type": "function", "function": {"name": 10**6000}}], r"tools\[0\]\.function\.name: "),
+        ([{"type": "x", "y": {1, 2}}], r"tools\[0\]: expected JSON data, got {1, 2}"),
+        ([{"type": "x", "y": b"bytes"}], r"tools\[0\]: expected JSON data, got b'bytes'"),
+        ([{"type": "x", 10**6000: 2}], r"tools\[0\]: expected keys that are text"),
     ],
 )
 def test_malformed_tools(tools: Any, place: str) -> None:
     with pytest.raises(RequestError, match=place):
         declare_tools(tools)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"enum": [1, -(10**6000)]},
+        {"type": "integer", "default": 10**6000},
+        {"type": "integer", "maximum": 10**6000},
+        {"oneOf": [10**6000]},
+        {"type": "string", "default": {1, 2}},
+        {"enum": [b"bytes"]},
+    ],
+    ids=["enum", "default", "maximum", "no TypeScript", "a set", "bytes"],
+)
+def test_data_that_is_no_json_is_refused_wherever_it_stands(schema: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=r"^tools\[0\]: expected ") as caught:
+        type_of(schema)
+    assert len(caught.value.message) < 200
+
+
+def test_large_integers_are_declared() -> None:
+    assert type_of({"enum": [10**300, -1]}) == f"{10**300} | -1"
 
 
 def test_deep_schemas_are_declared_or_refused_and_never_overflow() -> None:
