@@ -16,7 +16,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-COMMON = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMMON = ["-std=c++20", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # gcc 12's own AVX-512 header reads variables that it leaves undefined on purpose, and warns about it.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISA_FLAGS = {
@@ -41,8 +41,10 @@ def sources() -> list[str]:
 def flags(source: str) -> list[str]:
     """Return the compiler flags of one file."""
     folder = Path(source).parent
-    kernel = ["-fno-exceptions", *ISA_FLAGS.get(folder.name, [])] if folder.parent.name == "kernels" else []
-    return [*COMMON, *kernel, *(f"-DK2_BUILT_{name.upper()}" for name in built_isas())]
+    defines = [f"-DK2_BUILT_{isa.upper()}" for isa in built_isas()]
+    if folder.parent.name == "kernels":
+        return [*COMMON, *defines, "-O3", "-fno-exceptions", *ISA_FLAGS.get(folder.name, [])]
+    return [*COMMON, *defines, "-O2"]
 
 
 class BuildNative(build_ext):
@@ -50,7 +52,6 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """See setuptools; a failure is reported by setuptools as a warning because the extension is optional."""
-        self.compiler.set_executable("compiler_so", self.compiler.compiler_so_cxx)
 
         def compile_one(source: str) -> list[str]:
             return self.compiler.compile(

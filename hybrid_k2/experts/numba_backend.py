@@ -26,20 +26,31 @@ ROWS_PER_TASK = 16
 
 
 def _matmul(packed: NDArray[Any], scale: NDArray[Any], x: NDArray[Any], y: NDArray[Any]) -> None:
-    """y[n, out] = x[n, in] @ dequantised(packed uint8 [out, in/2], scale fp32 [out, in/32]).T"""
+    """y[n, out] = x[n, in] @ dequantised(packed uint8 [out, in/2], scale fp32 [out, in/32]).T
+
+    x holds the even inputs before the odd ones, as the low nibbles of a row before its high ones: each loop below then
+    runs over neighbours and becomes vector instructions.
+    """
     rows, groups = scale.shape
+    half = groups * 16
     for task in numba.prange((rows + ROWS_PER_TASK - 1) // ROWS_PER_TASK):
-        weights = np.empty(groups * 32, np.float32)
+        weights = np.empty(2 * half, np.float32)
         for row in range(task * ROWS_PER_TASK, min((task + 1) * ROWS_PER_TASK, rows)):
+            pairs = packed[row]
+            for i in range(half):
+                weights[i] = np.float32(np.int32(pairs[i]) & np.int32(15)) - np.float32(8)
+            for i in range(half):
+                weights[half + i] = np.float32(np.int32(pairs[i]) >> np.int32(4)) - np.float32(8)
             for group in range(groups):
-                for byte in range(16):
-                    value = packed[row, group * 16 + byte]
-                    weights[group * 32 + 2 * byte] = (np.int32(value & 15) - 8) * scale[row, group]
-                    weights[group * 32 + 2 * byte + 1] = (np.int32(value >> 4) - 8) * scale[row, group]
+                factor = scale[row, group]
+                for i in range(group * 16, group * 16 + 16):
+                    weights[i] *= factor
+                for i in range(half + group * 16, half + group * 16 + 16):
+                    weights[i] *= factor
             for n in range(x.shape[0]):
                 total = np.float32(0)
-                for column in range(groups * 32):
-                    total += weights[column] * x[n, column]
+                for i in range(2 * half):
+                    total += weights[i] * x[n, i]
                 y[n, row] = total
 
 
@@ -56,7 +67,8 @@ class _Matrix:
 
     def __call__(self, x: Tensor) -> Tensor:
         y = torch.empty(x.shape[0], self.packed.shape[0])
-        _matmul_parallel(self.packed, self.scale, x.contiguous().numpy(), y.numpy())
+        even_odd = x.reshape(x.shape[0], x.shape[1] // 2, 2).transpose(1, 2).flatten(1).contiguous()  # [n, in]
+        _matmul_parallel(self.packed, self.scale, even_odd.numpy(), y.numpy())
         return y
 
 

@@ -46,5 +46,9 @@ def open_experts(numerics: str, threads: int, *, packed: bool = True) -> Experts
 def _warn_once(reason: str | None) -> None:
     global _warned  # noqa: PLW0603 - the warning is for the process, however many engines it opens
     if not _warned:
-        log.warning("native expert kernels are missing (%s); numba computes the experts, several times slower", reason)
+        log.warning(
+            "native expert kernels are missing (%s); numba computes the experts, about ten times slower. "
+            "To build them, install g++ 11 or newer and reinstall hybrid-k2",
+            reason,
+        )
         _warned = True
