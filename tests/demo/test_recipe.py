@@ -165,7 +165,7 @@ def test_a_few_steps_lower_the_loss(tokenizer: Tokenizer, tmp_path: Path) -> Non
     batch = make_batch(Random(6), tokenizer, rows=1, length=192, max_turns=1)
     losses = []
     for _ in range(40):
-        worker.step(batch, fraction=0.1)
+        worker.step(batch, rate=3e-3, fraction=0.1)
         losses.append(float(shared.counts[0, 2]))
     assert losses[-1] < 0.85 * losses[0]
     worker.save(tmp_path / "state.pt")

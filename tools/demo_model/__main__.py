@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .card import write_card
+from .card import Run, write_card
 from .export import export
 from .score import score, show
 from .train import train
@@ -33,13 +33,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=95, help="time to train")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2, help="training processes on the CPU, one thread each")
+    parser.add_argument("--start", type=Path, help="go on from the weights and vocabulary of this checkpoint")
     parser.add_argument("--count", type=int, default=50, help="prompts for each skill and mode in the score")
     args = parser.parse_args()
-    counters = train(args.out, args.minutes, args.seed, args.workers)
+    counters = train(args.out, args.minutes, args.seed, args.workers, args.start)
     folder = args.out / "checkpoint"
     export(args.out / "state.pt", args.out / "tiktoken.model", folder)
     scores = score(folder, seed=2026, count=args.count)
-    write_card(folder, scores, counters, args.seed, machine())
+    start = f" --start {args.start}" if args.start else ""
+    command = f"python -m tools.demo_model OUT --minutes {args.minutes:g} --seed {args.seed}{start}"
+    origin = f"the checkpoint {args.start}" if args.start else "random weights"
+    write_card(folder, scores, counters, Run(args.seed, machine(), origin, command))
     show(scores)
 
 

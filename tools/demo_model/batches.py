@@ -84,7 +84,7 @@ def fill_with_copies(batch: Batch, rows: range, rng: Random) -> None:
     for row in rows:
         start, document = 0, 10**6
         while length - start >= 16:
-            size = rng.randint(3, 24)
+            size = rng.randint(3, 20)
             times = min(max(2, rng.randint(24, 96) // size), (length - start) // size)
             if times < 2:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ mistakes, and reads text only. Do not use it for anything but trying out the eng
 | trained | {tokens:.1f} million tokens ({learnt:.1f} million learnt to write), {steps} steps, {minutes:.0f} minutes |
 | machine | {machine} |
 | seed | {seed} |
-| recipe | `python -m tools.demo_model OUT --minutes {minutes:.0f} --seed {seed}` |
+| started from | {origin} |
+| recipe | `{command}` |
 
 ## Scores
 
@@ -47,6 +49,16 @@ lists, which are judged by their form, and refusals, by their opening.
 
 Tool calls without an offered tool: {stray} in {alone} prompts.
 """
+
+
+@dataclass(frozen=True)
+class Run:
+    """Say how a checkpoint was made."""
+
+    seed: int
+    machine: str
+    origin: str  # what the weights were before
+    command: str
 
 
 def active_parameters(shape: Shape) -> int:
@@ -66,7 +78,7 @@ def active_parameters(shape: Shape) -> int:
     return layers + shape.vocab_size * shape.hidden_size
 
 
-def write_card(folder: Path, scores: dict[str, Any], counters: Counters, seed: int, machine: str) -> None:
+def write_card(folder: Path, scores: dict[str, Any], counters: Counters, run: Run) -> None:
     """Write README.md and scores.json into the checkpoint folder."""
     model = load(folder)
     training = {
@@ -74,8 +86,7 @@ def write_card(folder: Path, scores: dict[str, Any], counters: Counters, seed: i
         "learnt_tokens": counters.learnt,
         "steps": counters.step,
         "minutes": round(counters.seconds / 60, 1),
-        "seed": seed,
-        "machine": machine,
+        **asdict(run),
     }
     (folder / "scores.json").write_text(json.dumps({"training": training, "scores": scores}, indent=2) + "\n")
     rows = [f"| {skill} | {row['thinking']:.1%} | {row['instant']:.1%} |" for skill, row in scores["skills"].items()]
@@ -89,8 +100,10 @@ def write_card(folder: Path, scores: dict[str, Any], counters: Counters, seed: i
         learnt=counters.learnt / 1e6,
         steps=counters.step,
         minutes=counters.seconds / 60,
-        machine=machine,
-        seed=seed,
+        machine=run.machine,
+        seed=run.seed,
+        origin=run.origin,
+        command=run.command,
         count=scores["prompts_per_skill_and_mode"],
         rows="\n".join(rows),
         stray=scores["stray_tool_calls"],

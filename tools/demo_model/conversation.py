@@ -189,16 +189,13 @@ def follow_up(rng: Random) -> list[Turn]:
         )
         ask = Turn(f"What is the capital of {first[0]}?", "", f"The capital of {first[0]} is {first[1]}.")
         return [replace(ask, thought=ask.answer), Turn(typed(rng, q), answer, answer)]
-    maker, q = rng.choice(
-        [
-            (texts.story, "another story"),
-            (texts.story, "tell me another one"),
-            (texts.story, "one more"),
-            (texts.poem, "another poem"),
-        ]
-    )
-    again = replace(maker(rng), question=typed(rng, q))
-    return [maker(rng), again]
+    if rng.random() < 0.75:
+        q = rng.choice(["another story", "tell me another one", "one more"])
+        # The first words of the second story are free: nothing in the question names its hero.
+        again = replace(texts.story(rng), question=typed(rng, q), check=lambda t: texts.is_story(t, ""))
+        return [texts.story(rng), again]
+    known = tuple("\n".join(lines) for lines in texts.POEMS.values())
+    return [texts.poem(rng), replace(texts.poem(rng), question=typed(rng, "another poem"), accepted=known)]
 
 
 def without_tool(rng: Random) -> Turn:

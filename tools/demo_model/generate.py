@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .model import Model
 
@@ -28,7 +27,7 @@ def generate(model: Model, prompts: list[list[int]], stop: int, limit: int = 320
     done = [False] * rows
     for _ in range(limit):
         hidden = model(ids, positions, mask, caches)[:, -1]
-        ids = functional.linear(hidden, model.lm_head).argmax(-1, keepdim=True)
+        ids = model.logits(hidden).argmax(-1, keepdim=True)
         for row, token in enumerate(ids[:, 0].tolist()):
             done[row] = done[row] or token == stop
             if not done[row]:

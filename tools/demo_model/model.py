@@ -21,7 +21,7 @@ class Shape:
     hidden_size: int = 256
     intermediate_size: int = 512
     moe_intermediate_size: int = 64
-    num_hidden_layers: int = 5
+    num_hidden_layers: int = 4
     num_attention_heads: int = 4
     n_shared_experts: int = 1
     n_routed_experts: int = 32
@@ -237,7 +237,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Map token ids to final hidden states; `lm_head` turns the wanted ones into logits."""
+    """Map token ids to final hidden states; `logits` finishes the wanted ones."""
 
     def __init__(self, shape: Shape | None = None) -> None:
         super().__init__()
@@ -258,6 +258,10 @@ class Model(nn.Module):
         for i, block in enumerate(self.layers):
             x = block(x, rope, mask, None if caches is None else caches[i])
         return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Shapes: hidden [..., hidden] -> [..., vocab]."""
+        return functional.linear(hidden, self.lm_head)
 
     def mixtures(self) -> list[MoE]:
         """List the MoE layers."""

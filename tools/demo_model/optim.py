@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 
 WARMUP_STEPS = 60
-DECAY_FROM = 0.5
 FLOOR = 0.02
 MOMENTUM, WEIGHT_DECAY = 0.95, 0.05
 
 
-def rate_factor(step: int, fraction: float) -> float:
+def rate_factor(step: int, fraction: float, decay_from: float) -> float:
     """Return the share of the peak learning rate at this step and fraction of the run."""
-    decay = 1 - (1 - FLOOR) * max(0.0, fraction - DECAY_FROM) / (1 - DECAY_FROM)
+    decay = 1 - (1 - FLOOR) * max(0.0, fraction - decay_from) / (1 - decay_from)
     return min(1.0, (step + 1) / WARMUP_STEPS) * decay
 
 
@@ -42,6 +41,6 @@ def muon_step(p: nn.Parameter, grad: Tensor, momentum: Tensor, rate: float) -> N
     p.mul_(1 - rate * WEIGHT_DECAY).add_(update, alpha=-rate * 0.2 * max(p.shape[-2:]) ** 0.5)
 
 
-def adam(parameters: list[nn.Parameter], rate: float) -> torch.optim.AdamW:
-    """Make the optimiser of embeddings, head, router and norms."""
-    return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+def adam(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    """Make the optimiser of embeddings, head, router and norms; each step sets the rate."""
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)

@@ -18,9 +18,8 @@ from torch.nn import functional
 
 from .batches import Batch
 from .model import Model
-from .optim import adam, is_matrix, muon_step, rate_factor
+from .optim import adam, is_matrix, muon_step
 
-PEAK_RATE = 3e-3
 BIAS_STEP = 0.002
 
 
@@ -92,16 +91,16 @@ class Worker:
         self.matrices = matrices[self.rank :: self.shared.workers]
         # The rest is small: the first process updates it all.
         self.others = [i for i, (name, p) in enumerate(named) if not is_matrix(name, p)]
-        self.adam = adam([self.parameters[i] for i in self.others], PEAK_RATE)
+        self.adam = adam([self.parameters[i] for i in self.others])
 
-    def step(self, batch: Batch, fraction: float) -> None:
-        """Take one step together with the other processes."""
+    def step(self, batch: Batch, rate: float, fraction: float) -> None:
+        """Take one step together with the other processes, at this learning rate and fraction of the run."""
         own = self.shared.grads[self.rank]
         for p, grad in zip(self.parameters, own, strict=True):
             p.grad = grad.zero_()
         self.backward(batch)
         self.shared.barrier.wait()
-        self.update(PEAK_RATE * rate_factor(self.counters.step, fraction))
+        self.update(rate)
         if self.rank == 0:
             self.steer(BIAS_STEP * (1 - fraction))
         self.count()
@@ -109,11 +108,11 @@ class Worker:
 
     def backward(self, batch: Batch) -> None:
         """Compute this process's gradients and counts."""
-        model, device = self.shared.model, self.shared.model.lm_head.device.type
+        model, device = self.shared.model, self.shared.model.embed_tokens.device.type
         ids, positions, mask, learnt = batch.tensors(device)
         with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
             hidden = model(ids, positions, mask)
-            logits = hidden[:, :-1][learnt] @ model.lm_head.t()
+            logits = model.logits(hidden[:, :-1][learnt])
             loss = functional.cross_entropy(logits.float(), ids[:, 1:][learnt])
         loss.backward()
         used = float((batch.document >= 0).sum())
@@ -145,7 +144,7 @@ class Worker:
         """Add up the counts of the step."""
         tokens, learnt, loss = self.shared.counts.sum(0).tolist()
         c, loss = self.counters, loss / self.shared.workers
-        c.loss = loss if c.step == 0 else 0.98 * c.loss + 0.02 * loss
+        c.loss = loss if c.step == 0 else 0.95 * c.loss + 0.05 * loss
         c.step += 1
         c.tokens += int(tokens)
         c.learnt += int(learnt)

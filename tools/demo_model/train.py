@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -12,34 +12,52 @@ import torch
 from torch import multiprocessing
 
 from .batches import count_pieces, make_batch
+from .export import load
 from .model import Model
+from .optim import rate_factor
 from .parallel import Counters, Shared, Worker, lone_barrier
 from .tokenizer import Tokenizer, save_vocabulary, train_vocabulary
 
 # Rows of all processes together, length, most turns.
-SHORT, LONG, LONGEST = (20, 320, 4), (8, 768, 8), (4, 1536, 14)
-LONG_FROM = 0.65  # fraction of the run after which rows get long
-INT4_FROM = 0.72  # fraction after which the experts are rounded in the forward pass
-COPY_UNTIL, COPY_SHARE = 0.33, 0.25
-SAVE_SECONDS = 180
+SHORT, LONG, LONGEST = (12, 256, 4), (4, 768, 8), (2, 1536, 14)
+SAVE_SECONDS = 120
 
 
-def vocabulary(out: Path) -> Tokenizer:
-    """Load the vocabulary, training it first where it is missing."""
+@dataclass(frozen=True)
+class Schedule:
+    """Say what happens when; all but the rate and the share are fractions of the run."""
+
+    peak_rate: float
+    decay_from: float  # constant rate before, linear decay after
+    long_from: float  # longer conversations
+    int4_from: float  # the experts are rounded in the forward pass
+    copy_share: float  # of the rows at the start: copying drills
+    copy_until: float
+
+
+SCRATCH = Schedule(3e-3, decay_from=0.5, long_from=0.7, int4_from=0.75, copy_share=0.3, copy_until=0.45)
+CONTINUED = Schedule(2e-3, decay_from=0.25, long_from=0.6, int4_from=0.6, copy_share=0.12, copy_until=0.5)
+
+
+def vocabulary(out: Path, start: Path | None) -> None:
+    """Put the vocabulary into the run's folder: that of the checkpoint to start from, or a new one."""
     path = out / "tiktoken.model"
-    if not path.exists():
+    if path.exists():
+        return
+    if start:
+        path.write_bytes((start / "tiktoken.model").read_bytes())
+    else:
         save_vocabulary(train_vocabulary(count_pieces(seed=11, conversations=30000)), path)
-    return Tokenizer(path)
 
 
-def form(step: int, fraction: float) -> tuple[int, int, int]:
+def form(step: int, long: bool) -> tuple[int, int, int]:
     """Choose rows, length and turns of the next batch, the same in all processes."""
-    if fraction < LONG_FROM:
+    if not long:
         return SHORT
-    return Random(step).choices([SHORT, LONG, LONGEST], [0.3, 0.5, 0.2])[0]
+    return Random(step).choices([SHORT, LONG, LONGEST], [0.4, 0.4, 0.2])[0]
 
 
-def work(rank: int, shared: Shared, out: Path, minutes: float, seed: int) -> None:
+def work(rank: int, shared: Shared, out: Path, minutes: float, seed: int, plan: Schedule) -> None:
     """Train until the minutes are used up, going on from a saved state if there is one."""
     torch.set_num_threads(1)
     tokenizer, worker = Tokenizer(out / "tiktoken.model"), Worker(shared, rank)
@@ -57,12 +75,13 @@ def work(rank: int, shared: Shared, out: Path, minutes: float, seed: int) -> Non
         fraction = float(shared.fraction)
         if fraction >= 1:
             break
-        rows, length, turns = form(counters.step, fraction)
+        rows, length, turns = form(counters.step, fraction >= plan.long_from)
         rows //= shared.workers
-        copies = round(rows * COPY_SHARE * max(0.0, 1 - fraction / COPY_UNTIL))
+        copies = round(rows * plan.copy_share * max(0.0, 1 - fraction / plan.copy_until) + rng.random() - 0.5)
         for moe in shared.model.mixtures():
-            moe.int4 = fraction >= INT4_FROM
-        worker.step(make_batch(rng, tokenizer, rows, length, turns, copies), fraction)
+            moe.int4 = fraction >= plan.int4_from
+        rate = plan.peak_rate * rate_factor(counters.step, fraction, plan.decay_from)
+        worker.step(make_batch(rng, tokenizer, rows, length, turns, copies), rate, fraction)
         if rank == 0 and counters.step % 20 == 0:
             log.write(json.dumps(vars(counters)) + "\n")
             log.flush()
@@ -73,30 +92,19 @@ def work(rank: int, shared: Shared, out: Path, minutes: float, seed: int) -> Non
         worker.save(out / "state.pt")
 
 
-def train(out: Path, minutes: float, seed: int, workers: int) -> Counters:
-    """Train on the GPU in this process if there is one, else in `workers` processes on the CPU."""
+def train(out: Path, minutes: float, seed: int, workers: int, start: Path | None = None) -> Counters:
+    """Train on the GPU in this process if there is one, else in `workers` processes on the CPU.
+
+    `start`: an exported checkpoint of the same shape whose weights and vocabulary are taken over.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    vocabulary(out)
+    vocabulary(out, start)
     torch.manual_seed(seed)
+    model, plan = (load(start).train(), CONTINUED) if start else (Model(), SCRATCH)
     if torch.cuda.is_available():
-        work(0, Shared.create(Model().cuda(), 1, lone_barrier()), out, minutes, seed)
+        work(0, Shared.create(model.cuda(), 1, lone_barrier()), out, minutes, seed, plan)
     else:
         context = multiprocessing.get_context("spawn")
-        shared = Shared.create(Model(), workers, context.Barrier(workers))
-        multiprocessing.spawn(work, (shared, out, minutes, seed), nprocs=workers)
+        shared = Shared.create(model, workers, context.Barrier(workers))
+        multiprocessing.spawn(work, (shared, out, minutes, seed, plan), nprocs=workers)
     return Counters(**torch.load(out / "state.pt", map_location="cpu")["counters"])
-
-
-def main() -> None:
-    """Read the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=95)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
-    print(train(args.out, args.minutes, args.seed, args.workers))
-
-
-if __name__ == "__main__":
-    main()
