@@ -13,7 +13,7 @@ from hybrid_k2.errors import ConfigError, RequestError, shown
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024  # bounds the text that may have to be held back while a stop string is still possible
-_SEED_BOUND = 2**63  # seeds are 64-bit integers, as in the APIs that clients speak
+_INTEGER_BOUND = 2**63  # integers have 64 bits, as in the APIs that clients speak
 
 # Values that a checkpoint's generation_config.json may state; a request that leaves them None takes them from there.
 _INHERITED = (
@@ -61,13 +61,13 @@ class SamplingParams:
         set_field(self, "logit_bias", _logit_bias(self.logit_bias))
         _check_number("temperature", self.temperature, 0, 100)
         _check_number("top_p", self.top_p, 0, 1)
-        _check_integer("top_k", self.top_k, -1, None)
+        _check_integer("top_k", self.top_k, -1, _INTEGER_BOUND - 1)
         _check_number("min_p", self.min_p, 0, 1)
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
         _check_number("repetition_penalty", self.repetition_penalty, 0, 10, above=True)
-        _check_integer("seed", self.seed, -_SEED_BOUND, _SEED_BOUND - 1)
-        _check_integer("max_tokens", self.max_tokens, 1, None)
+        _check_integer("seed", self.seed, -_INTEGER_BOUND, _INTEGER_BOUND - 1)
+        _check_integer("max_tokens", self.max_tokens, 1, _INTEGER_BOUND - 1)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos: expected True or False, got {shown(self.ignore_eos)}")
 
@@ -127,13 +127,12 @@ def _check_number(name: str, value: Any, low: float, high: float, *, above: bool
         raise RequestError(f"{name}: expected a number {span}, got {shown(value)}")
 
 
-def _check_integer(name: str, value: Any, low: int, high: int | None) -> None:
+def _check_integer(name: str, value: Any, low: int, high: int) -> None:
     if value is None:
         return
     integer = not isinstance(value, bool) and isinstance(value, Integral)
-    if not integer or value < low or (high is not None and value > high):
-        span = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise RequestError(f"{name}: expected an integer {span}, got {shown(value)}")
+    if not integer or not low <= value <= high:
+        raise RequestError(f"{name}: expected an integer from {low} to {high}, got {shown(value)}")
 
 
 def _stop_strings(value: object) -> tuple[str, ...]:
