@@ -19,7 +19,7 @@ from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.prefix import KeptPrefix
 from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.request import chat_sequence, check_ids, check_prompt_fits, text_sequence
-from hybrid_k2.errors import EngineError, RequestError
+from hybrid_k2.errors import EngineError, RequestError, shown
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.latent_cache import LatentCache
 
@@ -139,7 +139,10 @@ class Engine:
         self._check_open()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
-            raise RequestError(f"params: expected SamplingParams, got {params!r}")
+            raise RequestError(f"params: expected SamplingParams, got {shown(params)}")
+        for name, flag in (("thinking", thinking), ("preserve_thinking", preserve_thinking)):
+            if not isinstance(flag, bool):
+                raise RequestError(f"{name}: expected True or False, got {shown(flag)}")
         if messages is not None and prompt is None:
             sequence = chat_sequence(self._loaded, messages, tools, thinking, preserve_thinking, params)
         elif prompt is not None and messages is None:

@@ -11,7 +11,7 @@ from hybrid_k2.engine.output import Output, Parser, PlainText
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.sampling import Sampler
 from hybrid_k2.engine.sequence import TokenSequence
-from hybrid_k2.errors import RequestError
+from hybrid_k2.errors import RequestError, shown
 from hybrid_k2.protocol import OutputParser, encode_prompt
 from hybrid_k2.protocol.tokens import REPLY_ENDS, SECTION_BEGIN, THINK_END
 
@@ -26,6 +26,8 @@ def chat_sequence(
 ) -> TokenSequence:
     """Prepare the answer to a conversation. Raises: RequestError."""
     ids = encode_prompt(loaded.tokenizer, messages, tools, thinking, preserve_thinking)
+    if not messages:
+        raise RequestError("messages: expected at least one message, got none")
     parser = OutputParser(loaded.tokenizer, tools, thinking)
     special = loaded.tokenizer.special
     turn_ends = [special[name] for name in REPLY_ENDS if name in special]
@@ -44,13 +46,13 @@ def text_sequence(
 def check_ids(token_ids: Iterable[Any], vocab_size: int) -> list[int]:
     """Return token ids as a list of ints. Raises: RequestError for none, or one that the vocabulary does not have."""
     if not isinstance(token_ids, Iterable):
-        raise RequestError(f"prompt: expected text or token ids, got {token_ids!r}")
+        raise RequestError(f"prompt: expected text or token ids, got {shown(token_ids)}")
     ids = list(token_ids)
     if not ids:
         raise RequestError("prompt: expected at least one token, got none")
     for place, token in enumerate(ids):
         if isinstance(token, bool) or not isinstance(token, Integral) or token < 0 or int(token) >= vocab_size:
-            raise RequestError(f"token_ids[{place}]: expected an id from 0 to {vocab_size - 1}, got {token!r}")
+            raise RequestError(f"token_ids[{place}]: expected an id from 0 to {vocab_size - 1}, got {shown(token)}")
     return [int(token) for token in ids]
 
 

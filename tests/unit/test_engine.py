@@ -176,6 +176,16 @@ def test_bad_ids_are_refused(engine: Engine, bad: Any) -> None:
         engine.logits([])
 
 
+def test_ids_may_come_from_any_iterable(engine: Engine) -> None:
+    expected = engine.logits([5, 6, 7])
+    for ids in (iter([5, 6, 7]), (token for token in (5, 6, 7)), np.array([5, 6, 7]), (5, 6, 7)):
+        assert engine.generate(ids).prompt_tokens == 3
+    np.testing.assert_array_equal(engine.logits(token for token in (5, 6, 7)), expected)
+    for empty in ([], iter([]), np.array([], np.int64)):
+        with pytest.raises(RequestError, match="prompt: expected at least one token, got none"):
+            engine.generate(empty)
+
+
 # Requests that are wrong
 
 
@@ -211,6 +221,13 @@ def test_the_models_context_is_the_other_limit(tmp_path: Path) -> None:
         ({"prompt": "a", "tools": [CALCULATOR]}, "with messages only"),
         ({"prompt": ""}, "at least one token"),
         ({"prompt": 5}, "prompt: expected text or token ids, got 5"),
+        ({"prompt": 10**6000}, "prompt: expected text or token ids, got a value too large to show"),
+        ({"prompt": [1, 10**6000]}, r"token_ids\[1\]: expected an id from 0 to 511, got a value too large to show"),
+        ({"prompt": "a", "params": 10**6000}, "params: expected SamplingParams, got a value too large to show"),
+        ({"messages": []}, "messages: expected at least one message, got none"),
+        ({"messages": HELLO, "thinking": "no"}, "thinking: expected True or False, got 'no'"),
+        ({"prompt": "a", "thinking": None}, "thinking: expected True or False, got None"),
+        ({"messages": HELLO, "preserve_thinking": 1}, "preserve_thinking: expected True or False, got 1"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages"),
         ({"messages": "hello"}, "messages"),
         ({"prompt": "a", "params": SamplingParams(stop_token_ids=[512])}, "stop_token_ids"),
