@@ -141,7 +141,7 @@ class ModelConfig:
         if not ends:
             raise ConfigError(
                 f"{path}: eos_token_id: expected an end token here or in {GENERATION_NAME}, got none",
-                hint="without one no reply would end",
+                hint="without one, the continuation of a text would never end",
             )
         return replace(config, eos_token_ids=tuple(ends))
 
