@@ -113,11 +113,8 @@ class TieBreaker:
         theirs = self.theirs[self.rows : self.rows + len(x)]  # [t, K]
         self.rows += len(x)
         biased = functional.linear(x, self.router.weight).sigmoid() + self.router.bias  # [t, E]
-        best = biased.sort(dim=-1, descending=True).values  # [t, E]
-        chosen = theirs.shape[1]
-        if chosen == best.shape[1]:
-            return routing  # there is nothing to choose
-        tied = best[:, chosen - 1] - best[:, chosen] < EXPERTS_TIE  # [t]
+        last = biased.gather(1, routing.ids.long()).amin(1)  # [t], the score of the last one chosen
+        tied = biased.gather(1, theirs).amin(1) > last - EXPERTS_TIE  # [t]
         give_way = tied & (routing.ids.sort().values != theirs.sort().values).any(1)  # [t]
         self.exempt += int(give_way.sum())
         push = torch.zeros_like(biased).scatter_(1, theirs, 2.0) * give_way[:, None]  # [t, E]
