@@ -126,9 +126,11 @@ class PyLayer {
     Array<int32_t> gate({i, h / 8}), up({i, h / 8}), down({h, i / 8});
     Array<uint16_t> gate_scale({i, h / kGroup}), up_scale({i, h / kGroup}), down_scale({h, i / kGroup});
     auto view = [](Array<int32_t>& words, Array<uint16_t>& scales, int rows, int inputs) {
-      return MutablePackedMatrix{reinterpret_cast<uint32_t*>(words.mutable_data()), scales.mutable_data(), rows, inputs};
+      return MutablePackedMatrix{reinterpret_cast<uint32_t*>(words.mutable_data()), scales.mutable_data(), rows,
+                                 inputs};
     };
-    layer->experts().unpack(expert, view(gate, gate_scale, i, h), view(up, up_scale, i, h), view(down, down_scale, h, i));
+    layer->experts().unpack(expert, view(gate, gate_scale, i, h), view(up, up_scale, i, h),
+                            view(down, down_scale, h, i));
     return py::make_tuple(gate, gate_scale, up, up_scale, down, down_scale);
   }
 
@@ -246,8 +248,9 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("isa", [](const Runtime& r) { return r.table.name; })
       .def_property_readonly("numerics", [](const Runtime& r) { return r.table.numerics; })
       .def_property_readonly("threads", [](const Runtime& r) { return r.pool.workers(); })
-      .def("measure_read_gbps", [](Runtime& r, double seconds) { return measure_read_gbps(r.pool, r.table, seconds); },
-           py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "measure_read_gbps", [](Runtime& r, double seconds) { return measure_read_gbps(r.pool, r.table, seconds); },
+          py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def("close", [](Runtime& r) { r.pool.stop(); }, py::call_guard<py::gil_scoped_release>());
 
   py::class_<PyLayer>(m, "Layer")

@@ -1,7 +1,7 @@
 // Waiting for a condition on atomics: spin for a moment, then sleep.
 //
-// Protocol: whoever changes an atomic that a waiter's condition reads calls `notify` afterwards. Both the change and the
-// condition use sequentially consistent operations (the default). Then either the changer sees the waiter in
+// Protocol: whoever changes an atomic that a waiter's condition reads calls `notify` afterwards. Both the change and
+// the condition use sequentially consistent operations (the default). Then either the changer sees the waiter in
 // `sleepers_` and wakes it, or the waiter's check, made after it entered `sleepers_`, sees the change.
 #pragma once
 #include <atomic>
@@ -49,7 +49,9 @@ class Gate {
   // Costs one load while nobody sleeps.
   void notify() {
     if (sleepers_.load() == 0) return;
-    { std::lock_guard lock(mutex_); }  // a waiter between its check and its sleep is let into the sleep
+    {
+      std::lock_guard lock(mutex_);
+    }  // a waiter between its check and its sleep is let into the sleep
     changed_.notify_all();
   }
 

@@ -2,8 +2,8 @@
 //
 // A Job is run by all workers at once, each with its own number; the job splits its work by that number and meets the
 // other workers in its Team. Jobs run in the order of submission; a worker that is done with one starts the next, so
-// two jobs in flight leave no gap. Workers spin for 50 us for the next job (a layer's hand-over takes less), then sleep:
-// other code gets the cores.
+// two jobs in flight leave no gap. Workers spin for 50 us for the next job (a layer's hand-over takes less), then
+// sleep: other code gets the cores.
 #pragma once
 #include <array>
 #include <atomic>

@@ -9,6 +9,10 @@
 //
 // No include guard: it has no meaning outside those namespaces.
 
+// Six tiles of six: with 16 KB per token at 7168 inputs their activations stay in a 1 MB L2 cache (Zen 4: 198 GOPS at
+// 256 tokens against 187 without the limit), and a row block's weights are read from memory once per call.
+constexpr int kMaxTokensPerCall = 36;
+
 // exp(x) for x clamped to [-87, 88], where 2^n and the result are normal numbers. Relative error below 2^-22.
 // x = n ln2 + r; ln2 is split into 0.693359375 (9 bits: n times it is exact) and the rest; exp(r) is the polynomial of
 // Cephes' expf on [-ln2/2, ln2/2].
@@ -30,8 +34,8 @@ K2_INLINE F32x16 exp_f32(F32x16 x) {
 
 K2_INLINE F32x16 silu(F32x16 x) { return div(x, add(f32(1.0f), exp_f32(sub(f32(0.0f), x)))); }
 
-// Packs one group; see a16.h. The largest magnitude is taken on the bit patterns, where NaN and infinity are larger than
-// every number: nothing is hidden by a comparison.
+// Packs one group; see a16.h. The largest magnitude is taken on the bit patterns, where NaN and infinity are larger
+// than every number: nothing is hidden by a comparison.
 K2_INLINE bool pack_group(F32x16 x0, F32x16 x1, A16Group* group) {
   const I32x16 magnitude = i32(0x7fffffff);
   const int32_t largest = reduce_max(max_i32(bit_and(as_i32(x0), magnitude), bit_and(as_i32(x1), magnitude)));
@@ -125,7 +129,8 @@ uint64_t gate_up_streams(const GateUpTask& task) {
     F32x16 h[2][kStreams];
     for (int block = 0; block < 2; ++block) {
       Tile<kStreams> sums;
-      tile_streams<kStreams>(task.weights + (2 * i + block) * row_block, 2 * quarter * row_block, task.groups, input, sums);
+      tile_streams<kStreams>(task.weights + (2 * i + block) * row_block, 2 * quarter * row_block, task.groups, input,
+                             sums);
       activate<kStreams>(sums, h[block]);
     }
     for (int s = 0; s < kStreams; ++s) bad |= !pack_group(h[0][s], h[1][s], output + s * quarter + i);
@@ -141,7 +146,8 @@ void down_tile(const DownTask& task, int block, int first_token) {
   Tile<T> sums;
   tile<T>(task.weights + block * task.stride_bytes, task.groups, input, first_token == 0, sums);
   for (int t = 0; t < T; ++t) {
-    add_rows(sums.rows[0][t], sums.rows[1][t], task.factor[first_token + t], task.output[first_token + t] + block * kRowBlock);
+    add_rows(sums.rows[0][t], sums.rows[1][t], task.factor[first_token + t],
+             task.output[first_token + t] + block * kRowBlock);
   }
 }
 

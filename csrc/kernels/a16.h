@@ -1,7 +1,7 @@
 // Numerics A16: activations in 16-bit fixed point, as two planes of 8 bits.
 //
-// A group of 32 activations x is stored as integers n = round(x * 2^-k) with |n| <= 32512 and split n = 256 * high + low
-// into two signed bytes. k is the smallest exponent for which the largest |x| of the group fits, at least -60. Then
+// A group of 32 activations x is stored as integers n = round(x * 2^-k) with |n| <= 32512 and split n = 256 * high +
+// low into two signed bytes. k is the smallest exponent for which the largest |x| of the group fits, at least -60. Then
 //   sum over the group of q * n = 256 * dot(q, high) + dot(q, low)
 // is an exact integer below 2^23 (32 * 8 * 32512), hence exact in fp32, and
 //   result = fma(float(sum), scale * 2^k, result)

@@ -11,10 +11,10 @@
 namespace k2 {
 
 struct LayerShape {
-  int hidden;              // H, a multiple of 32
-  int intermediate;        // I, a multiple of 32
-  int experts;             // E
-  int experts_per_token;   // K
+  int hidden;             // H, a multiple of 32
+  int intermediate;       // I, a multiple of 32
+  int experts;            // E
+  int experts_per_token;  // K
 
   // ArgumentError naming the size that does not fit.
   void check() const;

@@ -110,7 +110,8 @@ void pack_l32(const PackedMatrix& matrix, uint8_t* out) {
 
 void unpack_l32(const uint8_t* packed, const MutablePackedMatrix& matrix) {
   for (int block = 0; block < matrix.rows / kRowBlock; ++block) {
-    unpack_row_block(packed + block * row_block_bytes(matrix.inputs), matrix.inputs / kGroup, plain_rows(matrix, block));
+    unpack_row_block(packed + block * row_block_bytes(matrix.inputs), matrix.inputs / kGroup,
+                     plain_rows(matrix, block));
   }
 }
 
@@ -122,7 +123,8 @@ void pack_l32_gate_up(const PackedMatrix& gate, const PackedMatrix& up, uint8_t*
 
 void unpack_l32_gate_up(const uint8_t* packed, const MutablePackedMatrix& gate, const MutablePackedMatrix& up) {
   for (int block = 0; block < gate.rows / kHalfBlock; ++block) {
-    unpack_row_block(packed + block * row_block_bytes(gate.inputs), gate.inputs / kGroup, gate_up_rows(gate, up, block));
+    unpack_row_block(packed + block * row_block_bytes(gate.inputs), gate.inputs / kGroup,
+                     gate_up_rows(gate, up, block));
   }
 }
 

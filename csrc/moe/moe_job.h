@@ -69,8 +69,8 @@ class MoeJob final : public Job {
   std::unique_ptr<Workspace> workspace_;
   const int tokens_;
   const bool bf16_;
-  const int64_t packed_bytes_;     // of one token's hidden
-  const int64_t activated_bytes_;  // of one row's intermediate
+  const int64_t packed_bytes_;                      // of one token's hidden
+  const int64_t activated_bytes_;                   // of one row's intermediate
   std::unique_ptr<std::atomic<bool>[]> token_bad_;  // [tokens] the input has no packed form
   std::vector<Chunk> chunks_;
 };

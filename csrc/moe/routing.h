@@ -7,7 +7,7 @@ namespace k2 {
 
 // A token's use of one expert.
 struct RoutedRow {
-  int token;     // within the chunk
+  int token;  // within the chunk
   float weight;
 };
 

@@ -10,10 +10,10 @@
 namespace k2 {
 
 struct Workspace {
-  HugeBuffer hidden;    // [T, H] fp32 or bf16: the copied input
-  HugeBuffer output;    // [T, H] fp32
-  HugeBuffer packed;    // [chunk, packed hidden]
-  HugeBuffer activated; // [chunk * K, packed intermediate]
+  HugeBuffer hidden;     // [T, H] fp32 or bf16: the copied input
+  HugeBuffer output;     // [T, H] fp32
+  HugeBuffer packed;     // [chunk, packed hidden]
+  HugeBuffer activated;  // [chunk * K, packed intermediate]
 
   size_t bytes() const { return hidden.bytes() + output.bytes() + packed.bytes() + activated.bytes(); }
 };

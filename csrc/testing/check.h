@@ -3,10 +3,10 @@
 #include <cstdio>
 #include <cstdlib>
 
-#define K2_EXPECT(condition)                                                          \
-  do {                                                                                \
-    if (!(condition)) {                                                               \
-      std::fprintf(stderr, "%s:%d: expected %s\n", __FILE__, __LINE__, #condition);   \
-      std::exit(1);                                                                   \
-    }                                                                                 \
+#define K2_EXPECT(condition)                                                        \
+  do {                                                                              \
+    if (!(condition)) {                                                             \
+      std::fprintf(stderr, "%s:%d: expected %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                                 \
+    }                                                                               \
   } while (false)

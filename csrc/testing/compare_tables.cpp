@@ -32,8 +32,8 @@ const KernelTable& table_named(const std::string& name) {
 
 uint16_t random_scale(Random& random) {
   switch (pick(random, 0, 9)) {
-    case 0: return 0;                                    // zero
-    case 1: return uint16_t(pick(random, 1, 0x7f));      // denormal
+    case 0: return 0;                                      // zero
+    case 1: return uint16_t(pick(random, 1, 0x7f));        // denormal
     case 2: return uint16_t(0x437f - pick(random, 0, 9));  // close below 256
     default: return uint16_t(pick(random, 0x3800, 0x3f00) | (pick(random, 0, 1) << 15));
   }

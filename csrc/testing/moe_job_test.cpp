@@ -1,11 +1,12 @@
-// A layer's computation with 1, 2, 3 and 5 workers on the portable kernels, for the sanitizers; numerics are tested from
-// Python.
+// A layer's computation with 1, 2, 3 and 5 workers on the portable kernels, for the sanitizers; numerics are tested
+// from Python.
+#include "moe/moe_job.h"
+
 #include <memory>
 #include <random>
 #include <vector>
 
 #include "kernels/kernel_list.h"
-#include "moe/moe_job.h"
 #include "moe/runtime.h"
 #include "testing/check.h"
 

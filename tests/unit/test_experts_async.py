@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import _thread
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from hybrid_k2.errors import EngineError
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime
 from hybrid_k2.experts.numba_backend import NumbaRuntime
 from hybrid_k2.experts.reference import ReferenceRuntime
+from tests.conftest import REPO
 from tests.unit.experts_common import load_random_experts, native_layer, native_runtime, random_routing
 
 
@@ -200,3 +203,14 @@ def test_read_bandwidth_is_plausible(open_runtime: object) -> None:
     runtime = open_runtime()  # type: ignore[operator]
     assert 0.1 < runtime.measure_read_gbps(0.01) < 5000
     runtime.close()
+
+
+def test_a_process_that_closes_nothing_still_ends() -> None:
+    script = (
+        "import torch; from tests.unit.experts_common import *\n"
+        "layer = native_layer(256, 256, 4, 4); load_random_experts(layer)\n"
+        "layer.submit(0, torch.randn(2000, 256), *random_routing(2000, 4, 4))\n"
+    )
+    native_runtime().close()
+    result = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr) == (0, b"")

@@ -1,10 +1,12 @@
-// The tile on AVX2: `vpmaddubsw` multiplies unsigned nibbles with the signed bytes of one plane and adds two neighbours.
+// The tile on AVX2: `vpmaddubsw` multiplies unsigned nibbles with the signed bytes of one plane and adds two
+// neighbours.
 //
 // A group is 8 such products per lane and plane (4 vectors of values x 2 nibbles), each at most 2 * 15 * 128 = 3840 in
 // magnitude, so all 8 add up in 16 bits (30720 < 32768): one `vpmaddwd` per group and plane widens the sum to 32 bits.
-// Work goes in strips of 8 rows (one register of lanes): strips 0 and 1 are rows 0..15 of the block, 2 and 3 rows 16..31.
-// Per strip, group and token: 16 vpmaddubsw, 16 vpaddw, 16 broadcasts, about 10 for the sum; unpacking the values costs
-// 12 per strip and group, shared by the tokens. Both planes are taken at once, so values are unpacked once.
+// Work goes in strips of 8 rows (one register of lanes): strips 0 and 1 are rows 0..15 of the block, 2 and 3
+// rows 16..31. Per strip, group and token: 16 vpmaddubsw, 16 vpaddw, 16 broadcasts, about 10 for the sum; unpacking the
+// values costs 12 per strip and group, shared by the tokens. Both planes are taken at once, so values are unpacked
+// once.
 //   Bound: two vpmaddubsw per cycle on Zen 3 = 128 operations, halved by the two planes: 207 GOPS at 3.24 GHz. With its
 //   broadcast and addition, a product is 1.5 per cycle there: 158 GOPS.
 //   Measured on a vCPU of that CPU, thread CPU time, cold weights: one token 22.8 GB/s = 93 % of the raw read, two 95

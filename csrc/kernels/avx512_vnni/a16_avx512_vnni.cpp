@@ -8,6 +8,7 @@ namespace {
 
 #include "kernels/avx512_vnni/lanes-inl.h"
 #include "kernels/avx512_vnni/tile-inl.h"
+// on these two:
 #include "kernels/a16-inl.h"
 
 uint64_t read(const uint8_t* memory, size_t bytes) {
@@ -26,7 +27,17 @@ uint64_t read(const uint8_t* memory, size_t bytes) {
 }  // namespace
 
 extern const KernelTable table;
-const KernelTable table = {"avx512_vnni", "A16", kLayoutL32, 36,   sizeof(A16Group), pack_fp32,
-                           pack_bf16,     gate_up, down,     read};
+const KernelTable table = {
+    .name = "avx512_vnni",
+    .numerics = "A16",
+    .layout_id = kLayoutL32,
+    .max_tokens = kMaxTokensPerCall,
+    .group_bytes = sizeof(A16Group),
+    .pack_fp32 = pack_fp32,
+    .pack_bf16 = pack_bf16,
+    .gate_up = gate_up,
+    .down = down,
+    .read = read,
+};
 
 }  // namespace k2::avx512_vnni

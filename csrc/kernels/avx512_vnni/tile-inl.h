@@ -1,16 +1,17 @@
 // The tile on AVX-512 VNNI: `vpdpbusd` adds the products of four unsigned nibbles and four signed bytes of one plane to
 // a 32-bit lane; a lane is a row.
 //
-// Registers of a tile of six tokens: 12 integer sums, 12 fp32 sums, 4 vectors of unpacked values, 1 mask = 29 of 32; the
-// activations are broadcast by the instruction's memory operand. Per group and token: 32 vpdpbusd (16 per plane), then
-// for each half a conversion, an integer addition to the scale's exponent and an FMA.
+// Registers of a tile of six tokens: 12 integer sums, 12 fp32 sums, 4 vectors of unpacked values, 1 mask = 29 of 32;
+// the activations are broadcast by the instruction's memory operand. Per group and token: 32 vpdpbusd (16 per plane),
+// then for each half a conversion, an integer addition to the scale's exponent and an FMA.
 //   Peak: one 512-bit vpdpbusd per cycle on Zen 4 = 128 operations, halved by the two planes: 236 GOPS at 3.69 GHz.
 //   Measured with the experiment that this follows (2 vCPU Zen 4): 200-210 GOPS per core at 3 and more tokens,
 //   97 % of the raw read bandwidth at one token.
 // Nibbles are unpacked by shift and mask: on Zen 4 these run beside the multiplications, GFNI and multishift do not.
 
 constexpr int kMaxTile = 6;
-constexpr int kStreams = 4;  // address streams of a one-token call, hardware prefetch only: 97 % of raw against 83 % with one
+constexpr int kStreams =
+    4;  // address streams of a one-token call, hardware prefetch only: 97 % of raw against 83 % with one
 // From two tokens on one stream is read, and prefetching this far ahead into L2 gains 30-45 %; T0 loses 8-30 %.
 constexpr int kPrefetchBytes = 9216;
 

@@ -14,11 +14,11 @@ K2_INLINE To bit_cast(From from) {
   return to;
 }
 
-#define K2_LANES(type, expression)               \
-  type result;                                   \
-  for (int i = 0; i < 16; ++i) {                 \
-    result.v[i] = (expression);                  \
-  }                                              \
+#define K2_LANES(type, expression) \
+  type result;                     \
+  for (int i = 0; i < 16; ++i) {   \
+    result.v[i] = (expression);    \
+  }                                \
   return result
 
 K2_INLINE F32x16 f32(float x) { K2_LANES(F32x16, x); }

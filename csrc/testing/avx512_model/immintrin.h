@@ -32,9 +32,9 @@ using __m512i = avx512_model::Lanes<int32_t, 16>;
 using __m256i = avx512_model::Lanes<int32_t, 8>;
 using __m128i = avx512_model::Lanes<int32_t, 4>;
 
-#define K2_MODEL_LANES(type, expression)               \
-  type r;                                              \
-  for (int i = 0; i < 16; ++i) r.v[i] = (expression);  \
+#define K2_MODEL_LANES(type, expression)              \
+  type r;                                             \
+  for (int i = 0; i < 16; ++i) r.v[i] = (expression); \
   return r
 
 inline __m512 _mm512_setzero_ps() { K2_MODEL_LANES(__m512, 0.0f); }
@@ -75,7 +75,9 @@ inline __m512 _mm512_add_ps(__m512 a, __m512 b) { K2_MODEL_LANES(__m512, a.v[i] 
 inline __m512 _mm512_sub_ps(__m512 a, __m512 b) { K2_MODEL_LANES(__m512, a.v[i] - b.v[i]); }
 inline __m512 _mm512_mul_ps(__m512 a, __m512 b) { K2_MODEL_LANES(__m512, a.v[i] * b.v[i]); }
 inline __m512 _mm512_div_ps(__m512 a, __m512 b) { K2_MODEL_LANES(__m512, a.v[i] / b.v[i]); }
-inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) { K2_MODEL_LANES(__m512, std::fma(a.v[i], b.v[i], c.v[i])); }
+inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+  K2_MODEL_LANES(__m512, std::fma(a.v[i], b.v[i], c.v[i]));
+}
 // MINPS and MAXPS return the second operand if either is NaN, and if both are zeros.
 inline __m512 _mm512_min_ps(__m512 a, __m512 b) { K2_MODEL_LANES(__m512, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 inline __m512 _mm512_max_ps(__m512 a, __m512 b) { K2_MODEL_LANES(__m512, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
@@ -98,12 +100,18 @@ inline __m128i _mm512_cvtepi32_epi8(__m512i x) {  // VPMOVDB truncates
 }
 
 // Integers wrap around.
-inline __m512i _mm512_add_epi32(__m512i a, __m512i b) { K2_MODEL_LANES(__m512i, int32_t(uint32_t(a.v[i]) + uint32_t(b.v[i]))); }
-inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) { K2_MODEL_LANES(__m512i, int32_t(uint32_t(a.v[i]) - uint32_t(b.v[i]))); }
+inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
+  K2_MODEL_LANES(__m512i, int32_t(uint32_t(a.v[i]) + uint32_t(b.v[i])));
+}
+inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) {
+  K2_MODEL_LANES(__m512i, int32_t(uint32_t(a.v[i]) - uint32_t(b.v[i])));
+}
 inline __m512i _mm512_max_epi32(__m512i a, __m512i b) { K2_MODEL_LANES(__m512i, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 inline __m512i _mm512_and_si512(__m512i a, __m512i b) { K2_MODEL_LANES(__m512i, a.v[i] & b.v[i]); }
 // Counts above the width give zero (or the sign).
-inline __m512i _mm512_slli_epi32(__m512i x, unsigned n) { K2_MODEL_LANES(__m512i, n > 31 ? 0 : int32_t(uint32_t(x.v[i]) << n)); }
+inline __m512i _mm512_slli_epi32(__m512i x, unsigned n) {
+  K2_MODEL_LANES(__m512i, n > 31 ? 0 : int32_t(uint32_t(x.v[i]) << n));
+}
 inline __m512i _mm512_srai_epi32(__m512i x, unsigned n) { K2_MODEL_LANES(__m512i, x.v[i] >> (n > 31 ? 31 : n)); }
 inline __m512i _mm512_srli_epi16(__m512i x, unsigned n) {
   auto words = avx512_model::reinterpret<avx512_model::Lanes<uint16_t, 32>>(x);
