@@ -17,7 +17,6 @@ escapes (a plain Python exception) is a bug of hybrid-k2.
 
 from __future__ import annotations
 
-
 _SHOWN_CHARACTERS = 100  # a message stays readable, whatever was given
 
 

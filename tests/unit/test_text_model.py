@@ -15,8 +15,8 @@ from tests.generators import read_tensors, write_checkpoint
 from tests.models import Loaded, loaded
 from tests.reference import text as oracle
 
-# A sum of n fp32 products errs by about sqrt(n) * 2^-24 of its size. Up to the logits 37 of them follow each other (three
-# layers of 8 in the attention and 4 in the MLP, then lm_head), n is at most 128, and logits are at most 5.
+# A sum of n fp32 products errs by about sqrt(n) * 2^-24 of its size. Up to the logits 37 of them follow each other
+# (three layers of 8 in the attention and 4 in the MLP, then lm_head), n is at most 128, and logits are at most 5.
 CLOSE = {"rtol": 0.0, "atol": 37 * 128**0.5 * 2**-24 * 5}
 
 
