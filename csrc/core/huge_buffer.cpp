@@ -20,7 +20,7 @@ HugeBuffer::HugeBuffer(size_t bytes) : bytes_(bytes) {
   // Small buffers would waste most of a huge page: they get plain pages, which are aligned well enough.
   const bool huge = bytes >= kHugePage;
   mapping_bytes_ = huge ? (bytes + kHugePage - 1) / kHugePage * kHugePage + kHugePage : bytes;
-  mapping_ = mmap(nullptr, mapping_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  mapping_ = mmap(nullptr, mapping_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapping_ == MAP_FAILED) {
     throw MemoryError(text("memory: expected ", mapping_bytes_, " bytes, got ", std::strerror(errno)));
   }
