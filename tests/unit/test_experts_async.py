@@ -187,7 +187,7 @@ def test_a_closed_layer_says_so() -> None:
         layer.forward(torch.randn(1, 64), *random_routing(1, 2, 1))
 
 
-def test_an_exception_of_the_computation_reaches_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_of_the_computation_reaches_wait() -> None:
     runtime = ReferenceRuntime()
     layer = runtime.make_layer(64, 32, 2, 1)
     layer.submit(0, torch.randn(1, 64), *random_routing(1, 2, 1))  # no expert was loaded
