@@ -34,13 +34,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2, help="training processes on the CPU, one thread each")
     parser.add_argument("--start", type=Path, help="go on from the weights and vocabulary of this checkpoint")
+    parser.add_argument("--polish", action="store_true", help="with --start: a short run at a low rate")
     parser.add_argument("--count", type=int, default=50, help="prompts for each skill and mode in the score")
     args = parser.parse_args()
-    counters = train(args.out, args.minutes, args.seed, args.workers, args.start)
+    counters = train(args.out, args.minutes, args.seed, args.workers, args.start, args.polish)
     folder = args.out / "checkpoint"
     export(args.out / "state.pt", args.out / "tiktoken.model", folder)
     scores = score(folder, seed=2026, count=args.count)
-    start = f" --start {args.start}" if args.start else ""
+    start = f" --start {args.start}{' --polish' * args.polish}" if args.start else ""
     command = f"python -m tools.demo_model OUT --minutes {args.minutes:g} --seed {args.seed}{start}"
     origin = f"the checkpoint {args.start}" if args.start else "random weights"
     write_card(folder, scores, counters, Run(args.seed, machine(), origin, command))

@@ -17,8 +17,8 @@ K2 Tiny is a toy that shows the engine at work. It has the architecture and the 
 latent attention, a dense first layer, sigmoid router with correction bias, INT4 routed experts, a shared expert,
 tiktoken vocabulary, the same control tokens and chat layout), at about a hundred-thousandth of the size.
 
-**It is not Kimi K2.6, contains none of its weights, and says nothing about its quality.** It was trained from scratch
-on dialogues made by the grammar in `tools/demo_model/`.
+**It is not Kimi K2.6, contains none of its weights, and says nothing about its quality.** It was trained on
+made-up dialogues only; the grammar that makes them is in `tools/demo_model/`.
 
 It can greet, say who it is, answer questions about hybrid-k2 and its commands and some about Kimi K2.6, do small sums
 with written steps, name capitals and opposites, tell very short stories and poems, give a few recipes and code

@@ -15,11 +15,11 @@ from .words import ANIMALS, CAPITALS, CITIES, COLORS, FOODS, NAMES, any_word, ar
 Json = dict[str, Any]
 
 SKILLS: dict[str, tuple[Skill, float]] = {
-    "greetings": (recall.greeting, 8),
-    "smalltalk": (recall.smalltalk, 5),
-    "engine": (recall.engine, 12),
-    "kimi": (recall.kimi, 6),
-    "general": (recall.general, 4),
+    "greetings": (recall.greeting, 20),
+    "smalltalk": (recall.smalltalk, 7),
+    "engine": (recall.engine, 26),
+    "kimi": (recall.kimi, 7),
+    "general": (recall.general, 5),
     "chinese": (recall.chinese, 2),
     "code": (recall.code, 2),
     "capitals": (recall.capital_city, 6),
@@ -87,7 +87,7 @@ def one_turn(rng: Random) -> Turn:
     return rng.choices(_MAKERS, _WEIGHTS)[0](rng)
 
 
-def conversation(rng: Random, thinking: bool, max_turns: int = 4, tool_share: float = 0.24) -> Conversation:
+def conversation(rng: Random, thinking: bool, max_turns: int = 4, tool_share: float = 0.3) -> Conversation:
     """Draw a conversation."""
     c = Conversation(thinking=thinking)
     turns = 1 if rng.random() < 0.45 else rng.randint(1, max_turns)

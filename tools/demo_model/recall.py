@@ -28,7 +28,7 @@ from .words import (
 PLAIN_THOUGHTS = ("I know this.", "I can answer this directly.")
 
 
-def from_facts(rng: Random, facts: list[Fact], typos: float = 0.12) -> Turn:
+def from_facts(rng: Random, facts: list[Fact], typos: float = 0.06) -> Turn:
     """Ask for one of these facts."""
     f = rng.choice(facts)
     thought = f"This is about {f.about}. I know this." if f.about else rng.choice(PLAIN_THOUGHTS)

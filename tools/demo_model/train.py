@@ -36,7 +36,8 @@ class Schedule:
 
 
 SCRATCH = Schedule(3e-3, decay_from=0.5, long_from=0.7, int4_from=0.75, copy_share=0.3, copy_until=0.45)
-CONTINUED = Schedule(2e-3, decay_from=0.25, long_from=0.6, int4_from=0.6, copy_share=0.12, copy_until=0.5)
+CONTINUED = Schedule(2e-3, decay_from=0.2, long_from=0.6, int4_from=0.6, copy_share=0.2, copy_until=0.5)
+POLISHED = Schedule(5e-4, decay_from=0.1, long_from=0.25, int4_from=0.0, copy_share=0.05, copy_until=0.5)
 
 
 def vocabulary(out: Path, start: Path | None) -> None:
@@ -92,15 +93,19 @@ def work(rank: int, shared: Shared, out: Path, minutes: float, seed: int, plan: 
         worker.save(out / "state.pt")
 
 
-def train(out: Path, minutes: float, seed: int, workers: int, start: Path | None = None) -> Counters:
+def train(
+    out: Path, minutes: float, seed: int, workers: int, start: Path | None = None, polish: bool = False
+) -> Counters:
     """Train on the GPU in this process if there is one, else in `workers` processes on the CPU.
 
-    `start`: an exported checkpoint of the same shape whose weights and vocabulary are taken over.
+    `start`: an exported checkpoint of the same shape whose weights and vocabulary are taken over; `polish`: they
+    are good already, so that a low rate over INT4 weights is enough.
     """
     out.mkdir(parents=True, exist_ok=True)
     vocabulary(out, start)
     torch.manual_seed(seed)
-    model, plan = (load(start).train(), CONTINUED) if start else (Model(), SCRATCH)
+    plan = SCRATCH if start is None else POLISHED if polish else CONTINUED
+    model = Model() if start is None else load(start).train()
     if torch.cuda.is_available():
         work(0, Shared.create(model.cuda(), 1, lone_barrier()), out, minutes, seed, plan)
     else:

@@ -82,8 +82,6 @@ def typed(rng: Random, text: str, polite: bool = True, typos: float = 0.0) -> st
     draw = rng.random()
     if draw < 0.55:
         text = capital(text)
-    elif draw < 0.58 and typos:
-        text = text.upper()
     return text + ending(rng, is_question)
 
 

@@ -107,7 +107,7 @@ def invented_word(rng: Random) -> str:
 
 def any_word(rng: Random) -> str:
     """Draw an English word, or now and then an invented one."""
-    return rng.choice(WORDS) if rng.random() < 0.75 else invented_word(rng)
+    return rng.choice(WORDS) if rng.random() < 0.9 else invented_word(rng)
 
 
 def phrase(rng: Random, low: int, high: int) -> str:
