@@ -187,8 +187,9 @@ class PyLayer {
   void close() {
     const std::shared_ptr<Layer> layer = std::move(layer_);
     if (!layer) return;
+    const Layer::Jobs jobs = layer->take();  // under the GIL: a thread in `wait` releases its slot under it
     const py::gil_scoped_release nogil;
-    layer->close();
+    layer->end(jobs);
   }
 
  private:

@@ -24,12 +24,11 @@ std::shared_ptr<MoeJob> Layer::in_flight(int slot) const {
   return slots_[slot];
 }
 
-void Layer::close() {
-  for (std::shared_ptr<MoeJob>& job : slots_) {
+void Layer::end(const Jobs& jobs) {
+  for (const std::shared_ptr<MoeJob>& job : jobs) {
     if (!job) continue;
     job->cancel();
     runtime_->pool.finish(*job);
-    job.reset();
   }
 }
 

@@ -3,6 +3,7 @@
 #include <array>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "cpu/thread_pool.h"
 #include "kernels/kernel_table.h"
@@ -25,7 +26,7 @@ constexpr int kSlots = 2;
 class Layer {
  public:
   Layer(std::shared_ptr<Runtime> runtime, const LayerShape& shape) : runtime_(std::move(runtime)), experts_(shape) {}
-  ~Layer() { close(); }
+  ~Layer() { end(take()); }
 
   ExpertLayer& experts() { return experts_; }
   Runtime& runtime() { return *runtime_; }
@@ -40,13 +41,16 @@ class Layer {
   void keep(int slot, std::shared_ptr<MoeJob> job) { slots_[slot] = std::move(job); }
   void release(int slot) { slots_[slot].reset(); }
 
-  // Cancels what is in flight and waits for it to end.
-  void close();
+  // Takes what is in flight out of the slots; as fast as the other calls on slots, and like them under the caller's lock.
+  using Jobs = std::array<std::shared_ptr<MoeJob>, kSlots>;
+  Jobs take() { return std::exchange(slots_, {}); }
+  // Cancels jobs that were taken and waits for them to end. Needs no lock.
+  void end(const Jobs& jobs);
 
  private:
   std::shared_ptr<Runtime> runtime_;
   ExpertLayer experts_;
-  std::array<std::shared_ptr<MoeJob>, kSlots> slots_;
+  Jobs slots_;
 };
 
 }  // namespace k2

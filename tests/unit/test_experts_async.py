@@ -187,6 +187,30 @@ def test_a_closed_layer_says_so() -> None:
         layer.forward(torch.randn(1, 64), *random_routing(1, 2, 1))
 
 
+def test_close_while_other_threads_wait() -> None:
+    """The waiters get their result or an EngineError; the process lives."""
+    for _ in range(150):
+        layer = native_layer(96, 64, 6, 3)
+        load_random_experts(layer)
+        outcomes: list[object] = []
+
+        def wait(slot: int, layer: ExpertsBackend = layer, outcomes: list[object] = outcomes) -> None:
+            try:
+                outcomes.append(layer.wait(slot))
+            except (EngineError, ValueError) as error:
+                outcomes.append(error)
+
+        for slot in (0, 1):
+            layer.submit(slot, *arguments(40))
+        waiters = [threading.Thread(target=wait, args=(slot,)) for slot in (0, 1)]
+        for waiter in waiters:
+            waiter.start()
+        layer.close()
+        for waiter in waiters:
+            waiter.join()
+        assert len(outcomes) == 2
+
+
 def test_an_exception_of_the_computation_reaches_wait() -> None:
     runtime = ReferenceRuntime()
     layer = runtime.make_layer(64, 32, 2, 1)
