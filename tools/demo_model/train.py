@@ -13,6 +13,7 @@ from torch import multiprocessing
 
 from .batches import count_pieces, make_batch
 from .export import load
+from .induction import prime
 from .model import Model
 from .optim import rate_factor
 from .parallel import Counters, Shared, Worker, lone_barrier
@@ -35,7 +36,7 @@ class Schedule:
     copy_until: float
 
 
-SCRATCH = Schedule(3e-3, decay_from=0.5, long_from=0.7, int4_from=0.75, copy_share=0.3, copy_until=0.45)
+SCRATCH = Schedule(3e-3, decay_from=0.45, long_from=0.6, int4_from=0.7, copy_share=0.25, copy_until=0.45)
 CONTINUED = Schedule(2e-3, decay_from=0.2, long_from=0.6, int4_from=0.6, copy_share=0.2, copy_until=0.5)
 POLISHED = Schedule(5e-4, decay_from=0.1, long_from=0.25, int4_from=0.0, copy_share=0.05, copy_until=0.5)
 
@@ -105,7 +106,11 @@ def train(
     vocabulary(out, start)
     torch.manual_seed(seed)
     plan = SCRATCH if start is None else POLISHED if polish else CONTINUED
-    model = Model() if start is None else load(start).train()
+    if start is None:
+        model = Model()
+        prime(model)
+    else:
+        model = load(start).train()
     if torch.cuda.is_available():
         work(0, Shared.create(model.cuda(), 1, lone_barrier()), out, minutes, seed, plan)
     else:
