@@ -18,7 +18,8 @@ from tools.demo_model.cases import Reply, cases
 from tools.demo_model.commands import COMMANDS
 from tools.demo_model.conversation import SKILLS, conversation
 from tools.demo_model.export import from_tensors, tensors
-from tools.demo_model.model import Model, Shape, quantise, straight_through
+from tools.demo_model.induction import prime
+from tools.demo_model.model import Attention, Model, Shape, quantise, straight_through
 from tools.demo_model.parallel import Shared, Worker, lone_barrier
 from tools.demo_model.template import clean, render
 from tools.demo_model.tokenizer import Tokenizer, save_vocabulary, split_words, train_vocabulary
@@ -173,3 +174,43 @@ def test_a_few_steps_lower_the_loss(tokenizer: Tokenizer, tmp_path: Path) -> Non
     again.load(tmp_path / "state.pt")
     assert again.counters.step == 40
     assert all(torch.equal(a, b) for a, b in zip(worker.parameters, again.parameters, strict=True))
+
+
+def kept(layer: Attention) -> torch.Tensor:
+    """Return what head 0 writes of a token that it looks at, [hidden, hidden]."""
+    s = layer.shape
+    value = layer.kv_b_proj.weight[s.qk_nope_head_dim : s.qk_nope_head_dim + s.v_head_dim]
+    return layer.o_proj.weight[:, : s.v_head_dim] @ value @ layer.kv_a_proj_with_mqa.weight[: s.kv_lora_rank]
+
+
+def looks_at(layer: Attention, x: torch.Tensor) -> torch.Tensor:
+    """Return for each row the place whose token head 0 brings, by the likeness of what it writes. x: [T, hidden]."""
+    length = len(x)
+    angles = torch.arange(length)[None, None, :, None] * Model(layer.shape).frequencies
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    layer.o_proj.weight[:, layer.shape.v_head_dim :] = 0  # head 0 alone
+    out = layer(x[None], (angles.cos(), angles.sin()), mask, None)[0]
+    written = torch.nn.functional.normalize(x @ kept(layer).T, dim=-1)
+    return (torch.nn.functional.normalize(out, dim=-1) @ written.T).argmax(-1)
+
+
+@torch.no_grad()
+def test_two_heads_start_as_the_circuit_that_copies() -> None:
+    torch.manual_seed(5)
+    half = 32
+    hits = {}
+    for primed in (False, True):
+        model = Model()
+        if primed:
+            prime(model)
+        ids = torch.randint(0, 1792, (half,)).repeat(2)  # a random sequence, written twice
+        first, second = model.layers[0], model.layers[1]
+        x = model.embed_tokens[ids]
+        before = ids[looks_at(first.self_attn, first.input_layernorm(x))[1:]] == ids[:-1]
+        angles = torch.arange(len(ids))[None, None, :, None] * model.frequencies
+        mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+        x = first(x[None], (angles.cos(), angles.sin()), mask, None)[0]
+        copied = ids[looks_at(second.self_attn, second.input_layernorm(x))[half:-1]] == ids[1:half]
+        hits[primed] = float(before.float().mean()), float(copied.float().mean())
+    # By chance one place in 32; the heads are rough, training sharpens them.
+    assert min(hits[True]) > max(8 / half, 2 * max(hits[False])), hits
