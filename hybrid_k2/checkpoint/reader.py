@@ -21,6 +21,7 @@ from hybrid_k2.files import parse_json_object, read_file
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_INDEX_BYTES = 1_000_000_000
+LINEAR_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape")
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -114,6 +115,10 @@ class Checkpoint:
         if self.has(f"{prefix}.weight_packed"):
             return self.read_packed(prefix).dequantize()
         return self.read(f"{prefix}.weight")
+
+    def linear_bytes(self, prefix: str) -> int:
+        """Return the bytes that one matrix takes on disk, in whichever form it is stored."""
+        return sum(self.infos[name].nbytes for part in LINEAR_PARTS if (name := f"{prefix}.{part}") in self.infos)
 
     def close(self) -> None:
         """Close the files; later reads fail."""

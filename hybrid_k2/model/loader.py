@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from hybrid_k2.checkpoint import (
-    Checkpoint,
-    ExpertWeights,
-    PackedWeight,
-    check_checkpoint,
-    expected_tensors,
-    expert_prefix,
-    experts_packed,
-    read_expert,
-)
+from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, expected_tensors, experts_packed
 from hybrid_k2.config import ModelConfig
-from hybrid_k2.errors import CheckpointError, MemoryBudgetError
+from hybrid_k2.errors import MemoryBudgetError
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
 from hybrid_k2.model.attention import Attention
 from hybrid_k2.model.devices import torch_device, torch_dtype
+from hybrid_k2.model.expert_loading import load_experts
 from hybrid_k2.model.layers import RmsNorm, SwiGlu
 from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.moe import Moe
@@ -35,9 +26,6 @@ if TYPE_CHECKING:
     from hybrid_k2.placement.plan import Plan
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
-MAX_READERS = 8  # threads that read and repack experts
-INT4 = "int4"  # the plan's name for experts that stay as they are stored
-LINEAR_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape")
 
 
 def load_text_model(
@@ -150,27 +138,14 @@ class _Builder:
             ) from error
         self.undo.callback(backend.close)
         dtype = self.plan.where("routed_experts", layer).dtype
-
-        def load(expert: int) -> int:
-            weights = read_expert(self.checkpoint, config, layer, expert)
-            prefix = expert_prefix(config, layer, expert)
-            try:
-                backend.load_expert(expert, weights if dtype == INT4 else _plain_as(weights, torch_dtype(dtype)))
-            except CheckpointError as error:  # the backend knows neither names nor files
-                raise CheckpointError(f"{prefix}: {error.message} (in {self.files(prefix)})", hint=error.hint) from None
-            return sum(self.stored_bytes(f"{prefix}.{part}_proj") for part in ("gate", "up", "down"))
-
-        with ThreadPoolExecutor(min(self.plan.threads, MAX_READERS), "load-experts") as readers:
-            # When one fails or the user interrupts, map cancels those that have not begun.
-            for nbytes in readers.map(load, range(config.n_routed_experts)):
-                self.count(nbytes)
+        load_experts(backend, self.checkpoint, config, layer, dtype=dtype, threads=self.plan.threads, count=self.count)
         return backend
 
     def weight(self, name: str, what: str, layer: int | None = None) -> Tensor:
         prefix = self.config.tensor_prefix + name
         placement = self.plan.where(what, layer)
         tensor = self.place(prefix, placement.device, torch_dtype(placement.dtype), self.checkpoint.read_linear(prefix))
-        self.count(self.stored_bytes(prefix))
+        self.count(self.checkpoint.linear_bytes(prefix))
         return tensor
 
     def correction_bias(self, name: str, layer: int) -> Tensor:
@@ -190,26 +165,9 @@ class _Builder:
                 hint="another program may be using the GPU; the plan counts on all of its memory",
             ) from error
 
-    def stored_bytes(self, prefix: str) -> int:
-        infos = self.checkpoint.infos
-        return sum(infos[name].nbytes for part in LINEAR_PARTS if (name := f"{prefix}.{part}") in infos)
-
-    def files(self, prefix: str) -> str:
-        """Name the files that hold parts of one expert."""
-        infos = self.checkpoint.infos
-        return ", ".join(sorted({info.file.name for name, info in infos.items() if name.startswith(f"{prefix}.")}))
-
     def count(self, nbytes: int) -> None:
         self.done += nbytes
         self.progress(self.done, self.total)
-
-
-def _plain_as(weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
-    gate, up, down = (
-        weight.dequantize(dtype) if isinstance(weight, PackedWeight) else weight.to(dtype)
-        for weight in (weights.gate, weights.up, weights.down)
-    )
-    return ExpertWeights(gate, up, down)
 
 
 def _numerics(plan: Plan) -> Literal["exact", "reference"]:
