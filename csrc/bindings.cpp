@@ -50,8 +50,11 @@ T* mutable_matrix(const char* name, const py::array& array, int64_t rows, int64_
 
 // int32 words [rows, inputs / 8] and bf16 scales as uint16 [rows, inputs / 32].
 PackedMatrix packed_matrix(const char* name, const py::array& words, const py::array& scales, int rows, int inputs) {
-  return {reinterpret_cast<const uint32_t*>(matrix<int32_t>(name, words, rows, inputs / 8)),
-          matrix<uint16_t>(name, scales, rows, inputs / kGroup), rows, inputs};
+  return {.words = reinterpret_cast<const uint32_t*>(matrix<int32_t>(name, words, rows, inputs / 8)),
+          .scales = matrix<uint16_t>(name, scales, rows, inputs / kGroup),
+          .rows = rows,
+          .inputs = inputs,
+          .name = name};
 }
 
 MoeInput moe_input(const LayerShape& shape, const py::array& hidden, const py::array& ids, const py::array& weights) {
@@ -145,6 +148,14 @@ class PyLayer {
     std::memcpy(w13.mutable_data(), experts.w13(expert), size_t(s.w13_bytes()));
     std::memcpy(w2.mutable_data(), experts.w2(expert), size_t(s.w2_bytes()));
     return py::make_tuple(w13, w2);
+  }
+
+  uint64_t checksum(int expert) const { return open()->experts().checksum(expert); }
+
+  uint64_t memory_checksum(int expert) const {
+    const std::shared_ptr<Layer> layer = open();
+    const py::gil_scoped_release nogil;
+    return layer->experts().memory_checksum(expert);
   }
 
   // hidden: float32, or bf16 as uint16, [T, H]; ids int32 and weights float32 [T, K]; output float32 [T, H].
@@ -261,6 +272,8 @@ PYBIND11_MODULE(_native, m) {
       .def("load_expert", &PyLayer::load_expert, py::arg("expert"), py::arg("gate"), py::arg("gate_scale"),
            py::arg("up"), py::arg("up_scale"), py::arg("down"), py::arg("down_scale"))
       .def("read_expert", &PyLayer::read_expert, py::arg("expert"))
+      .def("checksum", &PyLayer::checksum, py::arg("expert"))
+      .def("memory_checksum", &PyLayer::memory_checksum, py::arg("expert"))
       .def("read_l32", &PyLayer::read_l32, py::arg("expert"))
       .def("forward", &PyLayer::forward, py::arg("hidden"), py::arg("ids"), py::arg("weights"), py::arg("output"))
       .def("submit", &PyLayer::submit, py::arg("slot"), py::arg("hidden"), py::arg("ids"), py::arg("weights"))

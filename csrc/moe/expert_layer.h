@@ -35,9 +35,20 @@ class ExpertLayer {
 
   // Thread-safe for different experts; runs on the calling thread. ArgumentError, WeightError.
   void pack(int expert, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down);
+  // The same in pieces, for a reader that holds a few rows at a time: `begin`, every row of each matrix once, `finish`.
+  // Rows and first rows are multiples of 16 in gate and up, of 32 in down.
+  void begin(int expert);
+  void pack_gate_up(int expert, const PackedMatrix& gate, const PackedMatrix& up);
+  void pack_down(int expert, const PackedMatrix& down);
+  void finish(int expert) { loaded_[expert].store(true, std::memory_order_release); }
   // The inverse, for verification. ArgumentError if the expert was not packed.
   void unpack(int expert, const MutablePackedMatrix& gate, const MutablePackedMatrix& up,
               const MutablePackedMatrix& down) const;
+
+  // Of the expert's blocks as they were packed, and as they are in memory now (moe/l32_digest.h). ArgumentError if the
+  // expert was not packed.
+  uint64_t checksum(int expert) const;
+  uint64_t memory_checksum(int expert) const;
 
   // ArgumentError unless the expert exists and was packed.
   void check_loaded(int expert) const;
@@ -50,6 +61,7 @@ class ExpertLayer {
 
   const LayerShape shape_;
   HugeBuffer memory_;
+  std::unique_ptr<uint64_t[]> checksums_;
   std::unique_ptr<std::atomic<bool>[]> loaded_;
 };
 

@@ -1,39 +1,72 @@
 #include "moe/l32_pack.h"
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
 
 #include "core/error.h"
 #include "kernels/a16.h"
 #include "kernels/l32.h"
+#include "moe/l32_digest.h"
 
 namespace k2 {
 namespace {
 
-constexpr int kWordsPerGroup = 4;
+// 128-bit vectors as GCC and Clang know them on every CPU: the packer waits for memory, wider ones gain nothing.
+typedef uint32_t Words __attribute__((vector_size(16)));
+typedef int16_t Halves __attribute__((vector_size(16)));
 
-// Nibbles 0..3 of a word go to the low nibbles of bytes 0..3, nibbles 4..7 to the high ones.
-constexpr uint32_t spread(uint32_t word) {
-  uint32_t low = word & 0xffff;
-  uint32_t high = word >> 16;
-  low = (low | (low << 8)) & 0x00ff00ff;
-  high = (high | (high << 8)) & 0x00ff00ff;
-  low = (low | (low << 4)) & 0x0f0f0f0f;
-  high = (high | (high << 4)) & 0x0f0f0f0f;
-  return low | (high << 4);
+constexpr int kWordsPerGroup = 4;
+constexpr int kTileGroups = 4;  // packed together: their words of one row are one cache line
+constexpr int kTileBytes = kTileGroups * kBlockBytes;
+constexpr int16_t kMagnitude = 0x7fff;
+constexpr int16_t kScaleLimit = kScaleExponentLimit << 7;  // the smallest magnitude, in bf16 bits, that is too large
+
+#if defined(__clang__)
+#define K2_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define K2_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a){__VA_ARGS__})
+#endif
+
+template <class Vector>
+Vector load(const void* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+// Element j of result i = element i of argument j.
+struct Transposed {
+  Words v[4];
+};
+
+Transposed transpose(Words a, Words b, Words c, Words d) {
+  typedef uint64_t Pairs __attribute__((vector_size(16)));
+  const Pairs ab_low = Pairs(K2_SHUFFLE(a, b, 0, 4, 1, 5)), ab_high = Pairs(K2_SHUFFLE(a, b, 2, 6, 3, 7));
+  const Pairs cd_low = Pairs(K2_SHUFFLE(c, d, 0, 4, 1, 5)), cd_high = Pairs(K2_SHUFFLE(c, d, 2, 6, 3, 7));
+  return {{Words(K2_SHUFFLE(ab_low, cd_low, 0, 2)), Words(K2_SHUFFLE(ab_low, cd_low, 1, 3)),
+           Words(K2_SHUFFLE(ab_high, cd_high, 0, 2)), Words(K2_SHUFFLE(ab_high, cd_high, 1, 3))}};
+}
+
+// Nibbles 0..3 of a word go to the low nibbles of bytes 0..3, nibbles 4..7 to the high ones: in the number of a nibble
+// the highest of the three bits moves down to the end, by two exchanges.
+template <class Word>
+constexpr Word spread(Word word) {
+  Word move = (word ^ (word >> 8)) & 0x0000ff00;  // bytes 1 and 2
+  word ^= move ^ (move << 8);
+  move = (word ^ (word >> 4)) & 0x00f000f0;  // the middle nibbles of each half
+  return word ^ move ^ (move << 4);
 }
 
 constexpr uint32_t gather(uint32_t lane) {
-  uint32_t low = lane & 0x0f0f0f0f;
-  uint32_t high = (lane >> 4) & 0x0f0f0f0f;
-  low = (low | (low >> 4)) & 0x00ff00ff;
-  high = (high | (high >> 4)) & 0x00ff00ff;
-  low = (low | (low >> 8)) & 0xffff;
-  high = (high | (high >> 8)) & 0xffff;
-  return low | (high << 16);
+  uint32_t move = (lane ^ (lane >> 4)) & 0x00f000f0;
+  lane ^= move ^ (move << 4);
+  move = (lane ^ (lane >> 8)) & 0x0000ff00;
+  return lane ^ move ^ (move << 8);
 }
 
-static_assert(spread(0x76543210) == 0x73625140);
-static_assert(gather(spread(0xfedcba98)) == 0xfedcba98);
+static_assert(spread(0x76543210u) == 0x73625140);
+static_assert(gather(spread(0xfedcba98u)) == 0xfedcba98);
 
 // The matrix rows that make up one row block: 16 for each half.
 template <class Matrix>
@@ -41,37 +74,131 @@ struct RowBlock {
   const Matrix* half[2];
   int first_row[2];
 
-  auto* words(int row) const {
-    const Matrix& m = *half[row / kHalfBlock];
-    return m.words + int64_t(first_row[row / kHalfBlock] + row % kHalfBlock) * (m.inputs / 8);
+  const Matrix& matrix(int row) const { return *half[row / kHalfBlock]; }
+  int matrix_row(int row) const { return first_row[row / kHalfBlock] + row % kHalfBlock; }
+  auto* words(int row) const { return matrix(row).words + int64_t(matrix_row(row)) * (matrix(row).inputs / 8); }
+  auto* scales(int row) const { return matrix(row).scales + int64_t(matrix_row(row)) * (matrix(row).inputs / kGroup); }
+};
+
+// 32 rows of the groups of one tile, wherever they lie.
+struct TileRows {
+  const uint32_t* words[kRowBlock];
+  const uint16_t* scales[kRowBlock];
+};
+
+void pack_values(const TileRows& rows, uint8_t* tile) {
+  for (int row = 0; row < kRowBlock; row += 4) {
+    uint8_t* lanes = tile + kScaleBytes + row * sizeof(uint32_t);
+    for (int g = 0; g < kTileGroups; ++g, lanes += kBlockBytes) {
+      const int at = g * kWordsPerGroup;
+      const Transposed word = transpose(load<Words>(rows.words[row] + at), load<Words>(rows.words[row + 1] + at),
+                                        load<Words>(rows.words[row + 2] + at), load<Words>(rows.words[row + 3] + at));
+      for (int q = 0; q < kWordsPerGroup; ++q) {
+        const Words packed = spread(word.v[q]);
+        std::memcpy(lanes + q * kRowBlock * sizeof(uint32_t), &packed, sizeof(packed));
+      }
+    }
   }
-  auto* scales(int row) const {
-    const Matrix& m = *half[row / kHalfBlock];
-    return m.scales + int64_t(first_row[row / kHalfBlock] + row % kHalfBlock) * (m.inputs / kGroup);
+}
+
+// The scales of row i and row 16 + i, of the tile's groups, as one word per group.
+Words paired_scales(const TileRows& rows, int i) {
+  uint64_t low = 0, high = 0;
+  std::memcpy(&low, rows.scales[i], sizeof(low));
+  std::memcpy(&high, rows.scales[i + kHalfBlock], sizeof(high));
+  typedef uint64_t Pairs __attribute__((vector_size(16)));
+  return Words(K2_SHUFFLE(Halves(Pairs{low, 0}), Halves(Pairs{high, 0}), 0, 8, 1, 9, 2, 10, 3, 11));
+}
+
+// Returns whether every scale is finite and small enough.
+bool pack_scales(const TileRows& rows, uint8_t* tile) {
+  Halves too_large = {};
+  for (int i = 0; i < kHalfBlock; i += 4) {
+    Words pairs[4];
+    for (int r = 0; r < 4; ++r) {
+      pairs[r] = paired_scales(rows, i + r);
+      too_large |= (Halves(pairs[r]) & kMagnitude) >= kScaleLimit;
+    }
+    const Transposed of_group = transpose(pairs[0], pairs[1], pairs[2], pairs[3]);
+    for (int g = 0; g < kTileGroups; ++g) {
+      std::memcpy(tile + g * kBlockBytes + i * sizeof(uint32_t), &of_group.v[g], sizeof(Words));
+    }
+  }
+  const Words any = Words(too_large);
+  return (any[0] | any[1] | any[2] | any[3]) == 0;
+}
+
+// Rows of the last groups, where they are fewer than a tile's, filled up with zeros.
+struct Remainder {
+  uint32_t words[kRowBlock][kTileGroups * kWordsPerGroup] = {};
+  uint16_t scales[kRowBlock][kTileGroups] = {};
+
+  Remainder(const RowBlock<PackedMatrix>& rows, int first_group, int groups) {
+    for (int row = 0; row < kRowBlock; ++row) {
+      std::memcpy(words[row], rows.words(row) + first_group * kWordsPerGroup, size_t(groups) * kGroup / 2);
+      std::memcpy(scales[row], rows.scales(row) + first_group, size_t(groups) * sizeof(uint16_t));
+    }
+  }
+
+  TileRows rows() const {
+    TileRows out;
+    for (int row = 0; row < kRowBlock; ++row) {
+      out.words[row] = words[row];
+      out.scales[row] = scales[row];
+    }
+    return out;
   }
 };
 
-bool scale_in_range(uint16_t bits) { return ((bits >> 7) & 0xff) < kScaleExponentLimit; }
+std::string describe_scale(uint16_t bits) {
+  if ((bits & kMagnitude) > 0x7f80) return "NaN";
+  if ((bits & kMagnitude) == 0x7f80) return bits >> 15 ? "-infinity" : "infinity";
+  return text(std::bit_cast<float>(uint32_t(bits) << 16));
+}
 
-void pack_row_block(const RowBlock<PackedMatrix>& rows, int groups, uint8_t* out) {
-  for (int g = 0; g < groups; ++g, out += kBlockBytes) {
-    uint16_t scales[kRowBlock];
-    uint32_t lanes[kWordsPerGroup][kRowBlock];
-    bool in_range = true;
+[[noreturn]] void refuse_scale(const RowBlock<PackedMatrix>& rows, int first_group) {
+  const int groups = rows.half[0]->inputs / kGroup;
+  for (int g = first_group; g < groups; ++g) {
     for (int row = 0; row < kRowBlock; ++row) {
-      const uint16_t scale = rows.scales(row)[g];
-      in_range &= scale_in_range(scale);
-      scales[2 * (row % kHalfBlock) + row / kHalfBlock] = scale;
-      const uint32_t* words = rows.words(row) + g * kWordsPerGroup;
-      for (int q = 0; q < kWordsPerGroup; ++q) lanes[q][row] = spread(words[q]);
+      const uint16_t bits = rows.scales(row)[g];
+      if ((bits & kMagnitude) < kScaleLimit) continue;
+      const PackedMatrix& matrix = rows.matrix(row);
+      throw WeightError(text(matrix.name, ": scale of row ", matrix.first_row + rows.matrix_row(row), ", group ", g,
+                             ": expected a finite number below 256 in magnitude, got ", describe_scale(bits)));
     }
-    if (!in_range) {
-      throw WeightError(text("scale of group ", g, " in the rows from ", rows.first_row[0],
-                             ": expected a finite number below 256 in magnitude, got a larger one"));
-    }
-    std::memcpy(out, scales, sizeof(scales));
-    std::memcpy(out + kScaleBytes, lanes, sizeof(lanes));
   }
+  throw WeightError("scales: expected the same numbers when read twice, got others");
+}
+
+uint64_t pack_row_block(const RowBlock<PackedMatrix>& rows, L32Matrix kind, int64_t first_index, uint8_t* out) {
+  const int groups = rows.half[0]->inputs / kGroup;
+  TileRows tile_rows;
+  for (int row = 0; row < kRowBlock; ++row) {
+    tile_rows.words[row] = rows.words(row);
+    tile_rows.scales[row] = rows.scales(row);
+  }
+  uint64_t digest = 0;
+  for (int first = 0; first < groups; first += kTileGroups) {
+    alignas(64) uint8_t tile[kTileBytes];
+    const int count = std::min(kTileGroups, groups - first);
+    bool in_range;
+    if (count == kTileGroups) {
+      in_range = pack_scales(tile_rows, tile);
+      pack_values(tile_rows, tile);
+    } else {
+      const Remainder last(rows, first, count);
+      in_range = pack_scales(last.rows(), tile);
+      pack_values(last.rows(), tile);
+    }
+    if (!in_range) refuse_scale(rows, first);
+    digest += digest_blocks(tile, kind, first_index + first, count);
+    std::memcpy(out + int64_t(first) * kBlockBytes, tile, size_t(count) * kBlockBytes);
+    for (int row = 0; row < kRowBlock; ++row) {
+      tile_rows.words[row] += kTileGroups * kWordsPerGroup;
+      tile_rows.scales[row] += kTileGroups;
+    }
+  }
+  return digest;
 }
 
 void unpack_row_block(const uint8_t* packed, int groups, const RowBlock<MutablePackedMatrix>& rows) {
@@ -102,10 +229,14 @@ int64_t row_block_bytes(int inputs) { return int64_t(inputs / kGroup) * kBlockBy
 
 }  // namespace
 
-void pack_l32(const PackedMatrix& matrix, uint8_t* out) {
+uint64_t pack_l32(const PackedMatrix& matrix, uint8_t* out) {
+  const int64_t groups = matrix.inputs / kGroup, first_block = matrix.first_row / kRowBlock;
+  uint64_t digest = 0;
   for (int block = 0; block < matrix.rows / kRowBlock; ++block) {
-    pack_row_block(plain_rows(matrix, block), matrix.inputs / kGroup, out + block * row_block_bytes(matrix.inputs));
+    digest += pack_row_block(plain_rows(matrix, block), L32Matrix::kDown, (first_block + block) * groups,
+                             out + block * row_block_bytes(matrix.inputs));
   }
+  return digest;
 }
 
 void unpack_l32(const uint8_t* packed, const MutablePackedMatrix& matrix) {
@@ -115,10 +246,14 @@ void unpack_l32(const uint8_t* packed, const MutablePackedMatrix& matrix) {
   }
 }
 
-void pack_l32_gate_up(const PackedMatrix& gate, const PackedMatrix& up, uint8_t* out) {
+uint64_t pack_l32_gate_up(const PackedMatrix& gate, const PackedMatrix& up, uint8_t* out) {
+  const int64_t groups = gate.inputs / kGroup, first_block = gate.first_row / kHalfBlock;
+  uint64_t digest = 0;
   for (int block = 0; block < gate.rows / kHalfBlock; ++block) {
-    pack_row_block(gate_up_rows(gate, up, block), gate.inputs / kGroup, out + block * row_block_bytes(gate.inputs));
+    digest += pack_row_block(gate_up_rows(gate, up, block), L32Matrix::kGateUp, (first_block + block) * groups,
+                             out + block * row_block_bytes(gate.inputs));
   }
+  return digest;
 }
 
 void unpack_l32_gate_up(const uint8_t* packed, const MutablePackedMatrix& gate, const MutablePackedMatrix& up) {

@@ -4,12 +4,14 @@
 
 namespace k2 {
 
-// A matrix as the checkpoint stores it; the memory is the caller's.
+// A matrix as the checkpoint stores it, or some of its rows; the memory is the caller's.
 struct PackedMatrix {
   const uint32_t* words;   // [rows, inputs / 8], nibble i of a word = value of input 8 * word + i, plus 8
   const uint16_t* scales;  // [rows, inputs / 32] bf16
   int rows;
   int inputs;
+  int first_row = 0;  // the place of these rows in the whole matrix
+  const char* name = "weights";
 };
 
 struct MutablePackedMatrix {
@@ -19,13 +21,15 @@ struct MutablePackedMatrix {
   int inputs;
 };
 
-// rows and inputs are multiples of 32; out holds rows / 32 * inputs / 32 * 576 bytes.
-// Throws WeightError for a scale that is not finite or at least 256 in magnitude.
-void pack_l32(const PackedMatrix& matrix, uint8_t* out);
+// Writes rows / 32 * inputs / 32 * 576 bytes to `out`, which is 16-byte aligned, and returns their checksum
+// (moe/l32_digest.h). rows, first_row and inputs are multiples of 32.
+// Throws WeightError, naming the matrix, the row and the group, for a scale that is not finite or at least 256 in
+// magnitude.
+uint64_t pack_l32(const PackedMatrix& matrix, uint8_t* out);
 void unpack_l32(const uint8_t* packed, const MutablePackedMatrix& matrix);
 
-// Gate and up fused: 16 rows of each make a row block. Both have the same shape, rows a multiple of 16.
-void pack_l32_gate_up(const PackedMatrix& gate, const PackedMatrix& up, uint8_t* out);
+// Gate and up fused: 16 rows of each make a row block. Both have the same shape and first row, multiples of 16.
+uint64_t pack_l32_gate_up(const PackedMatrix& gate, const PackedMatrix& up, uint8_t* out);
 void unpack_l32_gate_up(const uint8_t* packed, const MutablePackedMatrix& gate, const MutablePackedMatrix& up);
 
 }  // namespace k2

@@ -103,6 +103,25 @@ class NativeExperts(ExpertsBackend):
         w13, w2 = self._layer.read_l32(expert)
         return w13, w2
 
+    def checksum(self, expert: int) -> int:
+        """Return the checksum of one expert's weights, computed while they were loaded.
+
+        Raises: ValueError if it was not loaded.
+        """
+        return int(self._layer.checksum(expert))
+
+    def verify(self, expert: int) -> None:
+        """Check that one expert's weights in memory are the ones that were loaded.
+
+        Raises: EngineError if they are not; ValueError if it was not loaded.
+        """
+        loaded, now = self.checksum(expert), int(self._layer.memory_checksum(expert))
+        if now != loaded:
+            raise EngineError(
+                f"expert {expert}: expected weights with checksum {loaded:016x}, as they were loaded, got {now:016x}",
+                hint="the host's memory is damaged: load the model again, and test the memory",
+            )
+
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See ExpertsBackend."""
         self.shape.check_call(hidden, ids, weights)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hybrid_k2.checkpoint import pack_int4
+from hybrid_k2.errors import EngineError
 from hybrid_k2.experts.l32 import fuse_gate_up, pack_l32, unpack_l32
 from tests.unit.experts_common import load_random_experts, native_layer, random_expert
 
@@ -52,7 +53,7 @@ def test_fuse_interleaves_sixteen_rows() -> None:
     ]
 
 
-@pytest.mark.parametrize(("hidden", "intermediate"), [(32, 32), (160, 96), (416, 224)])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(32, 32), (160, 96), (416, 224), (256, 128), (64, 448)])
 def test_the_native_packer_writes_l32_and_loses_nothing(hidden: int, intermediate: int) -> None:
     layer = native_layer(hidden, intermediate, 3, 2)
     experts = load_random_experts(layer)
@@ -85,3 +86,51 @@ def test_an_expert_that_was_not_loaded_cannot_be_read() -> None:
     layer = native_layer(64, 64, 2, 1)
     with pytest.raises(ValueError, match="expert: expected a loaded one, got 1"):
         layer.read_l32(1)
+
+
+def test_the_checksum_is_of_the_weights_alone() -> None:
+    first, second = (native_layer(160, 96, 3, 2) for _ in range(2))
+    experts = load_random_experts(first)
+    for number, expert in enumerate(experts):
+        second.load_expert(2 - number, expert)
+        first.verify(number)
+    checksums = [first.checksum(number) for number in range(3)]
+    assert len(set(checksums)) == 3
+    assert [second.checksum(2 - number) for number in range(3)] == checksums
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "down"])
+@pytest.mark.parametrize("part", ["packed", "scale"])
+def test_any_flipped_bit_changes_the_checksum(name: str, part: str) -> None:
+    layer = native_layer(160, 96, 1, 1)
+    expert = random_expert(160, 96)
+    layer.load_expert(0, expert)
+    before = layer.checksum(0)
+    raw = getattr(getattr(expert, name), part).view(torch.uint8).flatten()
+    bits = 8 if part == "packed" else 6  # a scale's sign and exponent stay in range with its low bits
+    for at in torch.randint(raw.numel() // 2, (20,)).mul_(2).tolist():
+        flip = 1 << int(torch.randint(bits, ()))
+        raw[at] ^= flip
+        layer.load_expert(0, expert)
+        assert layer.checksum(0) != before
+        raw[at] ^= flip
+    layer.load_expert(0, expert)
+    assert layer.checksum(0) == before
+
+
+def test_weights_that_change_in_memory_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = native_layer(64, 64, 2, 1)
+    load_random_experts(layer)
+    layer.verify(1)
+    loaded = layer.checksum(1)
+    monkeypatch.setattr(layer, "checksum", lambda expert: loaded ^ 1)
+    with pytest.raises(
+        EngineError, match=rf"expert 1: expected weights with checksum {loaded ^ 1:016x}.*{loaded:016x}"
+    ):
+        layer.verify(1)
+
+
+def test_no_checksum_before_loading() -> None:
+    layer = native_layer(64, 64, 2, 1)
+    with pytest.raises(ValueError, match="expert: expected a loaded one, got 1"):
+        layer.checksum(1)

@@ -170,8 +170,8 @@ def test_a_file_that_shrinks_while_loading_is_named(tensor: str, tmp_path: Path)
             load_text_model(checkpoint, config, plan)
 
 
-@pytest.mark.parametrize("scale", [float("inf"), float("nan"), 256.0])
-def test_a_scale_that_the_kernels_cannot_use_is_placed(folder: Path, scale: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scale", "said"), [(float("inf"), "infinity"), (float("nan"), "NaN"), (256.0, "256")])
+def test_a_scale_that_the_kernels_cannot_use_is_placed(folder: Path, scale: float, said: str, tmp_path: Path) -> None:
     if NATIVE_ERROR is not None:
         pytest.skip(f"the native extension is not installed: {NATIVE_ERROR}")
     tensors = read_tensors(folder)
@@ -181,7 +181,9 @@ def test_a_scale_that_the_kernels_cannot_use_is_placed(folder: Path, scale: floa
     config = ModelConfig.load(folder)
     with Checkpoint.open(tmp_path) as checkpoint:
         plan = make_test_plan(checkpoint, config, "host")
-        with pytest.raises(CheckpointError, match=rf"{re.escape(expert)}.*scale.*\(in model\.safetensors\)"):
+        with pytest.raises(
+            CheckpointError, match=rf"{re.escape(expert)}.*up.*scale of row 3, group 1: .*, got {said} \(in"
+        ):
             load_text_model(checkpoint, config, plan)
 
 

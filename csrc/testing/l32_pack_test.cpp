@@ -1,0 +1,163 @@
+// Packing in pieces, checksums and refusals, for the sanitizers; the layout itself is tested from Python.
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/error.h"
+#include "moe/expert_layer.h"
+#include "moe/l32_digest.h"
+#include "testing/check.h"
+
+namespace k2 {
+namespace {
+
+using Random = std::mt19937_64;
+
+// Exactly as large as the matrix: a read beyond it is seen by the address sanitizer.
+struct Matrix {
+  Matrix(Random& random, const char* name, int rows, int inputs)
+      : name(name), rows(rows), inputs(inputs), words(size_t(rows) * inputs / 8), scales(size_t(rows) * inputs / 32) {
+    for (uint32_t& word : words) word = uint32_t(random());
+    for (uint16_t& scale : scales) scale = uint16_t(random() % 0x4380 | random() % 2 << 15);
+  }
+  PackedMatrix from(int first, int count) const {
+    return {.words = words.data() + int64_t(first) * inputs / 8,
+            .scales = scales.data() + int64_t(first) * inputs / 32,
+            .rows = count,
+            .inputs = inputs,
+            .first_row = first,
+            .name = name};
+  }
+  PackedMatrix all() const { return from(0, rows); }
+
+  const char* name;
+  int rows, inputs;
+  std::vector<uint32_t> words;
+  std::vector<uint16_t> scales;
+};
+
+struct Expert {
+  Expert(Random& random, const LayerShape& s)
+      : gate(random, "gate", s.intermediate, s.hidden),
+        up(random, "up", s.intermediate, s.hidden),
+        down(random, "down", s.hidden, s.intermediate) {}
+  Matrix gate, up, down;
+};
+
+bool same_memory(const ExpertLayer& layer, int a, int b) {
+  return std::memcmp(layer.w13(a), layer.w13(b), size_t(layer.shape().expert_bytes())) == 0;
+}
+
+void pieces_make_the_whole(Random& random) {
+  const LayerShape shape{32 * int(1 + random() % 9), 32 * int(1 + random() % 5), 2, 1};
+  ExpertLayer layer(shape);
+  const Expert expert(random, shape);
+  layer.pack(0, expert.gate.all(), expert.up.all(), expert.down.all());
+  layer.begin(1);
+  for (int row = shape.hidden - 32; row >= 0; row -= 32) layer.pack_down(1, expert.down.from(row, 32));
+  K2_EXPECT(!layer.loaded(1));
+  for (int row = 0; row < shape.intermediate;) {
+    const int rows = 16 * int(1 + random() % unsigned((shape.intermediate - row) / 16));
+    layer.pack_gate_up(1, expert.gate.from(row, rows), expert.up.from(row, rows));
+    row += rows;
+  }
+  layer.finish(1);
+  K2_EXPECT(same_memory(layer, 0, 1));
+  K2_EXPECT(layer.checksum(0) == layer.checksum(1));
+  K2_EXPECT(layer.memory_checksum(0) == layer.checksum(0));
+}
+
+void every_flipped_bit_is_noticed(Random& random) {
+  const LayerShape shape{96, 64, 2, 1};
+  ExpertLayer layer(shape);
+  const Expert expert(random, shape);
+  layer.pack(1, expert.gate.all(), expert.up.all(), expert.down.all());
+  uint8_t* memory = const_cast<uint8_t*>(layer.w13(1));
+  for (int64_t byte = 0; byte < shape.expert_bytes(); ++byte) {
+    const int bit = int(random() % 8);
+    memory[byte] ^= uint8_t(1 << bit);
+    K2_EXPECT(layer.memory_checksum(1) != layer.checksum(1));
+    memory[byte] ^= uint8_t(1 << bit);
+  }
+  K2_EXPECT(layer.memory_checksum(1) == layer.checksum(1));
+}
+
+// The checksum is a sum over blocks: the place of a block has to count.
+void exchanged_blocks_and_matrices_are_noticed(Random& random) {
+  std::vector<uint8_t> blocks(2 * kBlockBytes), swapped;
+  for (uint8_t& byte : blocks) byte = uint8_t(random());
+  swapped.assign(blocks.begin() + kBlockBytes, blocks.end());
+  swapped.insert(swapped.end(), blocks.begin(), blocks.begin() + kBlockBytes);
+  const uint64_t sum = digest_blocks(blocks.data(), L32Matrix::kDown, 0, 2);
+  K2_EXPECT(sum != digest_blocks(swapped.data(), L32Matrix::kDown, 0, 2));
+  K2_EXPECT(sum != digest_blocks(blocks.data(), L32Matrix::kDown, 1, 2));
+  K2_EXPECT(sum != digest_blocks(blocks.data(), L32Matrix::kGateUp, 0, 2));
+  K2_EXPECT(sum == digest_block(blocks.data() + kBlockBytes, L32Matrix::kDown, 1) +
+                       digest_block(blocks.data(), L32Matrix::kDown, 0));
+}
+
+std::string refusal(ExpertLayer& layer, const Expert& expert) {
+  try {
+    layer.pack(0, expert.gate.all(), expert.up.all(), expert.down.all());
+  } catch (const WeightError& error) {
+    K2_EXPECT(!layer.loaded(0));
+    return error.what();
+  }
+  return "";
+}
+
+void a_scale_out_of_range_is_placed(Random& random) {
+  const LayerShape shape{32 * int(1 + random() % 9), 64, 1, 1};
+  ExpertLayer layer(shape);
+  const struct {
+    uint16_t bits;
+    const char* said;
+  } cases[] = {{0x7f80, "infinity"}, {0xff80, "-infinity"}, {0x7fc1, "NaN"}, {0xff81, "NaN"}, {0x4380, "256"},
+               {0xc400, "-512"}};
+  for (const auto& c : cases) {
+    for (const int which : {0, 1, 2}) {
+      Expert expert(random, shape);
+      Matrix& bad = which == 0 ? expert.gate : which == 1 ? expert.up : expert.down;
+      const size_t at = random() % bad.scales.size();
+      bad.scales[at] = c.bits;
+      const int groups = bad.inputs / 32, row = int(at) / groups, group = int(at) % groups;
+      K2_EXPECT(refusal(layer, expert) ==
+                text(bad.name, ": scale of row ", row, ", group ", group,
+                     ": expected a finite number below 256 in magnitude, got ", c.said));
+    }
+  }
+}
+
+void rows_outside_the_matrix_are_refused(Random& random) {
+  const LayerShape shape{64, 64, 1, 1};
+  ExpertLayer layer(shape);
+  const Expert expert(random, shape);
+  PackedMatrix beyond = expert.down.from(32, 32);
+  beyond.first_row = 64;
+  PackedMatrix crooked = expert.down.from(16, 32);
+  layer.begin(0);
+  for (const PackedMatrix& rows : {beyond, crooked}) {
+    bool refused = false;
+    try {
+      layer.pack_down(0, rows);
+    } catch (const ArgumentError&) {
+      refused = true;
+    }
+    K2_EXPECT(refused);
+  }
+}
+
+}  // namespace
+}  // namespace k2
+
+int main(int, char** arguments) {
+  k2::Random random(std::stoull(arguments[1]));
+  for (int round = 0; round < 20; ++round) k2::pieces_make_the_whole(random);
+  k2::every_flipped_bit_is_noticed(random);
+  k2::exchanged_blocks_and_matrices_are_noticed(random);
+  k2::a_scale_out_of_range_is_placed(random);
+  k2::rows_outside_the_matrix_are_refused(random);
+  std::puts("ok");
+}
