@@ -10,6 +10,7 @@
 #include "cpu/affinity.h"
 #include "cpu/features.h"
 #include "kernels/kernel_list.h"
+#include "moe/peak_probe.h"
 #include "moe/read_probe.h"
 #include "moe/runtime.h"
 
@@ -215,7 +216,11 @@ class PyLayer {
 py::list instruction_sets() {
   py::list out;
   for (const KernelEntry& entry : kernel_list()) {
-    out.append(py::make_tuple(entry.name, entry.table != nullptr, feature_names(missing_features(entry))));
+    py::list numerics;
+    for (const KernelTable* table : entry.tables) {
+      if (table) numerics.append(numerics_name(table->numerics));
+    }
+    out.append(py::make_tuple(entry.name, numerics, feature_names(missing_features(entry))));
   }
   return out;
 }
@@ -246,22 +251,31 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "INT4 experts on the CPU; see hybrid_k2/experts/cpu.py, the only importer";
   py::register_local_exception_translator(translate);
 
-  m.def("instruction_sets", &instruction_sets, "(name, built, missing CPU features), best first");
+  m.def("instruction_sets", &instruction_sets, "(name, numerics built, missing CPU features), best first");
   m.def("allowed_cpus", &allowed_cpus);
   m.def(
       "features_of",
-      [](uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_ecx, uint64_t xcr0) {
-        return feature_names(features_of({leaf1_ecx, leaf7_ebx, leaf7_ecx, xcr0}));
+      [](uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_ecx, uint32_t leaf7_edx, uint32_t leaf7_1_eax,
+         uint64_t xcr0) {
+        return feature_names(features_of({leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf7_1_eax, xcr0}));
       },
-      py::arg("leaf1_ecx"), py::arg("leaf7_ebx"), py::arg("leaf7_ecx"), py::arg("xcr0"));
+      py::arg("leaf1_ecx"), py::arg("leaf7_ebx"), py::arg("leaf7_ecx"), py::arg("leaf7_edx"), py::arg("leaf7_1_eax"),
+      py::arg("xcr0"));
 
   py::class_<Runtime, std::shared_ptr<Runtime>>(m, "Runtime")
-      .def(py::init<const std::string&, int>(), py::arg("isa"), py::arg("threads"))
+      .def(py::init([](const std::string& isa, int threads, const std::string& numerics) {
+             return std::make_shared<Runtime>(isa, find_numerics(numerics), threads);
+           }),
+           py::arg("isa"), py::arg("threads"), py::arg("numerics") = "exact")
       .def_property_readonly("isa", [](const Runtime& r) { return r.table.name; })
-      .def_property_readonly("numerics", [](const Runtime& r) { return r.table.numerics; })
+      .def_property_readonly("numerics", [](const Runtime& r) { return numerics_name(r.table.numerics); })
+      .def_property_readonly("activations", [](const Runtime& r) { return r.table.activations; })
       .def_property_readonly("threads", [](const Runtime& r) { return r.pool.workers(); })
       .def(
           "measure_read_gbps", [](Runtime& r, double seconds) { return measure_read_gbps(r.pool, r.table, seconds); },
+          py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "measure_peak_gops", [](Runtime& r, double seconds) { return measure_peak_gops(r.pool, r.table, seconds); },
           py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def("close", [](Runtime& r) { r.pool.stop(); }, py::call_guard<py::gil_scoped_release>());
 

@@ -15,12 +15,14 @@ struct FeatureName {
 constexpr FeatureName kNames[] = {
     {kAvx2, "avx2"},         {kFma, "fma"},           {kAvx512F, "avx512f"},
     {kAvx512Bw, "avx512bw"}, {kAvx512Vl, "avx512vl"}, {kAvx512Vnni, "avx512_vnni"},
+    {kAvx512Bf16, "avx512_bf16"}, {kAmxTile, "amx_tile"}, {kAmxBf16, "amx_bf16"},
 };
 
 constexpr bool bit(uint32_t value, int index) { return (value >> index) & 1; }
 
 constexpr uint64_t kXcr0Avx = 0x06;     // SSE and AVX state
 constexpr uint64_t kXcr0Avx512 = 0xe6;  // and opmask, upper halves, upper registers
+constexpr uint64_t kXcr0Amx = 0x60006;  // and tile configuration, tile data
 
 }  // namespace
 
@@ -33,6 +35,9 @@ CpuidDump read_cpuid() {
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
     dump.leaf7_ebx = ebx;
     dump.leaf7_ecx = ecx;
+    dump.leaf7_edx = edx;
+    const uint32_t last_subleaf = eax;
+    if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) dump.leaf7_1_eax = eax;
   }
   if (bit(dump.leaf1_ecx, 27)) {  // OSXSAVE: xgetbv may be executed
     uint32_t low, high;
@@ -54,6 +59,11 @@ uint32_t features_of(const CpuidDump& dump) {
     if (bit(dump.leaf7_ebx, 30)) features |= kAvx512Bw;
     if (bit(dump.leaf7_ebx, 31)) features |= kAvx512Vl;
     if (bit(dump.leaf7_ecx, 11)) features |= kAvx512Vnni;
+    if (bit(dump.leaf7_1_eax, 5)) features |= kAvx512Bf16;
+  }
+  if ((dump.xcr0 & kXcr0Amx) == kXcr0Amx) {
+    if (bit(dump.leaf7_edx, 24)) features |= kAmxTile;
+    if (bit(dump.leaf7_edx, 22)) features |= kAmxBf16;
   }
   return features;
 }

@@ -13,6 +13,9 @@ enum Feature : uint32_t {
   kAvx512Bw = 1u << 3,
   kAvx512Vl = 1u << 4,
   kAvx512Vnni = 1u << 5,
+  kAvx512Bf16 = 1u << 6,
+  kAmxTile = 1u << 7,
+  kAmxBf16 = 1u << 8,
 };
 
 // The registers that decide, as one CPU reported them; tests fill it from recorded dumps of other machines.
@@ -20,6 +23,8 @@ struct CpuidDump {
   uint32_t leaf1_ecx = 0;
   uint32_t leaf7_ebx = 0;
   uint32_t leaf7_ecx = 0;
+  uint32_t leaf7_edx = 0;
+  uint32_t leaf7_1_eax = 0;  // subleaf 1
   uint64_t xcr0 = 0;  // 0 where the operating system has not enabled XSAVE
 };
 

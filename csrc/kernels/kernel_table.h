@@ -8,6 +8,9 @@
 
 namespace k2 {
 
+// How activations are represented and multiplied; the weights are the same for all.
+enum Numerics { kExact, kFast, kBf16, kNumericsCount };
+
 constexpr int kMaxTokens = 64;  // no table takes more tokens in one call: one bit each in gate_up's result
 
 // silu(gate . x) * (up . x) for `pairs` consecutive pairs of w13 row blocks of one expert.
@@ -33,11 +36,12 @@ struct DownTask {
 };
 
 struct KernelTable {
-  const char* name;      // instruction set, as HYBRID_K2_ISA names it
-  const char* numerics;  // "A16"
-  int layout_id;         // layout of the weights it reads
-  int max_tokens;        // most tokens in one call: their activations should stay in the L2 cache
-  int group_bytes;       // one token's group of 32 packed activations
+  const char* name;         // instruction set, as HYBRID_K2_ISA names it
+  Numerics numerics;        // what it computes
+  const char* activations;  // their form: "A16"
+  int layout_id;            // layout of the weights it reads
+  int max_tokens;           // most tokens in one call: their activations should stay in the L2 cache
+  int group_bytes;          // one token's group of 32 packed activations
 
   // Packs `groups` groups of activations. False if a value has no packed form (NaN, infinity, out of range).
   bool (*pack_fp32)(const float* x, int groups, uint8_t* packed);
@@ -49,6 +53,12 @@ struct KernelTable {
 
   // Reads memory as fast as the instruction set can; bytes is a multiple of 256. The result only keeps the reads alive.
   uint64_t (*read)(const uint8_t* memory, size_t bytes);
+
+  // Runs nothing but the instructions that multiply and add, from registers, as fast as they go: the limit of a large
+  // batch. One round is worth `peak_operations` multiplications and additions of weights with activations: where these
+  // numerics take an instruction twice (two planes), it counts half. The result only keeps the work alive.
+  uint64_t (*peak)(int64_t rounds);
+  int64_t peak_operations;
 };
 
 }  // namespace k2

@@ -5,7 +5,8 @@
 
 namespace k2 {
 
-Runtime::Runtime(const std::string& isa, int threads) : table(find_table(isa)), pool(threads) {}
+Runtime::Runtime(const std::string& isa, Numerics numerics, int threads)
+    : table(find_table(isa, numerics)), pool(threads) {}
 
 std::shared_ptr<MoeJob> Layer::start(const MoeInput& input) {
   auto job = std::make_shared<MoeJob>(runtime_->pool, runtime_->table, experts_, runtime_->workspaces, input);

@@ -14,7 +14,7 @@
 namespace k2 {
 
 struct Runtime {
-  Runtime(const std::string& isa, int threads);
+  Runtime(const std::string& isa, Numerics numerics, int threads);
 
   const KernelTable& table;
   WorkspaceStore workspaces;

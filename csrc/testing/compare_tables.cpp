@@ -1,4 +1,4 @@
-// Compares two kernel tables bit for bit on random work of ragged sizes: compare_tables REFERENCE OTHER SEED CASES
+// Compares two kernel tables bit for bit on random work of ragged sizes: compare_tables NUMERICS REFERENCE OTHER SEED CASES
 //
 // The CPU is not asked whether it supports them: a table may be built on a model of its instructions.
 #include <bit>
@@ -22,11 +22,11 @@ using Random = std::mt19937_64;
 
 int pick(Random& random, int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
 
-const KernelTable& table_named(const std::string& name) {
+const KernelTable& table_named(const std::string& name, Numerics numerics) {
   for (const KernelEntry& entry : kernel_list()) {
-    if (name == entry.name && entry.table) return *entry.table;
+    if (name == entry.name && entry.tables[numerics]) return *entry.tables[numerics];
   }
-  std::fprintf(stderr, "no table %s in this build\n", name.c_str());
+  std::fprintf(stderr, "no table %s, %s in this build\n", name.c_str(), numerics_name(numerics));
   std::exit(2);
 }
 
@@ -155,12 +155,13 @@ void compare_down(Random& random, const KernelTable& a, const KernelTable& b, in
 
 int main(int argc, char** argv) {
   using namespace k2;
-  K2_EXPECT(argc == 5);
-  const KernelTable& a = table_named(argv[1]);
-  const KernelTable& b = table_named(argv[2]);
+  K2_EXPECT(argc == 6);
+  const Numerics numerics = find_numerics(argv[1]);
+  const KernelTable& a = table_named(argv[2], numerics);
+  const KernelTable& b = table_named(argv[3], numerics);
   K2_EXPECT(a.group_bytes == b.group_bytes && a.layout_id == b.layout_id);
-  Random random(std::stoull(argv[3]));
-  const int cases = std::stoi(argv[4]);
+  Random random(std::stoull(argv[4]));
+  const int cases = std::stoi(argv[5]);
   for (int i = 0; i < cases; ++i) {
     // Every tile size and split, then the largest call.
     const int tokens = i < 20 ? i + 1 : pick(random, 1, std::min(a.max_tokens, b.max_tokens));

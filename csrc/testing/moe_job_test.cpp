@@ -64,7 +64,7 @@ void results_do_not_depend_on_workers() {
   const Batch batches[] = {{random, shape, 0}, {random, shape, 1}, {random, shape, 13}, {random, shape, 1100}};
   std::vector<std::vector<float>> expected;
   for (const int workers : {1, 2, 3, 5}) {
-    Layer layer(std::make_shared<Runtime>("portable", workers), shape);
+    Layer layer(std::make_shared<Runtime>("portable", kExact, workers), shape);
     for (int e = 0; e < shape.experts; ++e) {
       layer.experts().pack(e, weights[3 * e].matrix(), weights[3 * e + 1].matrix(), weights[3 * e + 2].matrix());
     }
@@ -89,7 +89,7 @@ void results_do_not_depend_on_workers() {
 void closing_with_work_in_flight_ends_it() {
   Random random(8);
   const LayerShape shape{64, 64, 2, 2};
-  auto runtime = std::make_shared<Runtime>("portable", 2);
+  auto runtime = std::make_shared<Runtime>("portable", kExact, 2);
   for (int round = 0; round < 10; ++round) {
     Layer layer(runtime, shape);
     for (int e = 0; e < shape.experts; ++e) {

@@ -49,7 +49,7 @@ def kernels(plan: Plan) -> str:
 
     if plan.numerics == "reference":
         return "reference (torch, fp32)"
-    facts = isa_facts()
+    facts = isa_facts(plan.numerics)
     if not facts:
         return "numba; the native extension is not installed"
     chosen = next(fact.name for fact in facts if fact.chosen)

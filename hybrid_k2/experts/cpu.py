@@ -34,14 +34,16 @@ def native_isas() -> list[IsaFact]:
     if _native is None:
         return []
     return [
-        IsaFact(name, built, supported=not missing, missing=tuple(missing))
-        for name, built, missing in _native.instruction_sets()
+        IsaFact(name, bool(numerics), supported=not missing, missing=tuple(missing), numerics=tuple(numerics))
+        for name, numerics, missing in _native.instruction_sets()
     ]
 
 
-def features_of(leaf1_ecx: int, leaf7_ebx: int, leaf7_ecx: int, xcr0: int) -> list[str]:
+def features_of(
+    leaf1_ecx: int, leaf7_ebx: int, leaf7_ecx: int, leaf7_edx: int, leaf7_1_eax: int, xcr0: int
+) -> list[str]:
     """Name the CPU features that these CPUID registers and XCR0 report, of those that the kernels ask for."""
-    return list(_native.features_of(leaf1_ecx, leaf7_ebx, leaf7_ecx, xcr0))
+    return list(_native.features_of(leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf7_1_eax, xcr0))
 
 
 def _array(tensor: Tensor) -> Any:
@@ -153,9 +155,9 @@ class NativeExperts(ExpertsBackend):
 class NativeRuntime(ExpertsRuntime):
     """Own the native threads and the chosen kernels."""
 
-    def __init__(self, isa: str, threads: int) -> None:
-        self._runtime = _native.Runtime(isa, threads)
-        self.name = f"native {isa}, exact ({self._runtime.numerics})"
+    def __init__(self, isa: str, threads: int, numerics: str = "exact") -> None:
+        self._runtime = _native.Runtime(isa, threads, numerics)
+        self.name = f"native {isa}, {numerics} ({self._runtime.activations})"
 
     def make_layer(
         self, hidden_size: int, moe_intermediate_size: int, n_routed_experts: int, num_experts_per_tok: int
@@ -170,6 +172,13 @@ class NativeRuntime(ExpertsRuntime):
     def measure_read_gbps(self, seconds: float = 0.1) -> float:
         """See ExpertsRuntime."""
         return float(self._runtime.measure_read_gbps(seconds))
+
+    def measure_peak_gops(self, seconds: float = 0.1) -> float:
+        """Return how many 10^9 multiplications and additions per second the kernels' instructions alone can do.
+
+        The limit of a large batch: of all threads together, for the numerics of this runtime.
+        """
+        return float(self._runtime.measure_peak_gops(seconds))
 
     def close(self) -> None:
         """See ExpertsRuntime."""

@@ -15,8 +15,8 @@ ENVIRONMENT = "HYBRID_K2_ISA"
 class IsaFact:
     """Describe one instruction set on this machine.
 
-    `built`: the extension contains it. `supported`: the CPU and the operating system have everything it needs;
-    `missing` names what they lack. `chosen`: the engine computes with it.
+    `built`: the extension contains it, with kernels for these `numerics`. `supported`: the CPU and the operating system
+    have everything it needs; `missing` names what they lack. `chosen`: the engine computes with it.
     """
 
     name: str
@@ -24,15 +24,23 @@ class IsaFact:
     supported: bool
     missing: tuple[str, ...] = ()
     chosen: bool = False
+    numerics: tuple[str, ...] = ()
+
+    def offers(self, numerics: str) -> bool:
+        """Say whether these numerics can be computed with it here."""
+        return self.built and self.supported and numerics in self.numerics
 
 
-def choose_isa(facts: Sequence[IsaFact], forced: str | None) -> str:
-    """Return the first instruction set that is built and supported, or the forced one.
+def choose_isa(facts: Sequence[IsaFact], forced: str | None, numerics: str = "exact") -> str:
+    """Return the first instruction set that is built, supported and has these numerics, or the forced one.
 
-    Raises: IsaError if the forced one is unknown, not built, or not supported.
+    Raises: IsaError if the forced one is unknown, not built, not supported or without these numerics; or none has them.
     """
+    offering = [fact.name for fact in facts if fact.offers(numerics)]
     if not forced:
-        return next(fact.name for fact in facts if fact.built and fact.supported)
+        if not offering:
+            raise IsaError(f"numerics {numerics}: expected kernels that this build contains, got none")
+        return offering[0]
     names = ", ".join(fact.name for fact in facts)
     fact = next((fact for fact in facts if fact.name == forced), None)
     if fact is None:
@@ -44,6 +52,11 @@ def choose_isa(facts: Sequence[IsaFact], forced: str | None) -> str:
             f"{ENVIRONMENT}={forced}: expected a CPU with {', '.join(fact.missing)}, got one without",
             hint=f"unset {ENVIRONMENT} to let hybrid-k2 choose",
         )
+    if numerics not in fact.numerics:
+        raise IsaError(
+            f"{ENVIRONMENT}={forced}: expected kernels for numerics {numerics}, got {' and '.join(fact.numerics)} only",
+            hint=f"unset {ENVIRONMENT}, or set it to {' or '.join(offering)}" if offering else "choose other numerics",
+        )
     return forced
 
 
@@ -52,15 +65,17 @@ def forced_isa() -> str | None:
     return os.environ.get(ENVIRONMENT) or None
 
 
-def isa_facts() -> list[IsaFact]:
+def isa_facts(numerics: str = "exact") -> list[IsaFact]:
     """List the instruction sets of the native extension, best first; empty where the extension is not installed.
 
-    Raises: IsaError if the environment forces one that cannot be used.
+    The one that computes these numerics is marked as chosen.
+
+    Raises: IsaError if the environment forces one that cannot be used, or none has these numerics.
     """
     from hybrid_k2.experts.cpu import native_isas
 
     facts = native_isas()
     if not facts:
         return []
-    chosen = choose_isa(facts, forced_isa())
+    chosen = choose_isa(facts, forced_isa(), numerics)
     return [replace(fact, chosen=fact.name == chosen) for fact in facts]

@@ -10,19 +10,22 @@ from hybrid_k2.experts.isa import ENVIRONMENT, choose_isa, forced_isa
 
 log = logging.getLogger("hybrid_k2")
 
+NUMERICS = ("exact", "fast", "bf16", "reference")
+
 _warned = False
 
 
 def open_experts(numerics: str, threads: int, *, packed: bool = True) -> ExpertsRuntime:
     """Return the runtime for these numerics: native kernels, numba where they are missing, or plain torch.
 
-    `numerics` is exact or reference.
+    `numerics` is exact, fast, bf16 or reference; numba computes in fp32 whatever is asked.
     Plain (not INT4) weights are always computed by the reference backend.
     Effects: starts `threads` threads; warns once if the native kernels are missing.
-    Raises: ValueError for unknown numerics; IsaError if the environment forces an instruction set that cannot be used.
+    Raises: ValueError for unknown numerics; IsaError if the environment forces an instruction set that cannot be used,
+    or no kernels of this build have the numerics.
     """
-    if numerics not in ("exact", "reference"):
-        raise ValueError(f"numerics: expected exact or reference, got {numerics!r}")
+    if numerics not in NUMERICS:
+        raise ValueError(f"numerics: expected one of {', '.join(NUMERICS)}, got {numerics!r}")
     if numerics == "reference" or not packed:
         from hybrid_k2.experts.reference import ReferenceRuntime
 
@@ -31,7 +34,7 @@ def open_experts(numerics: str, threads: int, *, packed: bool = True) -> Experts
     from hybrid_k2.experts.cpu import NATIVE_ERROR, NativeRuntime, native_isas
 
     if facts := native_isas():
-        return NativeRuntime(choose_isa(facts, forced_isa()), threads)
+        return NativeRuntime(choose_isa(facts, forced_isa(), numerics), threads, numerics)
     if forced := forced_isa():
         raise IsaError(
             f"{ENVIRONMENT}={forced}: expected the native kernels, got none: {NATIVE_ERROR}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def load_text_model(
     check_checkpoint(checkpoint, config)
     torch.set_num_threads(plan.threads)
     with ExitStack() as undo:
-        runtime = open_experts(_numerics(plan), plan.threads, packed=experts_packed(checkpoint, config))
+        runtime = open_experts(plan.numerics, plan.threads, packed=experts_packed(checkpoint, config))
         undo.callback(runtime.close)
         model = _Builder(checkpoint, config, plan, progress or _ignore, runtime, undo).model()
         undo.pop_all()
@@ -168,10 +168,6 @@ class _Builder:
     def count(self, nbytes: int) -> None:
         self.done += nbytes
         self.progress(self.done, self.total)
-
-
-def _numerics(plan: Plan) -> Literal["exact", "reference"]:
-    return "reference" if plan.numerics == "reference" else "exact"
 
 
 def _ignore(done: int, total: int) -> None:

@@ -10,28 +10,15 @@ namespace {
 #include "kernels/avx2/tile-inl.h"
 // on these two:
 #include "kernels/a16-inl.h"
-
-uint64_t read(const uint8_t* memory, size_t bytes) {
-  // Four address streams: each runs through its quarter in order.
-  const size_t quarter = bytes / 4;
-  __m256i sums[4] = {};
-  for (size_t i = 0; i < quarter; i += 64) {
-    for (int s = 0; s < 4; ++s) {
-      const uint8_t* p = memory + s * quarter + i;
-      sums[s] = _mm256_xor_si256(sums[s], _mm256_xor_si256(load_values(p), load_values(p + 32)));
-    }
-  }
-  const __m256i all = _mm256_xor_si256(_mm256_xor_si256(sums[0], sums[1]), _mm256_xor_si256(sums[2], sums[3]));
-  return uint64_t(_mm256_extract_epi64(all, 0) ^ _mm256_extract_epi64(all, 1) ^ _mm256_extract_epi64(all, 2) ^
-                  _mm256_extract_epi64(all, 3));
-}
+#include "kernels/avx2/probes-inl.h"
 
 }  // namespace
 
-extern const KernelTable table;
-const KernelTable table = {
+extern const KernelTable exact;
+const KernelTable exact = {
     .name = "avx2",
-    .numerics = "A16",
+    .numerics = kExact,
+    .activations = "A16",
     .layout_id = kLayoutL32,
     .max_tokens = kMaxTokensPerCall,
     .group_bytes = sizeof(A16Group),
@@ -40,6 +27,8 @@ const KernelTable table = {
     .gate_up = gate_up,
     .down = down,
     .read = read,
+    .peak = peak,
+    .peak_operations = kPeakOperations / 2,  // two planes
 };
 
 }  // namespace k2::avx2

@@ -9,23 +9,15 @@ namespace {
 #include "kernels/portable/tile-inl.h"
 // on these two:
 #include "kernels/a16-inl.h"
-
-uint64_t read(const uint8_t* memory, size_t bytes) {
-  uint64_t sums[4] = {};
-  for (size_t i = 0; i < bytes; i += 32) {
-    uint64_t words[4];
-    __builtin_memcpy(words, memory + i, sizeof(words));
-    for (int w = 0; w < 4; ++w) sums[w] ^= words[w];
-  }
-  return sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
-}
+#include "kernels/portable/probes-inl.h"
 
 }  // namespace
 
-extern const KernelTable table;
-const KernelTable table = {
+extern const KernelTable exact;
+const KernelTable exact = {
     .name = "portable",
-    .numerics = "A16",
+    .numerics = kExact,
+    .activations = "A16",
     .layout_id = kLayoutL32,
     .max_tokens = kMaxTokensPerCall,
     .group_bytes = sizeof(A16Group),
@@ -34,6 +26,8 @@ const KernelTable table = {
     .gate_up = gate_up,
     .down = down,
     .read = read,
+    .peak = peak,
+    .peak_operations = kPeakOperations,
 };
 
 }  // namespace k2::portable

@@ -1,0 +1,47 @@
+#include "moe/peak_probe.h"
+
+#include <algorithm>
+#include <chrono>
+
+namespace k2 {
+namespace {
+
+// Long against the start of a job, short against a time slice of the system.
+constexpr double kPassSeconds = 1e-3;
+constexpr int kMinPasses = 8;
+
+class Pass final : public Job {
+ public:
+  Pass(ThreadPool& pool, const KernelTable& table, int64_t rounds) : Job(pool), table_(table), rounds_(rounds) {}
+
+ private:
+  void run(Team&, int) override { result_.fetch_xor(table_.peak(rounds_)); }
+
+  const KernelTable& table_;
+  const int64_t rounds_;
+  std::atomic<uint64_t> result_{0};
+};
+
+double time_pass(ThreadPool& pool, const KernelTable& table, int64_t rounds) {
+  Pass pass(pool, table, rounds);
+  const Clock::time_point start = Clock::now();
+  pool.submit(pass);
+  pool.wait(pass);
+  pass.rethrow();
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+}  // namespace
+
+double measure_peak_gops(ThreadPool& pool, const KernelTable& table, double seconds) {
+  double spent = 0, best = 0;  // rounds per second
+  for (int passes = 0; spent < seconds || passes < kMinPasses; ++passes) {
+    const int64_t rounds = std::max<int64_t>(1024, int64_t(best * kPassSeconds));
+    const double pass_seconds = time_pass(pool, table, rounds);
+    spent += pass_seconds;
+    best = std::max(best, double(rounds) / pass_seconds);
+  }
+  return best * double(table.peak_operations) * pool.workers() / 1e9;
+}
+
+}  // namespace k2
