@@ -21,9 +21,10 @@ from tools.demo_model.export import from_tensors, tensors
 from tools.demo_model.induction import prime
 from tools.demo_model.model import Attention, Model, Shape, quantise, straight_through
 from tools.demo_model.parallel import Shared, Worker, lone_barrier
-from tools.demo_model.template import clean, render
+from tools.demo_model.template import Part, clean, render
 from tools.demo_model.tokenizer import Tokenizer, save_vocabulary, split_words, train_vocabulary
 from tools.demo_model.toolbox import toolbox
+from tools.demo_model.words import WORDS
 
 SMALL = Shape(
     hidden_size=64,
@@ -145,6 +146,17 @@ def test_digits_are_single_tokens_and_text_comes_back(tokenizer: Tokenizer) -> N
         assert tokenizer.decode(ids) == "".join(part.text for part in parts)
         digits = sum(ch.isdigit() for part in parts if not part.control for ch in part.text)
         assert sum(tokenizer.decode([i]).strip().isdigit() for i in ids) == digits
+
+
+def test_a_word_has_the_same_tokens_whatever_stands_before_it(tokenizer: Tokenizer) -> None:
+    def pieces(text: str) -> list[str]:
+        part = Part(text, trained=False, control=False)
+        return [tokenizer.decode([i]) for i in tokenizer.encode([part])[0]]
+
+    for word in Random(3).sample(WORDS, 300):
+        spaced = pieces(f"x {word}")[1:]
+        assert spaced in ([f" {word}"], [" ", *pieces(word)]), word
+        assert pieces(f'{{"x": "{word}')[-len(pieces(word)) :] == pieces(word), word
 
 
 def test_documents_in_a_row_do_not_see_each_other(tokenizer: Tokenizer) -> None:

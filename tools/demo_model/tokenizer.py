@@ -13,6 +13,7 @@ import tiktoken
 from .template import Part
 
 BASE, RESERVED = 1792, 256
+EDGED_SHARE = 5  # one token in so many is a word with the space or sign before it
 _HAN, _TAIL = r"[\p{Han}]+", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -33,28 +34,52 @@ KEPT = (11, 12, 13, 14, 15, 22, 23)  # offsets whose text survives skip_special_
 
 
 def train_vocabulary(pieces: Counter[bytes], size: int = BASE) -> list[bytes]:
-    """Merge the most frequent neighbours until the vocabulary is full; digits stay single tokens."""
-    words = [[bytes([b]) for b in piece] for piece in pieces]
-    counts = list(pieces.values())
+    """Choose the tokens: parts of words first, then frequent words with the space or sign before them.
+
+    A rare word has the same tokens behind a space, a quotation mark or nothing: what is copied from a question into an
+    answer or an argument is copied token by token. Digits stay single tokens.
+    """
+    cores: Counter[bytes] = Counter()
+    for piece, count in pieces.items():
+        cores[split_edge(piece)[1]] += count
+    words = list(cores)
+    split = [[bytes([b]) for b in word] for word in words]
     vocabulary = [bytes([b]) for b in range(256)]
+    vocabulary += merges(split, list(cores.values()), size - len(vocabulary) - size // EDGED_SHARE)
+    # Such a token must not be a part of another word, or that word would change with what stands before it.
+    first_parts = {parts[0] for parts in split if len(parts) > 1}
+    whole = {word for word, parts in zip(words, split, strict=True) if len(parts) == 1} - first_parts
+    edged = [(-n, piece) for piece, n in pieces.items() if split_edge(piece)[0] and split_edge(piece)[1] in whole]
+    return vocabulary + [piece for _, piece in sorted(edged)[: size - len(vocabulary)]]
+
+
+def split_edge(piece: bytes) -> tuple[bytes, bytes]:
+    """Take off the space or sign that the pattern leaves before a word."""
+    is_edge = len(piece) > 1 and piece[0] < 128 and not piece[:1].isalnum() and (piece[1:2].isalpha() or piece[1] > 127)
+    return (piece[:1], piece[1:]) if is_edge else (b"", piece)
+
+
+def merges(words: list[list[bytes]], counts: list[int], number: int) -> list[bytes]:
+    """Merge the most frequent neighbours in all words, in place, and return the new tokens in order."""
+    tokens: list[bytes] = []
     pairs: Counter[tuple[bytes, bytes]] = Counter()
     places: defaultdict[tuple[bytes, bytes], set[int]] = defaultdict(set)
     for i, word in enumerate(words):
         for pair in pairwise(word):
             pairs[pair] += counts[i]
             places[pair].add(i)
-    while len(vocabulary) < size:
+    while len(tokens) < number:
         best = max((p for p in pairs if not has_digit(p)), key=lambda p: (pairs[p], p))
-        vocabulary.append(best[0] + best[1])
+        tokens.append(best[0] + best[1])
         for i in places.pop(best):
             for pair in pairwise(words[i]):
                 pairs[pair] -= counts[i]
-            words[i] = merge(words[i], best)
+            words[i][:] = merge(words[i], best)
             for pair in pairwise(words[i]):
                 pairs[pair] += counts[i]
                 places[pair].add(i)
         del pairs[best]
-    return vocabulary
+    return tokens
 
 
 def has_digit(pair: tuple[bytes, bytes]) -> bool:

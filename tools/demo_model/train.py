@@ -36,7 +36,7 @@ class Schedule:
     copy_until: float
 
 
-SCRATCH = Schedule(3e-3, decay_from=0.45, long_from=0.6, int4_from=0.7, copy_share=0.25, copy_until=0.45)
+SCRATCH = Schedule(3e-3, decay_from=0.45, long_from=0.6, int4_from=0.7, copy_share=0.2, copy_until=0.4)
 CONTINUED = Schedule(2e-3, decay_from=0.2, long_from=0.6, int4_from=0.6, copy_share=0.2, copy_until=0.5)
 POLISHED = Schedule(5e-4, decay_from=0.1, long_from=0.25, int4_from=0.0, copy_share=0.05, copy_until=0.5)
 
