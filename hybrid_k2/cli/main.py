@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hybrid_k2 import __version__
+from hybrid_k2.cli.bench import app as bench
 from hybrid_k2.cli.chat.command import chat
 from hybrid_k2.cli.exits import BUG, FAILED, INTERRUPTED, say_bug, say_error, say_output_error
 from hybrid_k2.cli.log import show_log
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(chat)
+app.add_typer(bench, name="bench")
 
 
 def _say_version(wanted: bool) -> None:

@@ -157,6 +157,7 @@ class NativeRuntime(ExpertsRuntime):
 
     def __init__(self, isa: str, threads: int, numerics: str = "exact") -> None:
         self._runtime = _native.Runtime(isa, threads, numerics)
+        self.isa = isa
         self.name = f"native {isa}, {numerics} ({self._runtime.activations})"
 
     def make_layer(

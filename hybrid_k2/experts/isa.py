@@ -31,8 +31,12 @@ class IsaFact:
         return self.built and self.supported and numerics in self.numerics
 
 
-def choose_isa(facts: Sequence[IsaFact], forced: str | None, numerics: str = "exact") -> str:
+def choose_isa(
+    facts: Sequence[IsaFact], forced: str | None, numerics: str = "exact", *, forced_by: str = ENVIRONMENT
+) -> str:
     """Return the first instruction set that is built, supported and has these numerics, or the forced one.
+
+    `forced_by` names the variable or option in errors.
 
     Raises: IsaError if the forced one is unknown, not built, not supported or without these numerics; or none has them.
     """
@@ -44,18 +48,20 @@ def choose_isa(facts: Sequence[IsaFact], forced: str | None, numerics: str = "ex
     names = ", ".join(fact.name for fact in facts)
     fact = next((fact for fact in facts if fact.name == forced), None)
     if fact is None:
-        raise IsaError(f"{ENVIRONMENT}: expected one of {names}, got {forced}")
+        raise IsaError(f"{forced_by}: expected one of {names}, got {forced}")
     if not fact.built:
-        raise IsaError(f"{ENVIRONMENT}={forced}: expected kernels that this build contains, got none for it")
+        raise IsaError(f"{forced_by}={forced}: expected kernels that this build contains, got none for it")
     if not fact.supported:
         raise IsaError(
-            f"{ENVIRONMENT}={forced}: expected a CPU with {', '.join(fact.missing)}, got one without",
-            hint=f"unset {ENVIRONMENT} to let hybrid-k2 choose",
+            f"{forced_by}={forced}: expected a CPU with {', '.join(fact.missing)}, got one without",
+            hint=f"leave {forced_by} out to let hybrid-k2 choose",
         )
     if numerics not in fact.numerics:
         raise IsaError(
-            f"{ENVIRONMENT}={forced}: expected kernels for numerics {numerics}, got {' and '.join(fact.numerics)} only",
-            hint=f"unset {ENVIRONMENT}, or set it to {' or '.join(offering)}" if offering else "choose other numerics",
+            f"{forced_by}={forced}: expected kernels for numerics {numerics}, got {' and '.join(fact.numerics)} only",
+            hint=f"leave {forced_by} out, or set it to {' or '.join(offering)}"
+            if offering
+            else "choose other numerics",
         )
     return forced
 

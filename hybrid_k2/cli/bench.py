@@ -1,0 +1,93 @@
+"""The command `bench`: measurements of this machine, each beside its limit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from hybrid_k2.cli.exits import ends_cleanly
+from hybrid_k2.cli.terminal import Nowhere, Output
+
+MOST_TOKENS = 65536
+NUMERICS = ("exact", "fast", "bf16")
+
+app = typer.Typer(help="Measure this machine, each figure beside its limit.", no_args_is_help=True)
+
+
+@app.callback()
+def _bench() -> None:
+    """Measure this machine, each figure beside its limit."""
+
+
+@app.command()
+@ends_cleanly
+def experts(
+    hidden: Annotated[int, typer.Option(help="Width of the model, a multiple of 32.", min=32)] = 7168,
+    intermediate: Annotated[int, typer.Option(help="Width of an expert, a multiple of 32.", min=32)] = 2048,
+    experts: Annotated[int, typer.Option(help="Experts of the layer; K2.6 has 384 (9.5 GB).", min=1)] = 64,
+    top_k: Annotated[int, typer.Option(help="Experts of each token.", min=1)] = 8,
+    tokens: Annotated[str, typer.Option(metavar="N,N,…", help="Tokens of a batch.")] = "1,4,16,64",
+    threads: Annotated[int | None, typer.Option(help="Left out: one for each CPU at hand.", min=1)] = None,
+    numerics: Annotated[str, typer.Option(metavar="NAME,…", help="exact, fast, bf16.")] = "exact",
+    isa: Annotated[str | None, typer.Option(help="Instruction set (left out: the best).")] = None,
+    rounds: Annotated[int, typer.Option(help="Measurements of each case.", min=1)] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,
+) -> None:
+    """Time one MoE layer of random INT4 experts against the memory's bandwidth and the instructions' peak."""
+    counts = _positive_numbers(tokens, "--tokens")
+    names = _names(numerics)
+    for option, value in (("--hidden", hidden), ("--intermediate", intermediate)):
+        if value % 32:
+            raise typer.BadParameter(f"expected a multiple of 32, got {value}", param_hint=option)
+    if top_k > experts:
+        raise typer.BadParameter(
+            f"expected at most the {experts} experts of the layer, got {top_k}", param_hint="--top-k"
+        )
+
+    from hybrid_k2.bench.experts import measure_experts, memory_bytes
+    from hybrid_k2.errors import MemoryBudgetError
+    from hybrid_k2.experts import ExpertsShape
+    from hybrid_k2.placement import Machine
+    from hybrid_k2.placement.sizes import format_bytes
+
+    machine = Machine.probe()
+    shape = ExpertsShape(hidden, intermediate, experts, top_k)
+    needed = memory_bytes(shape, max(counts))
+    if needed > machine.host_available_bytes:
+        raise MemoryBudgetError(
+            f"bench experts: expected {format_bytes(needed)} of memory for {experts} experts and {max(counts)} tokens, "
+            f"got {format_bytes(machine.host_available_bytes)} available",
+            hint="ask for fewer --experts or --tokens",
+        )
+    notes = Output(Nowhere() if quiet else sys.stderr)
+    report = measure_experts(
+        shape,
+        counts,
+        names,
+        isa,
+        threads or machine.cores,
+        rounds=rounds,
+        progress=lambda text: notes.line(text, "dim"),
+    )
+    out = Output(sys.stdout)
+    out.line(json.dumps(report.to_json()) if as_json else report.table())
+
+
+def _positive_numbers(text: str, option: str) -> list[int]:
+    """Read `1,4,16`. Raises: typer.BadParameter."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) <= MOST_TOKENS for part in parts):
+        raise typer.BadParameter(f"expected numbers 1..{MOST_TOKENS} with commas, got {text!r}", param_hint=option)
+    return [int(part) for part in parts]
+
+
+def _names(text: str) -> list[str]:
+    """Read `exact,fast`. Raises: typer.BadParameter."""
+    names = [part.strip() for part in text.split(",")]
+    if unknown := [name for name in names if name not in NUMERICS]:
+        raise typer.BadParameter(f"expected {', '.join(NUMERICS)}, got {unknown[0]!r}", param_hint="--numerics")
+    return list(dict.fromkeys(names))

@@ -1,0 +1,78 @@
+"""`hybrid-k2 bench`: figures on stdout, one clear error for what cannot be measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+
+from hybrid_k2.experts import isa_facts
+from hybrid_k2.experts.cpu import NATIVE_ERROR
+from tests.cli.conftest import Done
+
+Call = Callable[..., Done]
+SMALL = (
+    "bench",
+    "experts",
+    "--hidden",
+    "64",
+    "--intermediate",
+    "32",
+    "--experts",
+    "4",
+    "--top-k",
+    "2",
+    "--rounds",
+    "1",
+)
+
+pytestmark = pytest.mark.skipif(NATIVE_ERROR is not None, reason=f"no native extension: {NATIVE_ERROR}")
+
+
+def test_one_json_object_on_stdout(call: Call) -> None:
+    numerics = [name for name in ("exact", "fast", "bf16") if any(fact.offers(name) for fact in isa_facts())]
+    done = call(*SMALL, "--tokens", "1,3", "--threads", "1", "--numerics", ",".join(numerics), "--json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert list(report["peak_gops"]) == numerics
+    assert [(r["numerics"], r["tokens"]) for r in report["results"]] == list(product(numerics, (1, 3)))
+    assert "round 1 of 1" in done.err
+
+
+def test_a_table_without_notes(call: Call) -> None:
+    done = call(*SMALL, "--tokens", "2", "--isa", "portable", "--quiet")
+    assert done.code == 0, done.err
+    assert done.err == ""
+    assert "of the floor" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--hidden", "65"), "multiple of 32"),
+        (("--tokens", "1,x"), "1,x"),
+        (("--tokens", "0"), "1..65536"),
+        (("--numerics", "exakt"), "exakt"),
+        (("--top-k", "5"), "at most the 4 experts"),
+        (("--threads", "0"), "equal to 1"),
+    ],
+)
+def test_wrong_usage(call: Call, arguments: tuple[str, ...], expected: str) -> None:
+    done = call(*SMALL, *arguments)
+    assert done.code == 2
+    assert expected in done.err
+    assert done.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(("--experts", "40000000"), "available"), (("--isa", "sse9"), "sse9")],
+)
+def test_what_the_machine_cannot_do(call: Call, arguments: tuple[str, ...], expected: str) -> None:
+    done = call(*SMALL, *arguments)
+    assert done.code == 1, done.err
+    assert done.err.count("error: ") == 1
+    assert expected in done.err
+    assert "Traceback" not in done.err
