@@ -27,7 +27,7 @@ check: $(VENV)/.installed-test $(VENV)/.installed-check
 	$(VENV)/bin/python -m pytest tests/test_layers.py
 
 bench: $(VENV)/.installed
-	$(VENV)/bin/python bench/experts.py
+	$(VENV)/bin/hybrid-k2 bench experts
 
 install: $(VENV)/.installed
 
