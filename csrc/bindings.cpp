@@ -9,6 +9,7 @@
 #include "core/error.h"
 #include "cpu/affinity.h"
 #include "cpu/features.h"
+#include "io/expert_reader.h"
 #include "kernels/kernel_list.h"
 #include "moe/peak_probe.h"
 #include "moe/read_probe.h"
@@ -121,6 +122,17 @@ class PyLayer {
     const PackedMatrix d = packed_matrix("down", down, down_scale, s.hidden, s.intermediate);
     const py::gil_scoped_release nogil;
     layer->experts().pack(expert, g, u, d);
+  }
+
+  // The expert from the files of a checkpoint, each tensor as (name, path, fd, offset, bytes).
+  using Tensor = std::tuple<std::string, std::string, int, int64_t, int64_t>;
+  void load_stored(int expert, const std::array<Tensor, 6>& tensors, ReadMode mode) {
+    auto tensor = [&](int i) { return std::make_from_tuple<StoredTensor>(tensors[i]); };
+    const StoredExpert stored{
+        {tensor(0), tensor(1)}, {tensor(2), tensor(3)}, {tensor(4), tensor(5)}};
+    const std::shared_ptr<Layer> layer = open();
+    const py::gil_scoped_release nogil;
+    k2::read_expert(stored, mode, layer->experts(), expert);
   }
 
   // (gate, gate_scale, up, up_scale, down, down_scale) as they were loaded.
@@ -262,6 +274,11 @@ PYBIND11_MODULE(_native, m) {
       py::arg("leaf1_ecx"), py::arg("leaf7_ebx"), py::arg("leaf7_ecx"), py::arg("leaf7_edx"), py::arg("leaf7_1_eax"),
       py::arg("xcr0"));
 
+  py::enum_<ReadMode>(m, "ReadMode")
+      .value("auto", ReadMode::kAuto)
+      .value("buffered", ReadMode::kBuffered)
+      .value("direct", ReadMode::kDirect);
+
   py::class_<Runtime, std::shared_ptr<Runtime>>(m, "Runtime")
       .def(py::init([](const std::string& isa, int threads, const std::string& numerics) {
              return std::make_shared<Runtime>(isa, find_numerics(numerics), threads);
@@ -285,6 +302,8 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("nbytes", &PyLayer::bytes)
       .def("load_expert", &PyLayer::load_expert, py::arg("expert"), py::arg("gate"), py::arg("gate_scale"),
            py::arg("up"), py::arg("up_scale"), py::arg("down"), py::arg("down_scale"))
+      .def("load_stored", &PyLayer::load_stored, py::arg("expert"), py::arg("tensors"),
+           py::arg("mode") = ReadMode::kAuto)
       .def("read_expert", &PyLayer::read_expert, py::arg("expert"))
       .def("checksum", &PyLayer::checksum, py::arg("expert"))
       .def("memory_checksum", &PyLayer::memory_checksum, py::arg("expert"))

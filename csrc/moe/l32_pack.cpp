@@ -28,9 +28,10 @@ constexpr int16_t kScaleLimit = kScaleExponentLimit << 7;  // the smallest magni
 #define K2_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a){__VA_ARGS__})
 #endif
 
-template <class Vector>
-Vector load(const void* from) {
-  Vector v;
+// From any address: what is read from a file need not be aligned.
+template <class Value>
+Value load(const void* from) {
+  Value v;
   std::memcpy(&v, from, sizeof(v));
   return v;
 }
@@ -160,11 +161,12 @@ std::string describe_scale(uint16_t bits) {
   const int groups = rows.half[0]->inputs / kGroup;
   for (int g = first_group; g < groups; ++g) {
     for (int row = 0; row < kRowBlock; ++row) {
-      const uint16_t bits = rows.scales(row)[g];
+      const uint16_t bits = load<uint16_t>(rows.scales(row) + g);
       if ((bits & kMagnitude) < kScaleLimit) continue;
       const PackedMatrix& matrix = rows.matrix(row);
+      const std::string place = matrix.file ? text(" (in ", matrix.file, ")") : "";
       throw WeightError(text(matrix.name, ": scale of row ", matrix.first_row + rows.matrix_row(row), ", group ", g,
-                             ": expected a finite number below 256 in magnitude, got ", describe_scale(bits)));
+                             ": expected a finite number below 256 in magnitude, got ", describe_scale(bits), place));
     }
   }
   throw WeightError("scales: expected the same numbers when read twice, got others");

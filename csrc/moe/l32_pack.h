@@ -10,8 +10,9 @@ struct PackedMatrix {
   const uint16_t* scales;  // [rows, inputs / 32] bf16
   int rows;
   int inputs;
-  int first_row = 0;  // the place of these rows in the whole matrix
-  const char* name = "weights";
+  int first_row = 0;               // the place of these rows in the whole matrix
+  const char* name = "weights";    // for messages
+  const char* file = nullptr;      // the same; may be unknown
 };
 
 struct MutablePackedMatrix {

@@ -20,7 +20,7 @@ struct Matrix {
   Matrix(Random& random, const char* name, int rows, int inputs)
       : name(name), rows(rows), inputs(inputs), words(size_t(rows) * inputs / 8), scales(size_t(rows) * inputs / 32) {
     for (uint32_t& word : words) word = uint32_t(random());
-    for (uint16_t& scale : scales) scale = uint16_t(random() % 0x4380 | random() % 2 << 15);
+    for (uint16_t& scale : scales) scale = uint16_t(random() % 0x4380 | (random() % 2) << 15);
   }
   PackedMatrix from(int first, int count) const {
     return {.words = words.data() + int64_t(first) * inputs / 8,

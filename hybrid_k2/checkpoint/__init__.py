@@ -11,6 +11,7 @@ from hybrid_k2.checkpoint.int4 import (
 from hybrid_k2.checkpoint.reader import Checkpoint
 from hybrid_k2.checkpoint.resolve import resolve_checkpoint
 from hybrid_k2.checkpoint.shard import TensorInfo
+from hybrid_k2.checkpoint.stored import StoredExpert
 from hybrid_k2.checkpoint.tensors import (
     ExpertWeights,
     TensorSpec,
@@ -26,6 +27,7 @@ __all__ = [
     "Checkpoint",
     "ExpertWeights",
     "PackedWeight",
+    "StoredExpert",
     "TensorInfo",
     "TensorSpec",
     "check_checkpoint",

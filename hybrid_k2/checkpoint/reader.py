@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType, TracebackType
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from hybrid_k2.checkpoint.int4 import GROUP, VALUES_PER_WORD, PackedWeight
-from hybrid_k2.checkpoint.shard import TensorInfo, read_shard_header
+from hybrid_k2.checkpoint.opened import OpenedFile
+from hybrid_k2.checkpoint.shard import ITEM_BYTES, TensorInfo, read_shard_header
 from hybrid_k2.errors import CheckpointError, shown
 from hybrid_k2.files import parse_json_object, read_file
 
@@ -40,7 +38,7 @@ class Checkpoint:
     run beside a read.
     """
 
-    def __init__(self, folder: Path, infos: Mapping[str, TensorInfo], files: Mapping[Path, BinaryIO]) -> None:
+    def __init__(self, folder: Path, infos: Mapping[str, TensorInfo], files: Mapping[Path, OpenedFile]) -> None:
         self.folder = folder
         self.infos: Mapping[str, TensorInfo] = MappingProxyType(dict(infos))
         self.total_bytes = sum(info.nbytes for info in infos.values())  # of all tensors, vision included
@@ -55,12 +53,13 @@ class Checkpoint:
         folder = Path(folder)
         weight_map = _weight_map(folder)
         with ExitStack() as opened:
-            files: dict[Path, BinaryIO] = {}
+            files: dict[Path, OpenedFile] = {}
             headers: dict[str, dict[str, TensorInfo]] = {}
             for name in dict.fromkeys(weight_map.values()) if weight_map is not None else [SINGLE_NAME]:
-                file = opened.enter_context(_open_file(folder, name))
-                files[folder / name] = file
-                headers[name] = _read_header(folder / name, file)
+                file = OpenedFile.open(folder / name, INDEX_NAME)
+                opened.callback(file.close)
+                files[file.path] = file
+                headers[name] = _read_header(file)
             infos = headers[SINGLE_NAME] if weight_map is None else _indexed(folder, weight_map, headers)
             opened.pop_all()
         return cls(folder, infos, files)
@@ -79,20 +78,14 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """Read one tensor into fresh memory. Raises: CheckpointError naming tensor and file."""
         info = self.info(name)
-        file = self._files.get(info.file)
-        if file is None:
-            raise CheckpointError(f"{name}: expected an open checkpoint, got a closed one (in {info.file})")
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        try:
-            done = _pread_into(file.fileno(), buffer.numpy().data, info.offset)
-        except OSError as error:
-            raise CheckpointError(f"{name}: cannot be read: {error.strerror} (in {info.file})") from error
-        if done != info.nbytes:
-            raise CheckpointError(f"{name}: expected {info.nbytes} bytes, got {done} (in {info.file})")
+        file = self.file_of(info)
+        file.read_into(buffer.numpy().data, info.offset, name)
+        file.check_unchanged(name)
         return buffer.view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
 
-    def read_packed(self, prefix: str) -> PackedWeight:
-        """Read an INT4 matrix, `prefix` being its name without `.weight_packed`.
+    def packed_infos(self, prefix: str) -> tuple[TensorInfo, TensorInfo]:
+        """Locate the words and scales of an INT4 matrix, `prefix` being its name without `.weight_packed`.
 
         Raises: CheckpointError if words, scales and the stored `weight_shape` do not belong together.
         """
@@ -102,10 +95,21 @@ class Checkpoint:
                 f"{packed.name}: expected I32 [out, in/8], got {packed.dtype} {list(packed.shape)} "
                 f"(in {packed.file.name})"
             )
-        _expect(scale, "shape", (packed.shape[0], packed.shape[1] * VALUES_PER_WORD // GROUP), scale.shape)
-        weight = PackedWeight(self.read(packed.name), self.read(scale.name))
-        _expect(stored, "value", weight.shape, tuple(self.read(stored.name).flatten().tolist()))
-        return weight
+        rows, inputs = packed.shape[0], packed.shape[1] * VALUES_PER_WORD
+        _expect(scale, "shape", (rows, inputs // GROUP), scale.shape)
+        _expect(stored, "value", (rows, inputs), self._read_integers(stored))
+        return packed, scale
+
+    def read_packed(self, prefix: str) -> PackedWeight:
+        """Read an INT4 matrix. Raises: as `packed_infos`."""
+        packed, scale = self.packed_infos(prefix)
+        return PackedWeight(self.read(packed.name), self.read(scale.name))
+
+    def _read_integers(self, info: TensorInfo) -> tuple[int, ...]:
+        """Read a small tensor of integers; without torch, because a checkpoint has 70,000 of them."""
+        buffer, size = bytearray(info.nbytes), ITEM_BYTES[info.dtype]
+        self.file_of(info).read_into(memoryview(buffer), info.offset, info.name)
+        return tuple(int.from_bytes(buffer[i : i + size], "little", signed=True) for i in range(0, info.nbytes, size))
 
     def read_linear(self, prefix: str) -> Tensor:
         """Read a matrix [out, in]: `prefix.weight` as it is, or `prefix.weight_packed` dequantised to FP32.
@@ -116,6 +120,10 @@ class Checkpoint:
             return self.read_packed(prefix).dequantize()
         return self.read(f"{prefix}.weight")
 
+    def file_of(self, info: TensorInfo) -> OpenedFile:
+        """Return the file that holds a tensor."""
+        return self._files[info.file]
+
     def linear_bytes(self, prefix: str) -> int:
         """Return the bytes that one matrix takes on disk, in whichever form it is stored."""
         return sum(self.infos[name].nbytes for part in LINEAR_PARTS if (name := f"{prefix}.{part}") in self.infos)
@@ -124,7 +132,6 @@ class Checkpoint:
         """Close the files; later reads fail."""
         for file in self._files.values():
             file.close()
-        self._files.clear()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -179,26 +186,11 @@ def _no_weights(folder: Path, names: set[str]) -> CheckpointError:
     return CheckpointError(f"{folder}: expected {INDEX_NAME} or {SINGLE_NAME}, got {found}", hint=hint)
 
 
-def _open_file(folder: Path, name: str) -> BinaryIO:
-    path = folder / name
+def _read_header(file: OpenedFile) -> dict[str, TensorInfo]:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path}: expected a file, got something else of that name")
-        return open(path, "rb", buffering=0)
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: expected the file that {INDEX_NAME} names, got none",
-            hint="the download is incomplete: fetch the missing file",
-        ) from None
+        return read_shard_header(file.path, file.file, file.identity.nbytes)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
-
-
-def _read_header(path: Path, file: BinaryIO) -> dict[str, TensorInfo]:
-    try:
-        return read_shard_header(path, file, os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{file.path}: cannot be read: {error.strerror}") from error
 
 
 def _indexed(
@@ -213,17 +205,6 @@ def _indexed(
             )
         infos[tensor] = info
     return infos
-
-
-def _pread_into(fd: int, memory: memoryview, offset: int) -> int:
-    """Fill `memory` from the file, in as many reads as it takes; return the bytes read, fewer only at its end."""
-    done = 0
-    while done < len(memory):
-        count = os.preadv(fd, [memory[done:]], offset + done)
-        if count == 0:
-            break
-        done += count
-    return done
 
 
 def _expect(info: TensorInfo, what: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybrid_k2.checkpoint import ExpertWeights
+from hybrid_k2.checkpoint import ExpertWeights, StoredExpert
 from hybrid_k2.errors import EngineError
 
 SLOTS = 2
@@ -92,6 +92,13 @@ class ExpertsBackend(ABC):
 
         Raises: ValueError for shapes that do not fit, or for a form of weights that the backend does not compute.
         """
+
+    def load_stored(self, expert: int, stored: StoredExpert) -> None:
+        """Take over one expert from an open checkpoint, as `load_expert`; without a copy in between where it can.
+
+        Raises: CheckpointError naming tensor and file; as `load_expert`.
+        """
+        self.load_expert(expert, stored.read())
 
     @abstractmethod
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

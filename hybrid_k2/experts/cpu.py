@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hybrid_k2.checkpoint import ExpertWeights, PackedWeight
+from hybrid_k2.checkpoint import ExpertWeights, PackedWeight, StoredExpert
 from hybrid_k2.errors import EngineError
 from hybrid_k2.experts.base import ExpertsBackend, ExpertsRuntime, ExpertsShape, check_slot
 from hybrid_k2.experts.isa import IsaFact
@@ -83,6 +83,14 @@ class NativeExperts(ExpertsBackend):
                 raise ValueError(f"expert {expert}, {name}: expected INT4 weights, got plain {weight.dtype}")
             arrays += [_array(weight.packed), _array(weight.scale)]
         self._layer.load_expert(expert, *arrays)
+
+    def load_stored(self, expert: int, stored: StoredExpert) -> None:
+        """See ExpertsBackend; reads and packs a few rows at a time on the calling thread, without the interpreter."""
+        files = {info: stored.checkpoint.file_of(info) for info in stored.packed_infos()}
+        tensors = [(i.name, str(i.file), file.fileno(i.name), i.offset, i.nbytes) for i, file in files.items()]
+        self._layer.load_stored(expert, tensors)
+        for file, info in {file: info for info, file in files.items()}.items():  # each file once
+            file.check_unchanged(info.name)
 
     def read_expert(self, expert: int) -> ExpertWeights:
         """Return one expert's weights in the checkpoint's form, bit for bit as they were loaded.

@@ -7,13 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from hybrid_k2.checkpoint import Checkpoint, ExpertWeights, PackedWeight, expert_prefix, read_expert
+from hybrid_k2.checkpoint import Checkpoint, ExpertWeights, PackedWeight, StoredExpert
 from hybrid_k2.config import ModelConfig
-from hybrid_k2.errors import CheckpointError
 from hybrid_k2.experts import ExpertsBackend
 from hybrid_k2.model.devices import torch_dtype
 
-MAX_READERS = 8  # threads that read and repack experts
+MAX_READERS = 16  # threads that read and repack experts; each keeps up to 9 MB of scratch memory
 INT4 = "int4"  # the plan's name for experts that stay as they are stored
 
 
@@ -34,25 +33,17 @@ def load_experts(
     """
 
     def load(expert: int) -> int:
-        weights = read_expert(checkpoint, config, layer, expert)
-        prefix = expert_prefix(config, layer, expert)
-        try:
-            backend.load_expert(expert, weights if dtype == INT4 else _plain_as(weights, torch_dtype(dtype)))
-        except CheckpointError as error:  # the backend knows neither names nor files
-            place = _files(checkpoint, prefix)
-            raise CheckpointError(f"{prefix}: {error.message} (in {place})", hint=error.hint) from None
-        return sum(checkpoint.linear_bytes(f"{prefix}.{part}_proj") for part in ("gate", "up", "down"))
+        stored = StoredExpert(checkpoint, config, layer, expert)
+        if dtype == INT4:
+            backend.load_stored(expert, stored)
+        else:
+            backend.load_expert(expert, _plain_as(stored.read(), torch_dtype(dtype)))
+        return stored.nbytes
 
     with ThreadPoolExecutor(min(threads, MAX_READERS), "load-experts") as readers:
         # When one fails or the user interrupts, map cancels those that have not begun.
         for nbytes in readers.map(load, range(config.n_routed_experts)):
             count(nbytes)
-
-
-def _files(checkpoint: Checkpoint, prefix: str) -> str:
-    """Name the files that hold parts of one expert."""
-    infos = checkpoint.infos
-    return ", ".join(sorted({info.file.name for name, info in infos.items() if name.startswith(f"{prefix}.")}))
 
 
 def _plain_as(weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
