@@ -33,7 +33,8 @@ def load_text_model(
 ) -> TextModel:
     """Load the text model as the plan says; `progress` is called in the caller's thread after each tensor or expert.
 
-    Beyond what the plan counts, memory holds one dense tensor as it is stored, and one expert per reading thread.
+    Beyond what the plan counts, memory holds one dense tensor as it is stored, and per reading thread 9 MB, or one
+    expert where the native kernels are missing.
     Effects: torch's thread count becomes the plan's. What was loaded is released if loading fails or is interrupted.
     Raises: CheckpointError before anything large is read, or if a file changes meanwhile; HardwareError for a device
     that is not there or is full.
