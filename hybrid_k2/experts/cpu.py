@@ -5,7 +5,7 @@ Weights are brought into layout L32 while they are loaded, into one allocation p
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from hybrid_k2.checkpoint import ExpertWeights, PackedWeight, StoredExpert
 from hybrid_k2.errors import EngineError
 from hybrid_k2.experts.base import ExpertsBackend, ExpertsRuntime, ExpertsShape, check_slot
 from hybrid_k2.experts.isa import IsaFact
+
+ReadMode = Literal["auto", "buffered", "direct"]
 
 
 def _import_native() -> tuple[Any, str | None]:
@@ -84,11 +86,14 @@ class NativeExperts(ExpertsBackend):
             arrays += [_array(weight.packed), _array(weight.scale)]
         self._layer.load_expert(expert, *arrays)
 
-    def load_stored(self, expert: int, stored: StoredExpert) -> None:
-        """See ExpertsBackend; reads and packs a few rows at a time on the calling thread, without the interpreter."""
+    def load_stored(self, expert: int, stored: StoredExpert, *, mode: ReadMode = "auto") -> None:
+        """See ExpertsBackend; reads and packs a few rows at a time on the calling thread, without the interpreter.
+
+        `mode`: what the page cache holds from there and the rest past it, or all of it one way, to compare them.
+        """
         files = {info: stored.checkpoint.file_of(info) for info in stored.packed_infos()}
         tensors = [(i.name, str(i.file), file.fileno(i.name), i.offset, i.nbytes) for i, file in files.items()]
-        self._layer.load_stored(expert, tensors)
+        self._layer.load_stored(expert, tensors, getattr(_native.ReadMode, mode))
         for file, info in {file: info for info, file in files.items()}.items():  # each file once
             file.check_unchanged(info.name)
 
