@@ -22,9 +22,10 @@ from hybrid_k2.config import INT4_GROUP
 from hybrid_k2.errors import IsaError
 from hybrid_k2.experts import ExpertsBackend, ExpertsShape
 from hybrid_k2.experts.base import distinct_experts
-from hybrid_k2.experts.cpu import NATIVE_ERROR, NativeRuntime, native_isas
+from hybrid_k2.experts.cpu import NativeRuntime, native_isas
 from hybrid_k2.experts.isa import choose_isa, forced_isa
 from hybrid_k2.experts.reference import expert_ffn
+from hybrid_k2.native import NATIVE_ERROR
 
 # Experts share the values of this many: new random numbers take longer than the packing. In memory each has its own.
 DISTINCT_WEIGHTS = 4

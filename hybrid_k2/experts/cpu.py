@@ -1,4 +1,4 @@
-"""The experts on the native kernels; the only module that imports `hybrid_k2._native`.
+"""The experts on the native kernels.
 
 Weights are brought into layout L32 while they are loaded, into one allocation per layer. See docs/kernels.md.
 """
@@ -16,19 +16,9 @@ from hybrid_k2.checkpoint import ExpertWeights, PackedWeight, StoredExpert
 from hybrid_k2.errors import EngineError
 from hybrid_k2.experts.base import ExpertsBackend, ExpertsRuntime, ExpertsShape, check_slot
 from hybrid_k2.experts.isa import IsaFact
+from hybrid_k2.native import native as _native
 
 ReadMode = Literal["auto", "buffered", "direct"]
-
-
-def _import_native() -> tuple[Any, str | None]:
-    try:
-        from hybrid_k2 import _native
-    except ImportError as error:
-        return None, str(error)
-    return _native, None
-
-
-_native, NATIVE_ERROR = _import_native()
 
 
 def native_isas() -> list[IsaFact]:

@@ -31,7 +31,8 @@ def open_experts(numerics: str, threads: int, *, packed: bool = True) -> Experts
 
         return ReferenceRuntime()
 
-    from hybrid_k2.experts.cpu import NATIVE_ERROR, NativeRuntime, native_isas
+    from hybrid_k2.experts.cpu import NativeRuntime, native_isas
+    from hybrid_k2.native import NATIVE_ERROR
 
     if facts := native_isas():
         return NativeRuntime(choose_isa(facts, forced_isa(), numerics), threads, numerics)

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from hybrid_k2.experts import isa_facts
-from hybrid_k2.experts.cpu import NATIVE_ERROR
+from hybrid_k2.native import NATIVE_ERROR
 from tests.cli.conftest import Done
 
 Call = Callable[..., Done]

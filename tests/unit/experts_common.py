@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hybrid_k2.checkpoint import ExpertWeights, PackedWeight
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, isa_facts
-from hybrid_k2.experts.cpu import NATIVE_ERROR, NativeExperts, NativeRuntime
+from hybrid_k2.experts.cpu import NativeExperts, NativeRuntime
 from hybrid_k2.experts.reference import ReferenceExperts, ReferenceRuntime
+from hybrid_k2.native import NATIVE_ERROR
 
 
 def random_weight(rows: int, columns: int) -> PackedWeight:

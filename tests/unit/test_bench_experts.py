@@ -10,7 +10,8 @@ import torch
 from hybrid_k2.bench import experts as bench
 from hybrid_k2.bench.experts import BYTES_PER_32_WEIGHTS, measure_experts, memory_bytes
 from hybrid_k2.experts import ExpertsShape
-from hybrid_k2.experts.cpu import NATIVE_ERROR, NativeExperts
+from hybrid_k2.experts.cpu import NativeExperts
+from hybrid_k2.native import NATIVE_ERROR
 from tests.unit.experts_common import usable_isas
 
 pytestmark = pytest.mark.skipif(NATIVE_ERROR is not None, reason=f"no native extension: {NATIVE_ERROR}")

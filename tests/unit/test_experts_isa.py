@@ -116,7 +116,7 @@ def test_without_the_extension_numba_computes_and_one_warning_says_so(
 ) -> None:
     monkeypatch.delenv("HYBRID_K2_ISA", raising=False)
     monkeypatch.setattr(cpu, "native_isas", list)
-    monkeypatch.setattr(cpu, "NATIVE_ERROR", "no module named that")
+    monkeypatch.setattr("hybrid_k2.native.NATIVE_ERROR", "no module named that")
     monkeypatch.setattr(open_module, "_warned", False)
     assert isa_facts() == []
     with caplog.at_level(logging.WARNING, logger="hybrid_k2"):

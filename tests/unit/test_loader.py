@@ -15,12 +15,12 @@ import torch
 from hybrid_k2.checkpoint import Checkpoint, expected_tensors
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import CheckpointError
-from hybrid_k2.experts.cpu import NATIVE_ERROR
 from hybrid_k2.experts.open import open_experts
 from hybrid_k2.model import loader
 from hybrid_k2.model.layers import SwiGlu
 from hybrid_k2.model.loader import load_text_model
 from hybrid_k2.model.moe import Moe
+from hybrid_k2.native import NATIVE_ERROR
 from hybrid_k2.placement import parse_rules
 from tests.generators import read_tensors, write_checkpoint, write_tensors
 from tests.models import loaded, make_test_plan
