@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 LINE_EVERY_S = 10.0  # where there is no bar
+LEAST_S = 0.1  # a speed over less time says nothing
 
 
 def load_engine(model: str, rules: str | None, notes: Output) -> Engine:
@@ -25,12 +26,45 @@ def load_engine(model: str, rules: str | None, notes: Output) -> Engine:
     """
     from hybrid_k2.engine import Engine
 
-    started = time.perf_counter()
-    with show_progress(notes) as progress:
+    started, speed = time.perf_counter(), Speed()
+    with show_progress(notes, speed) as progress:
         engine = Engine.load(model, rules, on_plan=lambda plan: say_plan(plan, notes), progress=progress)
     seconds = time.perf_counter() - started
-    notes.line(f"ready after {seconds:.1f} s; experts: {engine.experts_name}", "dim")
+    notes.line(f"ready after {seconds:.1f} s; {speed.summary()}; experts: {engine.experts_name}", "dim")
     return engine
+
+
+class Speed:
+    """Follow the bytes that are read, from the first report on: what comes before is not reading."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self._first = self._marked = (0.0, 0)  # time, bytes
+        self._last = 0.0
+
+    def report(self, done: int) -> None:
+        """Take note that `done` bytes are read by now."""
+        self._last = time.monotonic()
+        if self.done == 0:
+            self._first = self._marked = (self._last, done)
+        self.done = done
+
+    def since_mark(self) -> tuple[float, float]:
+        """Return the seconds since `mark`, or since the first report, and the bytes per second meanwhile."""
+        return self._since(self._marked)
+
+    def mark(self) -> None:
+        """Let `since_mark` count from here."""
+        self._marked = (self._last, self.done)
+
+    def summary(self) -> str:
+        """Say what was read, and how fast where there was time to tell."""
+        seconds, speed = self._since(self._first)
+        return f"read {format_bytes(self.done)}" + (f" at {format_bytes(int(speed))}/s" if seconds >= LEAST_S else "")
+
+    def _since(self, then: tuple[float, int]) -> tuple[float, float]:
+        seconds = self._last - then[0]
+        return seconds, (self.done - then[1]) / seconds if seconds > 0 else 0.0
 
 
 def say_plan(plan: Plan, notes: Output) -> None:
@@ -58,10 +92,10 @@ def kernels(plan: Plan) -> str:
 
 
 @contextmanager
-def show_progress(notes: Output) -> Iterator[Progress]:
+def show_progress(notes: Output, speed: Speed) -> Iterator[Progress]:
     """Show the bytes that were read: a bar with the speed on a terminal with styles, elsewhere a line now and then."""
     if not notes.styled:
-        yield _lines(notes)
+        yield _lines(notes, speed)
         return
     from rich import progress
 
@@ -77,6 +111,7 @@ def show_progress(notes: Output) -> Iterator[Progress]:
     task = bar.add_task("loading", total=None)
 
     def report(done: int, total: int) -> None:
+        speed.report(done)
         bar.start()  # not earlier: the plan is printed first
         bar.update(task, completed=done, total=total)
 
@@ -86,15 +121,14 @@ def show_progress(notes: Output) -> Iterator[Progress]:
         bar.stop()
 
 
-def _lines(notes: Output) -> Progress:
-    started = said = time.monotonic()
-
+def _lines(notes: Output, speed: Speed) -> Progress:
     def report(done: int, total: int) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said >= LINE_EVERY_S:
-            said = now
-            speed = format_bytes(int(done / (now - started)))
-            notes.line(f"loading: {100 * done // max(total, 1)} % of {format_bytes(total)}, {speed}/s")
+        speed.report(done)
+        seconds, rate = speed.since_mark()
+        if seconds >= LINE_EVERY_S:
+            speed.mark()
+            notes.line(
+                f"loading: {100 * done // max(total, 1)} % of {format_bytes(total)}, {format_bytes(int(rate))}/s"
+            )
 
     return report

@@ -16,20 +16,31 @@ def test_a_file_gets_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -
     seconds = itertools.count(0, 4)  # the clock goes on by four seconds between two reports
     monkeypatch.setattr(loading.time, "monotonic", lambda: float(next(seconds)))
     file = io.StringIO()
-    with loading.show_progress(Output(file)) as report:
-        for done in range(1, 8):
-            report(done << 30, 8 << 30)
+    speed = loading.Speed()
+    with loading.show_progress(Output(file), speed) as report:
+        for done in (1, 2, 3, 4, 4, 5, 5.5):
+            report(int(done * 2**30), 8 << 30)
     assert file.getvalue().splitlines() == [
-        "loading: 37 % of 8.00 GiB, 256.00 MiB/s",
-        "loading: 75 % of 8.00 GiB, 256.00 MiB/s",
+        "loading: 50 % of 8.00 GiB, 256.00 MiB/s",
+        "loading: 68 % of 8.00 GiB, 128.00 MiB/s",  # since the line before
     ]
+    assert speed.summary() == "read 5.50 GiB at 192.00 MiB/s"
+
+
+def test_a_load_of_no_time_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading.time, "monotonic", lambda: 5.0)
+    speed = loading.Speed()
+    assert speed.summary() == "read 0 B"
+    speed.report(3 << 20)
+    speed.report(4 << 20)
+    assert speed.summary() == "read 4.00 MiB"
 
 
 def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     screen = Screen()
-    with loading.show_progress(Output(screen)) as report:
+    with loading.show_progress(Output(screen), loading.Speed()) as report:
         assert screen.getvalue() == "", "the plan is printed before the bar appears"
         report(1 << 30, 4 << 30)
     assert "1.0/4.0 GiB" in screen.getvalue()
