@@ -1,6 +1,6 @@
 // The Python module: convert, check, release the GIL, call. Arrays are checked against the layer's sizes here, once.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
 #include <chrono>
@@ -15,17 +15,13 @@
 #include "moe/read_probe.h"
 #include "moe/runtime.h"
 
-namespace py = pybind11;
-
 namespace k2 {
 namespace {
 
 // How often a waiting call looks whether the user pressed Ctrl-C.
 constexpr std::chrono::milliseconds kSignalCheck{50};
-constexpr int64_t kMaxBatch = 1 << 20;  // tokens of one call
 
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
+}  // namespace
 
 std::string shape_text(const py::array& array) {
   std::string out = "[";
@@ -33,22 +29,32 @@ std::string shape_text(const py::array& array) {
   return out + "]";
 }
 
-// A C-contiguous 2-d array of exactly this element type.
-template <class T>
-const T* matrix(const char* name, const py::array& array, int64_t rows, int64_t columns) {
-  const bool fits = array.ndim() == 2 && array.shape(0) == rows && array.shape(1) == columns;
-  check_argument(fits, name, text("shape [", rows, ", ", columns, "]"), shape_text(array));
-  check_argument(py::isinstance<Array<T>>(array), name, text("contiguous ", std::string(py::str(py::dtype::of<T>()))),
-                 std::string(py::str(array.dtype())));
-  return static_cast<const T*>(array.data());
+bool finish(ThreadPool& pool, Job& job, Deadline deadline) {
+  for (;;) {
+    bool done = false;
+    {
+      const py::gil_scoped_release nogil;
+      const Clock::time_point slice = Clock::now() + kSignalCheck;
+      done = pool.wait(job, deadline ? std::min(*deadline, slice) : slice);
+    }
+    if (done) break;
+    if (PyErr_CheckSignals() != 0) {
+      job.cancel();
+      {
+        const py::gil_scoped_release nogil;
+        pool.finish(job);
+      }
+      throw py::error_already_set();
+    }
+    if (deadline && Clock::now() >= *deadline) return false;
+  }
+  job.rethrow();
+  return true;
 }
 
-template <class T>
-T* mutable_matrix(const char* name, const py::array& array, int64_t rows, int64_t columns) {
-  matrix<T>(name, array, rows, columns);
-  check_argument(array.writeable(), name, "a writable array", "a read-only one");
-  return static_cast<T*>(const_cast<void*>(array.data()));
-}
+namespace {
+
+constexpr int64_t kMaxBatch = 1 << 20;  // tokens of one call
 
 // int32 words [rows, inputs / 8] and bf16 scales as uint16 [rows, inputs / 32].
 PackedMatrix packed_matrix(const char* name, const py::array& words, const py::array& scales, int rows, int inputs) {
@@ -73,31 +79,6 @@ MoeInput moe_input(const LayerShape& shape, const py::array& hidden, const py::a
 std::shared_ptr<MoeJob> start(Layer& layer, const MoeInput& input) {
   const py::gil_scoped_release nogil;
   return layer.start(input);
-}
-
-// Waits with the GIL released; false if the deadline passes first. After Ctrl-C the job is cancelled and the Python
-// exception is thrown.
-bool finish(ThreadPool& pool, MoeJob& job, Deadline deadline) {
-  for (;;) {
-    bool done = false;
-    {
-      const py::gil_scoped_release nogil;
-      const Clock::time_point slice = Clock::now() + kSignalCheck;
-      done = pool.wait(job, deadline ? std::min(*deadline, slice) : slice);
-    }
-    if (done) break;
-    if (PyErr_CheckSignals() != 0) {
-      job.cancel();
-      {
-        const py::gil_scoped_release nogil;
-        pool.finish(job);
-      }
-      throw py::error_already_set();
-    }
-    if (deadline && Clock::now() >= *deadline) return false;
-  }
-  job.rethrow();
-  return true;
 }
 
 void copy_output(const MoeJob& job, float* out) {
@@ -260,7 +241,7 @@ void translate(std::exception_ptr error) {
 
 PYBIND11_MODULE(_native, m) {
   using namespace k2;
-  m.doc() = "INT4 experts on the CPU; see hybrid_k2/experts/cpu.py, the only importer";
+  m.doc() = "INT4 experts on the CPU; see hybrid_k2/native.py, the only importer";
   py::register_local_exception_translator(translate);
 
   m.def("instruction_sets", &instruction_sets, "(name, numerics built, missing CPU features), best first");
@@ -292,7 +273,10 @@ PYBIND11_MODULE(_native, m) {
           "measure_read_gbps", [](Runtime& r, double seconds) { return measure_read_gbps(r.pool, r.table, seconds); },
           py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def(
-          "measure_peak_gops", [](Runtime& r, double seconds) { return measure_peak_gops(r.pool, r.table, seconds); },
+          "measure_peak_gops",
+          [](Runtime& r, double seconds) {
+            return measure_peak_gops(r.pool, {r.table.peak, r.table.peak_operations}, seconds);
+          },
           py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def("close", [](Runtime& r) { r.pool.stop(); }, py::call_guard<py::gil_scoped_release>());
 
@@ -313,4 +297,6 @@ PYBIND11_MODULE(_native, m) {
       .def("wait", &PyLayer::wait, py::arg("slot"), py::arg("output"), py::arg("timeout_s") = -1.0)
       .def("slot_tokens", &PyLayer::slot_tokens, py::arg("slot"))
       .def("close", &PyLayer::close);
+
+  bind_attention(m);
 }

@@ -12,18 +12,18 @@ constexpr int kMinPasses = 8;
 
 class Pass final : public Job {
  public:
-  Pass(ThreadPool& pool, const KernelTable& table, int64_t rounds) : Job(pool), table_(table), rounds_(rounds) {}
+  Pass(ThreadPool& pool, const Peak& peak, int64_t rounds) : Job(pool), peak_(peak), rounds_(rounds) {}
 
  private:
-  void run(Team&, int) override { result_.fetch_xor(table_.peak(rounds_)); }
+  void run(Team&, int) override { result_.fetch_xor(peak_.run(rounds_)); }
 
-  const KernelTable& table_;
+  const Peak& peak_;
   const int64_t rounds_;
   std::atomic<uint64_t> result_{0};
 };
 
-double time_pass(ThreadPool& pool, const KernelTable& table, int64_t rounds) {
-  Pass pass(pool, table, rounds);
+double time_pass(ThreadPool& pool, const Peak& peak, int64_t rounds) {
+  Pass pass(pool, peak, rounds);
   const Clock::time_point start = Clock::now();
   pool.submit(pass);
   pool.wait(pass);
@@ -33,15 +33,15 @@ double time_pass(ThreadPool& pool, const KernelTable& table, int64_t rounds) {
 
 }  // namespace
 
-double measure_peak_gops(ThreadPool& pool, const KernelTable& table, double seconds) {
+double measure_peak_gops(ThreadPool& pool, const Peak& peak, double seconds) {
   double spent = 0, best = 0;  // rounds per second
   for (int passes = 0; spent < seconds || passes < kMinPasses; ++passes) {
     const int64_t rounds = std::max<int64_t>(1024, int64_t(best * kPassSeconds));
-    const double pass_seconds = time_pass(pool, table, rounds);
+    const double pass_seconds = time_pass(pool, peak, rounds);
     spent += pass_seconds;
     best = std::max(best, double(rounds) / pass_seconds);
   }
-  return best * double(table.peak_operations) * pool.workers() / 1e9;
+  return best * double(peak.operations) * pool.workers() / 1e9;
 }
 
 }  // namespace k2

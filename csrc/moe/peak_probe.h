@@ -1,11 +1,18 @@
 // How fast the workers can multiply and add: the limit that a large batch is measured against.
 #pragma once
+#include <cstdint>
+
 #include "cpu/thread_pool.h"
-#include "kernels/kernel_table.h"
 
 namespace k2 {
 
-// Best pass of all workers over the table's instructions, in 10^9 operations per second. Takes about `seconds`.
-double measure_peak_gops(ThreadPool& pool, const KernelTable& table, double seconds);
+// A table's instructions with nothing else around them.
+struct Peak {
+  uint64_t (*run)(int64_t rounds);
+  int64_t operations;  // multiplications and additions of a round
+};
+
+// Best pass of all workers, in 10^9 operations per second. Takes about `seconds`.
+double measure_peak_gops(ThreadPool& pool, const Peak& peak, double seconds);
 
 }  // namespace k2

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,9 +137,13 @@ class ExpertsBackend(ABC):
 
 
 class ExpertsRuntime(ABC):
-    """Own what the layers of one engine share: threads, scratch memory, the choice of kernels."""
+    """Own what the layers of one engine share: threads, scratch memory, the choice of kernels.
+
+    `native` is the extension's runtime, where there is one: other computations on the host run on the same threads.
+    """
 
     name: str
+    native: Any = None
 
     @abstractmethod
     def make_layer(

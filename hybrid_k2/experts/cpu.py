@@ -159,7 +159,7 @@ class NativeRuntime(ExpertsRuntime):
     """Own the native threads and the chosen kernels."""
 
     def __init__(self, isa: str, threads: int, numerics: str = "exact") -> None:
-        self._runtime = _native.Runtime(isa, threads, numerics)
+        self._runtime = self.native = _native.Runtime(isa, threads, numerics)
         self.isa = isa
         self.name = f"native {isa}, {numerics} ({self._runtime.activations})"
 

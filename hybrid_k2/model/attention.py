@@ -11,6 +11,7 @@ from hybrid_k2.model.batch import Batch, SequenceSlice
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.layers import RmsNorm, linear
 from hybrid_k2.model.mla import MlaShape, absorb_queries, expand_values, latent_attention, naive_attention
+from hybrid_k2.model.native_attention import NativeAttention
 from hybrid_k2.model.rope import Rotation
 
 
@@ -20,6 +21,7 @@ class Attention:
 
     Shapes: q_a [q_lora, hidden], q_b [heads * (nope + rope), q_lora], kv_a [kv_lora + rope, hidden],
     kv_b [heads * (nope + value), kv_lora], o [hidden, heads * value].
+    `native` computes the absorbed form where weights and cache lie on the host; torch does without it.
     """
 
     layer: int
@@ -31,6 +33,7 @@ class Attention:
     kv_a_norm: RmsNorm
     kv_b: Tensor
     o: Tensor
+    native: NativeAttention | None = None
 
     def __call__(self, x: Tensor, batch: Batch, cache: LatentCache, rotation: Rotation) -> Tensor:
         """Attend from each row to its own sequence, up to itself.
@@ -60,15 +63,18 @@ class Attention:
         """Give each sequence the form that is cheaper for it."""
         kv_b = self.kv_b.view(self.shape.heads, -1, self.shape.kv_lora)  # [heads, nope + value, kv_lora]
         values = q.new_empty(*q.shape[:2], self.shape.value)  # [T, heads, value]
-        absorbed: list[SequenceSlice] = []
-        for sequence in batch.sequences:
+        absorbed: list[int] = []
+        for i, sequence in enumerate(batch.sequences):
             if self.shape.prefer_absorbed(sequence.stop - sequence.start, sequence.length):
-                absorbed.append(sequence)
+                absorbed.append(i)
             else:
                 rows = sequence.rows
                 values[rows] = naive_attention(q[rows], cache.gather(self.layer, sequence), kv_b, self.shape)
-        if absorbed:
-            self._attend_absorbed(q, absorbed, cache, kv_b, values)
+        if absorbed and self.native is not None:
+            spans = batch.spans if len(absorbed) == len(batch.sequences) else batch.spans[absorbed]
+            self.native.attend(q, self.kv_b, cache.layers[self.layer], batch.page_table, spans, values)
+        elif absorbed:
+            self._attend_absorbed(q, [batch.sequences[i] for i in absorbed], cache, kv_b, values)
         return values
 
     def _attend_absorbed(

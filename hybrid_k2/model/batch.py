@@ -48,13 +48,17 @@ class SequenceSlice:
 class Batch:
     """Hold the tokens of one forward pass, sequence after sequence.
 
-    Shapes: token_ids, positions [T] int64; logit_rows [R] int64, the rows whose logits are wanted; all on the host.
+    `spans` says the same as `sequences` in numbers: first row, rows, cached tokens, first entry of `page_table`.
+    Shapes: token_ids, positions [T] int64; logit_rows [R] int64, the rows whose logits are wanted; page_table [P]
+    int64, the pages of one sequence after the other; spans [S, 4] int64; all on the host.
     """
 
     token_ids: Tensor
     positions: Tensor
     sequences: tuple[SequenceSlice, ...]
     logit_rows: Tensor
+    page_table: Tensor
+    spans: Tensor
 
     @classmethod
     def build(cls, chunks: Sequence[Chunk], all_logits: bool = False) -> Batch:
@@ -68,6 +72,8 @@ class Batch:
         positions: list[Tensor] = []
         rows: list[int] = []
         slices: list[SequenceSlice] = []
+        spans: list[tuple[int, int, int, int]] = []
+        pages = 0
         for chunk in chunks:
             start, stop = len(ids), len(ids) + len(chunk.token_ids)
             if stop == start or chunk.cached < 0:
@@ -76,11 +82,15 @@ class Batch:
             positions.append(torch.arange(chunk.cached, chunk.cached + stop - start))
             rows.extend(range(start, stop) if all_logits else [stop - 1] if chunk.logits else [])
             slices.append(_slice(start, stop, chunk))
+            spans.append((start, stop - start, chunk.cached, pages))
+            pages += len(chunk.pages)
         return cls(
             token_ids=torch.tensor(ids, dtype=torch.int64),
             positions=torch.cat(positions),
             sequences=tuple(slices),
             logit_rows=torch.tensor(rows, dtype=torch.int64),
+            page_table=torch.cat([sequence.pages for sequence in slices]),
+            spans=torch.tensor(spans, dtype=torch.int64),
         )
 
 

@@ -19,6 +19,7 @@ from hybrid_k2.model.expert_loading import load_experts
 from hybrid_k2.model.layers import RmsNorm, SwiGlu
 from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.moe import Moe
+from hybrid_k2.model.native_attention import NativeAttention
 from hybrid_k2.model.router import Router
 from hybrid_k2.model.text import Layer, TextModel
 
@@ -67,6 +68,7 @@ class _Builder:
         self.progress = progress
         self.runtime = runtime
         self.undo = undo
+        self.native_attention = NativeAttention.open(runtime, MlaShape.of(config))
         self.done = 0
         self.total = sum(checkpoint.info(spec.name).nbytes for spec in expected_tensors(config, checkpoint.has))
 
@@ -95,6 +97,7 @@ class _Builder:
             return self.weight(f"{name}.{part}", "attention", layer)
 
         eps = self.config.latent_norm_eps
+        on_host = self.plan.where("attention", layer).device == "host"
         return Attention(
             layer=layer,
             shape=MlaShape.of(self.config),
@@ -105,6 +108,7 @@ class _Builder:
             kv_a_norm=RmsNorm(weight("kv_a_layernorm"), eps),
             kv_b=weight("kv_b_proj"),
             o=weight("o_proj"),
+            native=self.native_attention if on_host else None,
         )
 
     def moe(self, name: str, layer: int) -> Moe:

@@ -1,0 +1,82 @@
+// Attention of one layer over the latents of a paged cache: absorb, attend, merge, expand on all workers.
+//
+// absorb  W_UK moves to the queries, head by head, which land in the panels of their groups
+// attend  each unit (a group and a range of keys) makes a partial
+// merge   the partials of a group become contexts
+// expand  W_UV turns contexts into values, head by head
+// Units are taken from a counter: whoever is free takes the next one, and none of them depends on who computes it.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "attention/attention_plan.h"
+#include "core/huge_buffer.h"
+#include "cpu/thread_pool.h"
+#include "kernels/attention.h"
+
+namespace k2 {
+
+// The memory is the caller's and must outlive the job.
+struct AttentionInput {
+  const float* q;  // [tokens, heads, nope + rope]
+  int64_t tokens;
+  const void* kv_b;  // [heads, nope + value, kv_lora]
+  bool kv_b_bf16;    // else fp32
+  const void* pages;  // [page_count, page_tokens, latent]
+  bool pages_bf16;    // else fp32
+  int64_t page_count;
+  int64_t page_tokens;
+  const int64_t* page_table;  // [table_pages]
+  int64_t table_pages;
+  std::vector<AttentionSequence> sequences;
+  float* out;  // [tokens, heads, value]; rows of no sequence are left alone
+};
+
+// Scratch memory, kept from call to call.
+struct AttentionWorkspace {
+  HugeBuffer queries;   // [groups, kPanels, latent, 16]
+  HugeBuffer contexts;  // [tokens, heads, context_width]
+  HugeBuffer partials;  // [partials, partial_numbers]
+  HugeBuffer scratch;   // [workers, scratch_numbers]
+
+  size_t bytes() const { return queries.bytes() + contexts.bytes() + partials.bytes() + scratch.bytes(); }
+};
+
+class AttentionJob final : public Job {
+ public:
+  // ArgumentError for rows or pages that do not exist.
+  AttentionJob(ThreadPool& pool, const AttentionTable& table, const MlaSizes& sizes, float scale,
+               AttentionInput input, AttentionWorkspace& workspace);
+
+ private:
+  void check(const AttentionSequence& sequence) const;
+  void run(Team& team, int worker) override;
+  // Calls `work` with units that nobody has taken yet, until none is left.
+  template <class Work>
+  void take_units(Team& team, int phase, int64_t units, Work work);
+
+  void absorb(const Slab& slab, int64_t unit, float* scratch) const;
+  void attend(const Slab& slab, const Unit& unit, float* scratch) const;
+  void merge(const Slab& slab, const Wave& wave, int64_t unit) const;
+  void expand(const Slab& slab, int64_t unit) const;
+
+  int64_t head_units(const Slab& slab) const;
+  int64_t merge_units(const Wave& wave) const;
+  const uint8_t* weights(int64_t head, int64_t row) const;
+  const void* latent(const AttentionSequence& sequence, int64_t key) const;
+  float* query_lane(int64_t lane) const;
+  float* context(int64_t row) const;
+  Partial partial(int64_t index) const;
+
+  const AttentionTable& table_;
+  const MlaSizes sizes_;
+  const float scale_;
+  const AttentionInput input_;
+  AttentionPlan plan_;
+  AttentionWorkspace& workspace_;
+  std::unique_ptr<std::atomic<int64_t>[]> next_;  // [phases] unit that nobody has taken
+};
+
+}  // namespace k2
