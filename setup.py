@@ -19,9 +19,12 @@ from setuptools.command.build_ext import build_ext
 COMMON = ["-std=c++20", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # gcc 12's own AVX-512 header reads variables that it leaves undefined on purpose, and warns about it.
 QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AVX512_VNNI = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", *QUIET]
 ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
-    "avx512_vnni": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", *QUIET],
+    "avx512_vnni": AVX512_VNNI,
+    "avx512_bf16": [*AVX512_VNNI, "-mavx512bf16"],
+    "amx_bf16": [*AVX512_VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 CSRC = Path("csrc")
 

@@ -3,6 +3,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace k2 {
 namespace {
@@ -13,9 +17,16 @@ struct FeatureName {
 };
 
 constexpr FeatureName kNames[] = {
-    {kAvx2, "avx2"},         {kFma, "fma"},           {kAvx512F, "avx512f"},
-    {kAvx512Bw, "avx512bw"}, {kAvx512Vl, "avx512vl"}, {kAvx512Vnni, "avx512_vnni"},
-    {kAvx512Bf16, "avx512_bf16"}, {kAmxTile, "amx_tile"}, {kAmxBf16, "amx_bf16"},
+    {kAvx2, "avx2"},
+    {kFma, "fma"},
+    {kAvx512F, "avx512f"},
+    {kAvx512Bw, "avx512bw"},
+    {kAvx512Vl, "avx512vl"},
+    {kAvx512Vnni, "avx512_vnni"},
+    {kAvx512Bf16, "avx512_bf16"},
+    {kAmxTile, "amx_tile"},
+    {kAmxBf16, "amx_bf16"},
+    {kAmxPermitted, "the system's permission for AMX"},
 };
 
 constexpr bool bit(uint32_t value, int index) { return (value >> index) & 1; }
@@ -65,6 +76,26 @@ uint32_t features_of(const CpuidDump& dump) {
     if (bit(dump.leaf7_edx, 24)) features |= kAmxTile;
     if (bit(dump.leaf7_edx, 22)) features |= kAmxBf16;
   }
+  return features;
+}
+
+uint32_t with_permission(uint32_t features, bool (*request)()) {
+  const bool refused = (features & kAmxTile) && !request();
+  return refused ? features : features | kAmxPermitted;
+}
+
+bool request_amx_permission() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequest = 0x1023;  // ARCH_REQ_XCOMP_PERM: for all threads of the process
+  constexpr long kTileData = 18;     // bit of XCR0
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+uint32_t machine_features() {
+  static const uint32_t features = with_permission(features_of(read_cpuid()), request_amx_permission);
   return features;
 }
 

@@ -16,6 +16,7 @@ enum Feature : uint32_t {
   kAvx512Bf16 = 1u << 6,
   kAmxTile = 1u << 7,
   kAmxBf16 = 1u << 8,
+  kAmxPermitted = 1u << 9,  // unset where the CPU has tiles and the system refuses them to this process
 };
 
 // The registers that decide, as one CPU reported them; tests fill it from recorded dumps of other machines.
@@ -33,6 +34,14 @@ CpuidDump read_cpuid();
 
 // Features whose instructions exist and whose registers the operating system saves.
 uint32_t features_of(const CpuidDump& dump);
+
+// `features` with kAmxPermitted, which is asked for only where there are tiles: Linux gives them to a process on request,
+// and refuses if a thread's signal stack is too small for the larger register file.
+uint32_t with_permission(uint32_t features, bool (*request)());
+bool request_amx_permission();
+
+// The features of this machine, asked once.
+uint32_t machine_features();
 
 // Names of the set bits, as in /proc/cpuinfo.
 std::vector<std::string> feature_names(uint32_t features);

@@ -34,9 +34,16 @@ K2_INLINE F32x16 exp_f32(F32x16 x) {
 
 K2_INLINE F32x16 silu(F32x16 x) { return div(x, add(f32(1.0f), exp_f32(sub(f32(0.0f), x)))); }
 
-// Packs one group; see a16.h. The largest magnitude is taken on the bit patterns, where NaN and infinity are larger
-// than every number: nothing is hidden by a comparison.
-K2_INLINE bool pack_group(F32x16 x0, F32x16 x1, A16Group* group) {
+// 32 activations as n * 2^k; see a16.h.
+struct FixedPoint {
+  I32x16 n[2];
+  int32_t exponent;  // (k + 60) << 23
+  bool fits;         // else n is zero
+};
+
+// The largest magnitude is taken on the bit patterns, where NaN and infinity are larger than every number: nothing is
+// hidden by a comparison.
+K2_INLINE FixedPoint fixed_point(F32x16 x0, F32x16 x1) {
   const I32x16 magnitude = i32(0x7fffffff);
   const int32_t largest = reduce_max(max_i32(bit_and(as_i32(x0), magnitude), bit_and(as_i32(x1), magnitude)));
   // 32512 = 1.984375 * 2^14 and 0x1ffff carries into the exponent where the mantissa is above 1.984375.
@@ -48,20 +55,22 @@ K2_INLINE bool pack_group(F32x16 x0, F32x16 x1, A16Group* group) {
     k = 0;
   }
   const F32x16 inverse = as_f32(i32((127 - k) << 23));
-  const I32x16 n0 = to_i32(mul(x0, inverse));
-  const I32x16 n1 = to_i32(mul(x1, inverse));
-  const I32x16 high0 = shift_right<8>(add(n0, i32(128)));
-  const I32x16 high1 = shift_right<8>(add(n1, i32(128)));
-  store_i8(high0, group->high);
-  store_i8(high1, group->high + 16);
-  store_i8(sub(n0, shift_left<8>(high0)), group->low);
-  store_i8(sub(n1, shift_left<8>(high1)), group->low + 16);
-  group->exponent = (k + kExponentBase) << 23;
-  group->correction = -8 * reduce_add(add(n0, n1));
-  return fits;
+  return {{to_i32(mul(x0, inverse)), to_i32(mul(x1, inverse))}, (k + kExponentBase) << 23, fits};
 }
 
-bool pack_fp32(const float* x, int groups, uint8_t* packed) {
+K2_INLINE bool pack_group(F32x16 x0, F32x16 x1, A16Group* group) {
+  const FixedPoint x = fixed_point(x0, x1);
+  for (int i = 0; i < 2; ++i) {
+    const I32x16 high = shift_right<8>(add(x.n[i], i32(128)));
+    store_i8(high, group->high + 16 * i);
+    store_i8(sub(x.n[i], shift_left<8>(high)), group->low + 16 * i);
+  }
+  group->exponent = x.exponent;
+  group->correction = -8 * reduce_add(add(x.n[0], x.n[1]));
+  return x.fits;
+}
+
+[[maybe_unused]] bool pack_fp32(const float* x, int groups, uint8_t* packed) {
   A16Group* group = reinterpret_cast<A16Group*>(packed);
   bool fits = true;
   for (int g = 0; g < groups; ++g, x += kGroup) {
@@ -70,7 +79,7 @@ bool pack_fp32(const float* x, int groups, uint8_t* packed) {
   return fits;
 }
 
-bool pack_bf16(const uint16_t* x, int groups, uint8_t* packed) {
+[[maybe_unused]] bool pack_bf16(const uint16_t* x, int groups, uint8_t* packed) {
   A16Group* group = reinterpret_cast<A16Group*>(packed);
   bool fits = true;
   for (int g = 0; g < groups; ++g, x += kGroup) {
@@ -97,12 +106,13 @@ K2_INLINE void activate(const Tile<S>& sums, F32x16 (&h)[S]) {
 K2_INLINE const A16Group* as_groups(const uint8_t* packed) { return reinterpret_cast<const A16Group*>(packed); }
 K2_INLINE A16Group* as_groups(uint8_t* packed) { return reinterpret_cast<A16Group*>(packed); }
 
-template <int T>
+// Hidden is the form of the input: tile and tile_streams are overloaded for it. The intermediate is always A16.
+template <class Hidden, int T>
 uint64_t gate_up_tile(const GateUpTask& task, int pair, int first_token) {
   const ptrdiff_t row_block = ptrdiff_t(task.groups) * kBlockBytes;
   const uint8_t* weights = task.weights + 2 * pair * row_block;
-  const A16Group* input[T];
-  for (int t = 0; t < T; ++t) input[t] = as_groups(task.input[first_token + t]);
+  const Hidden* input[T];
+  for (int t = 0; t < T; ++t) input[t] = reinterpret_cast<const Hidden*>(task.input[first_token + t]);
   F32x16 h[2][T];
   for (int block = 0; block < 2; ++block) {
     Tile<T> sums;
@@ -119,9 +129,10 @@ uint64_t gate_up_tile(const GateUpTask& task, int pair, int first_token) {
 
 // One token: kStreams pairs at once, each a quarter of the slice away from the next, so that every stream runs through
 // its quarter in order and the hardware prefetchers follow all of them.
+template <class Hidden>
 uint64_t gate_up_streams(const GateUpTask& task) {
   const ptrdiff_t row_block = ptrdiff_t(task.groups) * kBlockBytes;
-  const A16Group* input = as_groups(task.input[0]);
+  const Hidden* input = reinterpret_cast<const Hidden*>(task.input[0]);
   A16Group* output = as_groups(task.output[0]);
   const int quarter = task.pairs / kStreams;
   uint64_t bad = 0;
@@ -135,7 +146,7 @@ uint64_t gate_up_streams(const GateUpTask& task) {
     }
     for (int s = 0; s < kStreams; ++s) bad |= !pack_group(h[0][s], h[1][s], output + s * quarter + i);
   }
-  for (int pair = kStreams * quarter; pair < task.pairs; ++pair) bad |= gate_up_tile<1>(task, pair, 0);
+  for (int pair = kStreams * quarter; pair < task.pairs; ++pair) bad |= gate_up_tile<Hidden, 1>(task, pair, 0);
   return bad;
 }
 
@@ -176,23 +187,26 @@ K2_INLINE void for_each_tile(int tokens, Run run) {
   }
 }
 
-uint64_t gate_up(const GateUpTask& task) {
-  if (task.tokens == 1) return gate_up_streams(task);
+template <class Hidden>
+uint64_t gate_up_vectors(const GateUpTask& task) {
+  if (task.tokens == 1) return gate_up_streams<Hidden>(task);
   uint64_t bad = 0;
   for (int pair = 0; pair < task.pairs; ++pair) {
     for_each_tile(task.tokens, [&](int first, int size) {
       switch (size) {
-        case 1: bad |= gate_up_tile<1>(task, pair, first); break;
-        case 2: bad |= gate_up_tile<2>(task, pair, first); break;
-        case 3: bad |= gate_up_tile<3>(task, pair, first); break;
-        case 4: bad |= gate_up_tile<4>(task, pair, first); break;
-        case 5: bad |= gate_up_tile<5>(task, pair, first); break;
-        default: bad |= gate_up_tile<kMaxTile>(task, pair, first);
+        case 1: bad |= gate_up_tile<Hidden, 1>(task, pair, first); break;
+        case 2: bad |= gate_up_tile<Hidden, 2>(task, pair, first); break;
+        case 3: bad |= gate_up_tile<Hidden, 3>(task, pair, first); break;
+        case 4: bad |= gate_up_tile<Hidden, 4>(task, pair, first); break;
+        case 5: bad |= gate_up_tile<Hidden, 5>(task, pair, first); break;
+        default: bad |= gate_up_tile<Hidden, kMaxTile>(task, pair, first);
       }
     });
   }
   return bad;
 }
+
+[[maybe_unused]] uint64_t gate_up(const GateUpTask& task) { return gate_up_vectors<A16Group>(task); }
 
 void down(const DownTask& task) {
   if (task.tokens == 1) return down_streams(task);

@@ -45,9 +45,9 @@ def random_routing(tokens: int, experts: int, top_k: int) -> tuple[Tensor, Tenso
     return ids, torch.rand(tokens, top_k) + 0.1
 
 
-def usable_isas() -> list[str]:
-    """The instruction sets that are built and that this CPU supports."""
-    return [fact.name for fact in isa_facts() if fact.built and fact.supported]
+def usable_isas(numerics: str = "exact") -> list[str]:
+    """The instruction sets that are built and that this CPU supports, with kernels for these numerics."""
+    return [fact.name for fact in isa_facts() if fact.offers(numerics)]
 
 
 def native_runtime(isa: str | None = None, threads: int = 2) -> ExpertsRuntime:

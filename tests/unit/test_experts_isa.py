@@ -76,16 +76,19 @@ def test_this_machine_is_read_as_the_kernel_reads_it() -> None:
         pytest.skip("/proc/cpuinfo has these flags on x86-64")
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = set(next(line for line in lines if line.startswith("flags")).split(":")[1].split())
-    needs = {"avx512_vnni": {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"}, "avx2": {"avx2", "fma"}}
+    needs: dict[str, set[str]] = {"portable": set(), "avx2": {"avx2", "fma"}}
+    needs["avx512_vnni"] = needs["avx2"] | {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
+    needs["avx512_bf16"] = needs["avx512_vnni"] | {"avx512_bf16"}
+    needs["amx_bf16"] = needs["avx512_bf16"] | {"amx_tile", "amx_bf16"}
     for fact in isa_facts():
-        missing = needs.get(fact.name, set()) - flags
+        missing = needs[fact.name] - flags
         assert set(fact.missing) == missing
         assert fact.supported == (not missing)
 
 
 def test_the_facts_name_what_the_runtime_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     native_runtime().close()
-    assert [fact.name for fact in isa_facts()] == ["avx512_vnni", "avx2", "portable"]
+    assert [fact.name for fact in isa_facts()] == ["amx_bf16", "avx512_bf16", "avx512_vnni", "avx2", "portable"]
     for isa in usable_isas():
         monkeypatch.setenv("HYBRID_K2_ISA", isa)
         assert [fact.name for fact in isa_facts() if fact.chosen] == [isa]

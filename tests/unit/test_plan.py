@@ -222,6 +222,16 @@ def test_threads_numerics_and_chunks() -> None:
     assert plan_of(tail="kv_cache: {tokens: 70}\n").chunk_tokens == 70
 
 
+def test_the_cost_of_bf16_is_said() -> None:
+    plan = plan_of(tail="numerics: bf16\n")
+    assert (plan.numerics, plan.activation_dtype) == ("bf16", "fp32")
+    assert any("rounded to bf16, an error of 2 to 3e-3" in note for note in plan.notes)
+    plan = plan_of("dense_mlp gpu", on=machine(64, 64), tail="numerics: bf16\n")
+    assert (plan.numerics, plan.activation_dtype) == ("bf16", "bf16")
+    assert any("bit for bit" in note for note in plan.notes)
+    assert plan_of(packed=False, tail="numerics: bf16\n").numerics == "reference"
+
+
 def test_unpacked_experts_go_to_the_reference() -> None:
     plan = plan_of(packed=False)
     assert (plan.numerics, plan.where("routed_experts", 2).dtype) == ("reference", "bf16")

@@ -1,4 +1,4 @@
-// A16 on AVX-512 with VNNI: Intel servers since Cascade Lake, AMD since Zen 4.
+// A16, for numerics exact and bf16, on AVX-512 with VNNI: Intel servers since Cascade Lake, AMD since Zen 4.
 #include <immintrin.h>
 
 #include "kernels/kernel_file.h"
@@ -10,7 +10,9 @@ namespace {
 #include "kernels/avx512_vnni/tile-inl.h"
 // on these two:
 #include "kernels/a16-inl.h"
+#include "kernels/bf16-inl.h"
 #include "kernels/avx512_vnni/probes-inl.h"
+#include "kernels/avx512_vnni/read-inl.h"
 
 }  // namespace
 
@@ -23,6 +25,23 @@ const KernelTable exact = {
     .max_tokens = kMaxTokensPerCall,
     .group_bytes = sizeof(A16Group),
     .pack_fp32 = pack_fp32,
+    .pack_bf16 = pack_bf16,
+    .gate_up = gate_up,
+    .down = down,
+    .read = read,
+    .peak = peak,
+    .peak_operations = kPeakOperations / 2,  // two planes
+};
+
+extern const KernelTable bf16;
+const KernelTable bf16 = {
+    .name = "avx512_vnni",
+    .numerics = kBf16,
+    .activations = "A16 of bf16",
+    .layout_id = kLayoutL32,
+    .max_tokens = kMaxTokensPerCall,
+    .group_bytes = sizeof(A16Group),
+    .pack_fp32 = pack_hidden_fp32<A16Group>,
     .pack_bf16 = pack_bf16,
     .gate_up = gate_up,
     .down = down,

@@ -1,0 +1,49 @@
+// bf16 on AMX: Intel servers since Sapphire Rapids. Few tokens of an expert run on AVX-512, with the same bits.
+#include <immintrin.h>
+
+#include "kernels/kernel_file.h"
+// after it:
+#include "kernels/bf16.h"
+
+namespace k2::amx_bf16 {
+namespace {
+
+#include "kernels/avx512_vnni/lanes-inl.h"
+#include "kernels/avx512_vnni/tile-inl.h"
+// on these two:
+#include "kernels/avx512_bf16/tile-inl.h"
+// on these three:
+#include "kernels/a16-inl.h"
+#include "kernels/avx512_bf16/pack-inl.h"
+#include "kernels/bf16-inl.h"
+#include "kernels/avx512_vnni/read-inl.h"
+// on all of these:
+#include "kernels/amx_bf16/multiply-inl.h"
+#include "kernels/amx_bf16/probes-inl.h"
+
+uint64_t gate_up_any(const GateUpTask& task) {
+  return task.tokens < kMinTokens ? gate_up_vectors<Bf16Group>(task) : gate_up_tiles<Bf16Group>(task);
+}
+
+void down_any(const DownTask& task) { task.tokens < kMinTokens ? down(task) : down_tiles(task); }
+
+}  // namespace
+
+extern const KernelTable bf16;
+const KernelTable bf16 = {
+    .name = "amx_bf16",
+    .numerics = kBf16,
+    .activations = "bf16, then A16",
+    .layout_id = kLayoutL32,
+    .max_tokens = kMaxTokens,
+    .group_bytes = sizeof(Bf16Group),
+    .pack_fp32 = pack_hidden_fp32<Bf16Group>,
+    .pack_bf16 = pack_hidden_bf16<Bf16Group>,
+    .gate_up = gate_up_any,
+    .down = down_any,
+    .read = read,
+    .peak = peak,
+    .peak_operations = kPeakOperations * 3 / 4,  // one plane for gate and up, two for down
+};
+
+}  // namespace k2::amx_bf16

@@ -1,0 +1,41 @@
+// bf16 on AVX-512 BF16: AMD since Zen 4, Intel since Cooper Lake. The down projection runs on VNNI: its input is A16.
+#include <immintrin.h>
+
+#include "kernels/kernel_file.h"
+// after it:
+#include "kernels/bf16.h"
+
+namespace k2::avx512_bf16 {
+namespace {
+
+#include "kernels/avx512_vnni/lanes-inl.h"
+#include "kernels/avx512_vnni/tile-inl.h"
+// on these two:
+#include "kernels/avx512_bf16/tile-inl.h"
+// on these three:
+#include "kernels/a16-inl.h"
+#include "kernels/avx512_bf16/pack-inl.h"
+#include "kernels/avx512_bf16/probes-inl.h"
+#include "kernels/bf16-inl.h"
+#include "kernels/avx512_vnni/read-inl.h"
+
+}  // namespace
+
+extern const KernelTable bf16;
+const KernelTable bf16 = {
+    .name = "avx512_bf16",
+    .numerics = kBf16,
+    .activations = "bf16, then A16",
+    .layout_id = kLayoutL32,
+    .max_tokens = kMaxTokensPerCall,
+    .group_bytes = sizeof(Bf16Group),
+    .pack_fp32 = pack_hidden_fp32<Bf16Group>,
+    .pack_bf16 = pack_hidden_bf16<Bf16Group>,
+    .gate_up = gate_up_vectors<Bf16Group>,
+    .down = down,
+    .read = read,
+    .peak = peak,
+    .peak_operations = kPeakOperations,
+};
+
+}  // namespace k2::avx512_bf16
