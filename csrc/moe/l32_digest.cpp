@@ -7,10 +7,6 @@
 namespace k2 {
 namespace {
 
-typedef uint64_t Pair __attribute__((vector_size(16)));
-
-constexpr int kPairs = kBlockBytes / int(sizeof(Pair));
-
 // The factors of the plain sums are odd and those of the running sums even: a word that changes by d changes the plain
 // sum of its lane by d and the running sum by n * d, together by d times an odd number, which is never 0 modulo 2^64.
 constexpr uint64_t kPlain[2] = {0x9e3779b97f4a7c15, 0xd1b54a32d192ed03};
@@ -21,7 +17,7 @@ constexpr uint64_t kIndex = 0xe7037ed1a0b428db;
 static_assert(kPlain[0] % 2 == 1 && kPlain[1] % 2 == 1 && kRunning[0] % 2 == 0 && kRunning[1] % 2 == 0);
 
 // A bijection, so that digests of different blocks do not cancel in a sum but by chance.
-uint64_t mix(uint64_t x) {
+uint64_t spread_bits(uint64_t x) {
   x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93;
   x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93;
   return x ^ (x >> 32);
@@ -29,17 +25,20 @@ uint64_t mix(uint64_t x) {
 
 }  // namespace
 
-uint64_t digest_block(const uint8_t* block, L32Matrix matrix, int64_t index) {
-  Pair plain = {0, 0}, running = {0, 0};
-  for (int i = 0; i < kPairs; ++i) {
-    Pair word;
-    std::memcpy(&word, block + i * sizeof(word), sizeof(word));
-    plain += word;
-    running += plain;
-  }
+uint64_t BlockDigest::mix(DigestWord plain, DigestWord running, L32Matrix matrix, int64_t index) {
   const uint64_t sums =
       plain[0] * kPlain[0] + plain[1] * kPlain[1] + running[0] * kRunning[0] + running[1] * kRunning[1];
-  return mix(sums + uint64_t(matrix) * kMatrix + uint64_t(index) * kIndex);
+  return spread_bits(sums + uint64_t(matrix) * kMatrix + uint64_t(index) * kIndex);
+}
+
+uint64_t digest_block(const uint8_t* block, L32Matrix matrix, int64_t index) {
+  BlockDigest digest;
+  for (int i = 0; i < kBlockBytes; i += sizeof(DigestWord)) {
+    DigestWord word;
+    std::memcpy(&word, block + i, sizeof(word));
+    digest.add(word);
+  }
+  return digest.finish(matrix, index);
 }
 
 uint64_t digest_blocks(const uint8_t* blocks, L32Matrix matrix, int64_t first_index, int64_t count) {

@@ -42,38 +42,49 @@ Value load(const void* from) {
   return v;
 }
 
-// Element j of result i = element i of argument j.
-struct Transposed {
+// Lanes (0 of row 0, 0 of row 1, 1 of row 0, 1 of row 1) and (2, 2, 3, 3).
+struct RowPair {
+  Words low, high;
+};
+
+RowPair interleave(Words a, Words b) {
+  return {K2_SHUFFLE(a, b, 0, 4, 1, 5), K2_SHUFFLE(a, b, 2, 6, 3, 7)};
+}
+
+// Lane r of column i = lane i of row r.
+struct Columns {
   Words v[4];
 };
 
-Transposed transpose(Words a, Words b, Words c, Words d) {
+Columns columns(const RowPair& a, const RowPair& b) {
   typedef uint64_t Pairs __attribute__((vector_size(16)));
-  const Pairs ab_low = Pairs(K2_SHUFFLE(a, b, 0, 4, 1, 5)), ab_high = Pairs(K2_SHUFFLE(a, b, 2, 6, 3, 7));
-  const Pairs cd_low = Pairs(K2_SHUFFLE(c, d, 0, 4, 1, 5)), cd_high = Pairs(K2_SHUFFLE(c, d, 2, 6, 3, 7));
-  return {{Words(K2_SHUFFLE(ab_low, cd_low, 0, 2)), Words(K2_SHUFFLE(ab_low, cd_low, 1, 3)),
-           Words(K2_SHUFFLE(ab_high, cd_high, 0, 2)), Words(K2_SHUFFLE(ab_high, cd_high, 1, 3))}};
+  const Pairs a_low = Pairs(a.low), a_high = Pairs(a.high), b_low = Pairs(b.low), b_high = Pairs(b.high);
+  return {{Words(K2_SHUFFLE(a_low, b_low, 0, 2)), Words(K2_SHUFFLE(a_low, b_low, 1, 3)),
+           Words(K2_SHUFFLE(a_high, b_high, 0, 2)), Words(K2_SHUFFLE(a_high, b_high, 1, 3))}};
 }
 
-// Nibbles 0..3 of a word go to the low nibbles of bytes 0..3, nibbles 4..7 to the high ones: in the number of a nibble
-// the highest of the three bits moves down to the end, by two exchanges.
-template <class Word>
-constexpr Word spread(Word word) {
-  Word move = (word ^ (word >> 8)) & 0x0000ff00;  // bytes 1 and 2
-  word ^= move ^ (move << 8);
-  move = (word ^ (word >> 4)) & 0x00f000f0;  // the middle nibbles of each half
-  return word ^ move ^ (move << 4);
+// Interleaves the words of two rows and makes each a lane of L32: byte j holds nibble j of the word below and nibble
+// 4 + j above.
+RowPair spread_rows(Words a, Words b) {
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  const Words first = (a & 0xffff) | (b << 16);  // nibbles 0..3 of a's word, then of b's
+  const Words last = (a >> 16) | (b & 0xffff0000);
+  const Bytes even = Bytes((first & 0x0f0f0f0f) | ((last & 0x0f0f0f0f) << 4));
+  const Bytes odd = Bytes(((first >> 4) & 0x0f0f0f0f) | (last & 0xf0f0f0f0));
+  return {Words(K2_SHUFFLE(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)),
+          Words(K2_SHUFFLE(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31))};
 }
 
+// The inverse, of one lane: in the number of a nibble the lowest of the three bits moves up to the end, by two
+// exchanges.
 constexpr uint32_t gather(uint32_t lane) {
-  uint32_t move = (lane ^ (lane >> 4)) & 0x00f000f0;
+  uint32_t move = (lane ^ (lane >> 4)) & 0x00f000f0;  // the middle nibbles of each half
   lane ^= move ^ (move << 4);
-  move = (lane ^ (lane >> 8)) & 0x0000ff00;
+  move = (lane ^ (lane >> 8)) & 0x0000ff00;  // bytes 1 and 2
   return lane ^ move ^ (move << 8);
 }
 
-static_assert(spread(0x76543210u) == 0x73625140);
-static_assert(gather(spread(0xfedcba98u)) == 0xfedcba98);
+static_assert(gather(0x73625140) == 0x76543210);
 
 // The matrix rows that make up one row block: 16 for each half.
 template <class Matrix>
@@ -99,12 +110,12 @@ void pack_values(const TileRows& rows, uint8_t* tile) {
     for (int r = 0; r < 4; ++r) __builtin_prefetch(rows.words[row + r] + kPrefetchWords);
     for (int g = 0; g < kTileGroups; ++g, lanes += kBlockBytes) {
       const int at = g * kWordsPerGroup;
-      const Transposed word = transpose(load<Words>(rows.words[row] + at), load<Words>(rows.words[row + 1] + at),
-                                        load<Words>(rows.words[row + 2] + at), load<Words>(rows.words[row + 3] + at));
-#pragma GCC unroll 4  // else the transposed words go through memory
+      const RowPair first = spread_rows(load<Words>(rows.words[row] + at), load<Words>(rows.words[row + 1] + at));
+      const RowPair second = spread_rows(load<Words>(rows.words[row + 2] + at), load<Words>(rows.words[row + 3] + at));
+      const Columns word = columns(first, second);
+#pragma GCC unroll 4  // else the columns go through memory
       for (int q = 0; q < kWordsPerGroup; ++q) {
-        const Words packed = spread(word.v[q]);
-        std::memcpy(lanes + q * kRowBlock * sizeof(uint32_t), &packed, sizeof(packed));
+        std::memcpy(lanes + q * kRowBlock * sizeof(uint32_t), &word.v[q], sizeof(Words));
       }
     }
   }
@@ -129,7 +140,7 @@ bool pack_scales(const TileRows& rows, uint8_t* tile) {
       pairs[r] = paired_scales(rows, i + r);
       too_large |= (Halves(pairs[r]) & kMagnitude) >= kScaleLimit;
     }
-    const Transposed of_group = transpose(pairs[0], pairs[1], pairs[2], pairs[3]);
+    const Columns of_group = columns(interleave(pairs[0], pairs[1]), interleave(pairs[2], pairs[3]));
 #pragma GCC unroll 4
     for (int g = 0; g < kTileGroups; ++g) {
       std::memcpy(tile + g * kBlockBytes + i * sizeof(uint32_t), &of_group.v[g], sizeof(Words));
@@ -182,16 +193,29 @@ std::string describe_scale(uint16_t bits) {
   throw WeightError("scales: expected the same numbers when read twice, got others");
 }
 
-// Past the caches: nothing reads the weights soon, and lines that are written whole need not be read first. Both are
-// 16-byte aligned.
-void write_out(const uint8_t* tile, int64_t bytes, uint8_t* out) {
+// Writes 16 bytes past the caches: nothing reads the weights soon, and lines that are written whole need not be read
+// first.
+void write_past_caches(DigestWord word, uint8_t* out) {
 #if defined(__SSE2__)
-  for (int64_t i = 0; i < bytes; i += sizeof(__m128i)) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_load_si128(reinterpret_cast<const __m128i*>(tile + i)));
-  }
+  _mm_stream_si128(reinterpret_cast<__m128i*>(out), reinterpret_cast<__m128i>(word));
 #else
-  std::memcpy(out, tile, size_t(bytes));
+  std::memcpy(out, &word, sizeof(word));
 #endif
+}
+
+// Copies blocks from a tile into their place and returns their digest.
+uint64_t write_blocks(const uint8_t* tile, int count, L32Matrix kind, int64_t first_index, uint8_t* out) {
+  uint64_t digest = 0;
+  for (int block = 0; block < count; ++block) {
+    BlockDigest sums;
+    for (int i = 0; i < kBlockBytes; i += sizeof(DigestWord)) {
+      const auto word = load<DigestWord>(tile + block * kBlockBytes + i);
+      sums.add(word);
+      write_past_caches(word, out + block * kBlockBytes + i);
+    }
+    digest += sums.finish(kind, first_index + block);
+  }
+  return digest;
 }
 
 // Makes what was written out visible to whoever sees what this thread writes afterwards.
@@ -222,8 +246,7 @@ uint64_t pack_row_block(const RowBlock<PackedMatrix>& rows, L32Matrix kind, int6
       pack_values(last.rows(), tile);
     }
     if (!in_range) refuse_scale(rows, first);
-    digest += digest_blocks(tile, kind, first_index + first, count);
-    write_out(tile, int64_t(count) * kBlockBytes, out + int64_t(first) * kBlockBytes);
+    digest += write_blocks(tile, count, kind, first_index + first, out + int64_t(first) * kBlockBytes);
     for (int row = 0; row < kRowBlock; ++row) {
       tile_rows.words[row] += kTileGroups * kWordsPerGroup;
       tile_rows.scales[row] += kTileGroups;
