@@ -21,12 +21,3 @@ bool pack_hidden_fp32(const float* x, int groups, uint8_t* packed) {
   for (int g = 0; g < groups; ++g, x += kGroup) fits &= pack_rounded(load_f32(x), load_f32(x + 16), group + g);
   return fits;
 }
-
-// Nothing is rounded.
-template <class Hidden>
-bool pack_hidden_bf16(const uint16_t* x, int groups, uint8_t* packed) {
-  Hidden* group = reinterpret_cast<Hidden*>(packed);
-  bool fits = true;
-  for (int g = 0; g < groups; ++g, x += kGroup) fits &= pack_group(load_bf16(x), load_bf16(x + 16), group + g);
-  return fits;
-}

@@ -28,6 +28,7 @@ K2_DECLARE(avx512_bf16, bf16)
 
 #if defined(K2_BUILT_AVX512_VNNI)
 K2_DECLARE(avx512_vnni, exact)
+K2_DECLARE(avx512_vnni, fast)
 K2_DECLARE(avx512_vnni, bf16)
 #define K2_AVX512_VNNI(numerics) &avx512_vnni::numerics
 #else
@@ -36,6 +37,7 @@ K2_DECLARE(avx512_vnni, bf16)
 
 #if defined(K2_BUILT_AVX2)
 K2_DECLARE(avx2, exact)
+K2_DECLARE(avx2, fast)
 K2_DECLARE(avx2, bf16)
 #define K2_AVX2(numerics) &avx2::numerics
 #else
@@ -43,6 +45,7 @@ K2_DECLARE(avx2, bf16)
 #endif
 
 K2_DECLARE(portable, exact)
+K2_DECLARE(portable, fast)
 K2_DECLARE(portable, bf16)
 
 namespace k2 {
@@ -57,9 +60,9 @@ constexpr uint32_t kNeedsAmxBf16 = kNeedsAvx512Bf16 | kAmxTile | kAmxBf16 | kAmx
 const KernelEntry kEntries[] = {
     {"amx_bf16", kNeedsAmxBf16, {nullptr, nullptr, K2_AMX_BF16(bf16)}},
     {"avx512_bf16", kNeedsAvx512Bf16, {nullptr, nullptr, K2_AVX512_BF16(bf16)}},
-    {"avx512_vnni", kNeedsAvx512Vnni, {K2_AVX512_VNNI(exact), nullptr, K2_AVX512_VNNI(bf16)}},
-    {"avx2", kNeedsAvx2, {K2_AVX2(exact), nullptr, K2_AVX2(bf16)}},
-    {"portable", 0, {&portable::exact, nullptr, &portable::bf16}},
+    {"avx512_vnni", kNeedsAvx512Vnni, {K2_AVX512_VNNI(exact), K2_AVX512_VNNI(fast), K2_AVX512_VNNI(bf16)}},
+    {"avx2", kNeedsAvx2, {K2_AVX2(exact), K2_AVX2(fast), K2_AVX2(bf16)}},
+    {"portable", 0, {&portable::exact, &portable::fast, &portable::bf16}},
 };
 
 constexpr const char* kNumericsNames[kNumericsCount] = {"exact", "fast", "bf16"};

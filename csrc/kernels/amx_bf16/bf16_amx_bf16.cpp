@@ -9,23 +9,25 @@ namespace k2::amx_bf16 {
 namespace {
 
 #include "kernels/avx512_vnni/lanes-inl.h"
+#include "kernels/avx512_vnni/values-inl.h"
+#include "kernels/avx512_vnni/a16_block-inl.h"
 #include "kernels/avx512_vnni/tile-inl.h"
-// on these two:
 #include "kernels/avx512_bf16/tile-inl.h"
-// on these three:
 #include "kernels/a16-inl.h"
+// on these:
 #include "kernels/avx512_bf16/pack-inl.h"
 #include "kernels/bf16-inl.h"
+#include "kernels/work-inl.h"
 #include "kernels/avx512_vnni/read-inl.h"
 // on all of these:
 #include "kernels/amx_bf16/multiply-inl.h"
 #include "kernels/amx_bf16/probes-inl.h"
 
 uint64_t gate_up_any(const GateUpTask& task) {
-  return task.tokens < kMinTokens ? gate_up_vectors<Bf16Group>(task) : gate_up_tiles<Bf16Group>(task);
+  return task.tokens < kMinTokens ? gate_up<Bf16Group, A16Group>(task) : gate_up_tiles<Bf16Group>(task);
 }
 
-void down_any(const DownTask& task) { task.tokens < kMinTokens ? down(task) : down_tiles(task); }
+void down_any(const DownTask& task) { task.tokens < kMinTokens ? down<A16Group>(task) : down_tiles(task); }
 
 }  // namespace
 
@@ -38,7 +40,7 @@ const KernelTable bf16 = {
     .max_tokens = kMaxTokens,
     .group_bytes = sizeof(Bf16Group),
     .pack_fp32 = pack_hidden_fp32<Bf16Group>,
-    .pack_bf16 = pack_hidden_bf16<Bf16Group>,
+    .pack_bf16 = pack_rows<Bf16Group, uint16_t>,
     .gate_up = gate_up_any,
     .down = down_any,
     .read = read,

@@ -9,14 +9,16 @@ namespace k2::avx512_bf16 {
 namespace {
 
 #include "kernels/avx512_vnni/lanes-inl.h"
+#include "kernels/avx512_vnni/values-inl.h"
+#include "kernels/avx512_vnni/a16_block-inl.h"
 #include "kernels/avx512_vnni/tile-inl.h"
-// on these two:
 #include "kernels/avx512_bf16/tile-inl.h"
-// on these three:
 #include "kernels/a16-inl.h"
+// on these:
 #include "kernels/avx512_bf16/pack-inl.h"
-#include "kernels/avx512_bf16/probes-inl.h"
 #include "kernels/bf16-inl.h"
+#include "kernels/work-inl.h"
+#include "kernels/avx512_bf16/probes-inl.h"
 #include "kernels/avx512_vnni/read-inl.h"
 
 }  // namespace
@@ -30,9 +32,9 @@ const KernelTable bf16 = {
     .max_tokens = kMaxTokensPerCall,
     .group_bytes = sizeof(Bf16Group),
     .pack_fp32 = pack_hidden_fp32<Bf16Group>,
-    .pack_bf16 = pack_hidden_bf16<Bf16Group>,
-    .gate_up = gate_up_vectors<Bf16Group>,
-    .down = down,
+    .pack_bf16 = pack_rows<Bf16Group, uint16_t>,
+    .gate_up = gate_up<Bf16Group, A16Group>,
+    .down = down<A16Group>,
     .read = read,
     .peak = peak,
     .peak_operations = kPeakOperations,

@@ -7,10 +7,14 @@ namespace k2::avx512_vnni {
 namespace {
 
 #include "kernels/avx512_vnni/lanes-inl.h"
+// on it:
+#include "kernels/avx512_vnni/values-inl.h"
+#include "kernels/avx512_vnni/a16_block-inl.h"
 #include "kernels/avx512_vnni/tile-inl.h"
-// on these two:
 #include "kernels/a16-inl.h"
+// on these:
 #include "kernels/bf16-inl.h"
+#include "kernels/work-inl.h"
 #include "kernels/avx512_vnni/probes-inl.h"
 #include "kernels/avx512_vnni/read-inl.h"
 
@@ -24,10 +28,10 @@ const KernelTable exact = {
     .layout_id = kLayoutL32,
     .max_tokens = kMaxTokensPerCall,
     .group_bytes = sizeof(A16Group),
-    .pack_fp32 = pack_fp32,
-    .pack_bf16 = pack_bf16,
-    .gate_up = gate_up,
-    .down = down,
+    .pack_fp32 = pack_rows<A16Group, float>,
+    .pack_bf16 = pack_rows<A16Group, uint16_t>,
+    .gate_up = gate_up<A16Group, A16Group>,
+    .down = down<A16Group>,
     .read = read,
     .peak = peak,
     .peak_operations = kPeakOperations / 2,  // two planes
@@ -42,9 +46,9 @@ const KernelTable bf16 = {
     .max_tokens = kMaxTokensPerCall,
     .group_bytes = sizeof(A16Group),
     .pack_fp32 = pack_hidden_fp32<A16Group>,
-    .pack_bf16 = pack_bf16,
-    .gate_up = gate_up,
-    .down = down,
+    .pack_bf16 = pack_rows<A16Group, uint16_t>,
+    .gate_up = gate_up<A16Group, A16Group>,
+    .down = down<A16Group>,
     .read = read,
     .peak = peak,
     .peak_operations = kPeakOperations / 2,  // two planes

@@ -1,4 +1,5 @@
-// The tile in plain C++: what every instruction set must compute, lane by lane.
+// The tile in plain C++: what every instruction set must compute, lane by lane. For the forms of activations whose
+// `dot_group` and `scale_group` are included before it.
 
 constexpr int kMaxTile = 6;
 constexpr int kStreams = 1;
@@ -9,39 +10,8 @@ struct Tile {
   F32x16 rows[2][N];
 };
 
-// sum over the group of q * n for 16 rows; `values` is the group's first vector of the wanted half.
-K2_INLINE I32x16 dot_group(const uint8_t* values, const A16Group& x) {
-  I32x16 sum = i32(x.correction);
-  for (int q = 0; q < 4; ++q) {
-    uint32_t lanes[16];
-    __builtin_memcpy(lanes, values + q * 128, sizeof(lanes));
-    for (int j = 0; j < 4; ++j) {
-      const int low = 8 * q + j;
-      const int high = low + 4;
-      const int32_t n_low = 256 * x.high[low] + x.low[low];
-      const int32_t n_high = 256 * x.high[high] + x.low[high];
-      for (int r = 0; r < 16; ++r) {
-        const uint32_t byte = lanes[r] >> (8 * j);
-        sum.v[r] += int32_t(byte & 15) * n_low + int32_t((byte >> 4) & 15) * n_high;
-      }
-    }
-  }
-  return sum;
-}
-
-// Scales of one half times 2^(k + 60).
-K2_INLINE F32x16 scale_group(const uint8_t* block, int half, const A16Group& x) {
-  I32x16 scale;
-  for (int r = 0; r < 16; ++r) {
-    uint16_t bits;
-    __builtin_memcpy(&bits, block + 4 * r + 2 * half, sizeof(bits));
-    scale.v[r] = int32_t((uint32_t(bits) << 16) + uint32_t(x.exponent));
-  }
-  return as_f32(scale);
-}
-
-template <int T>
-void tile(const uint8_t* weights, int groups, const A16Group* const (&input)[T], bool /*prefetch*/, Tile<T>& sums) {
+template <int T, class Group>
+void tile(const uint8_t* weights, int groups, const Group* const (&input)[T], bool /*prefetch*/, Tile<T>& sums) {
   for (int t = 0; t < T; ++t) sums.rows[0][t] = sums.rows[1][t] = f32(0.0f);
   for (int g = 0; g < groups; ++g, weights += kBlockBytes) {
     for (int t = 0; t < T; ++t) {
@@ -53,9 +23,9 @@ void tile(const uint8_t* weights, int groups, const A16Group* const (&input)[T],
   }
 }
 
-template <int S>
-void tile_streams(const uint8_t* weights, ptrdiff_t /*distance*/, int groups, const A16Group* input, Tile<S>& sums) {
+template <int S, class Group>
+void tile_streams(const uint8_t* weights, ptrdiff_t /*distance*/, int groups, const Group* input, Tile<S>& sums) {
   static_assert(S == 1);
-  const A16Group* const inputs[1] = {input};
+  const Group* const inputs[1] = {input};
   tile<1>(weights, groups, inputs, false, sums);
 }

@@ -1,0 +1,31 @@
+// Weights and activations as AVX-512 VNNI multiplies them: `vpdpbusd` adds the products of four unsigned nibbles and four
+// signed bytes of one plane to a 32-bit lane; a lane is a row.
+//
+// Nibbles are unpacked by shift and mask: on Zen 4 these run beside the multiplications, GFNI and multishift do not.
+
+// The values of 8 inputs for one half of the rows, unpacked.
+struct Values {
+  __m512i first, second;  // inputs 8q..8q+3 and 8q+4..8q+7
+};
+
+K2_INLINE Values load_values(const uint8_t* p) {
+  const __m512i nibble = _mm512_set1_epi8(15);
+  const __m512i values = _mm512_load_si512(p);
+  return {_mm512_and_si512(values, nibble), _mm512_and_si512(_mm512_srli_epi16(values, 4), nibble)};
+}
+
+K2_INLINE __m512i broadcast4(const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, sizeof(four));
+  return _mm512_set1_epi32(four);
+}
+
+// sum += values . x, for one plane of 8 inputs.
+K2_INLINE void add_products(__m512i& sum, const Values& values, const int8_t* x) {
+  sum = _mm512_dpbusd_epi32(sum, values.first, broadcast4(x));
+  sum = _mm512_dpbusd_epi32(sum, values.second, broadcast4(x + 4));
+}
+
+K2_INLINE __m512i strip_scale(__m512i pairs, int half) {
+  return half == 0 ? _mm512_slli_epi32(pairs, 16) : _mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000)));
+}
