@@ -1,5 +1,5 @@
 // Packing of hidden states for numerics bf16 (see bf16.h), one text for all instruction sets; included after
-// `a16-inl.h`. Hidden is their form: A16Group, or Bf16Group with a pack_group of its own.
+// `a16-inl.h` and before `work-inl.h`. Hidden is their form: A16Group, or Bf16Group with a pack_group of its own.
 
 // To nearest even. Infinity stays infinity; a NaN may become anything.
 K2_INLINE F32x16 round_bf16(F32x16 x) {

@@ -60,8 +60,12 @@ float random_special(Random& random) {
                           32513.0f * 0x1p60f,
                           -3.0e38f,
                           1.0e-40f,
-                          -0.0f};
-  return values[pick(random, 0, 7)];
+                          -0.0f,
+                          0x1p67f,
+                          -0x1.fffffep66f,
+                          0x1p-61f,
+                          0x1.fffffep-62f};
+  return values[pick(random, 0, 11)];
 }
 
 std::vector<float> random_activations(Random& random, int groups) {

@@ -77,7 +77,7 @@ class PlanRow:
 class Plan:
     """Say for every tensor group of a model where it lives, in which dtype and how large it is.
 
-    numerics: "exact" or "bf16" (native INT4 kernels), or "reference" (the readable FP32 experts).
+    numerics: "exact", "fast" or "bf16" (native INT4 kernels), or "reference" (the readable FP32 experts).
     activation_dtype: of the residual stream. chunk_tokens: prompt tokens per forward pass.
     notes: what the user should know.
     """
@@ -168,6 +168,8 @@ def _numerics_notes(asked: str, numerics: str, activation_dtype: str) -> tuple[s
     """Say what the numerics of the experts cost."""
     if numerics == "reference" and asked != "reference":
         return ("routed_experts: stored unpacked, so the reference computes them in FP32 (slow)",)
+    if numerics == "fast":
+        return ("numerics: fast: the experts' inputs are rounded to 8 bits, an error of 1 to 2e-2 (exact: 1e-4)",)
     if numerics == "bf16" and activation_dtype == "fp32":
         return ("numerics: bf16: the experts' inputs are rounded to bf16, an error of 2 to 3e-3 where exact has 1e-4",)
     if numerics == "bf16":

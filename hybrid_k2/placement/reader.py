@@ -30,7 +30,7 @@ def parse_rules(text: str, source: str = "rules") -> Rules:
         source=source,
         devices=devices,
         kv_cache=_kv_cache(top, devices),
-        numerics=top.choice("numerics", ("exact", "bf16", "reference"), ("fast",), default="exact"),
+        numerics=top.choice("numerics", ("exact", "fast", "bf16", "reference"), default="exact"),
         overlap=_overlap(top),
         prefill=_prefill(top),
     )

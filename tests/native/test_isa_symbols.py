@@ -15,6 +15,7 @@ KERNEL_FILES = sorted(path.relative_to(CSRC).as_posix() for path in (CSRC / "ker
 # What begins a file's name, and what its tables are called: for experts the form of the activations and the numerics.
 TABLES = {
     "a16": {"exact", "bf16"},
+    "a8": {"fast"},
     "bf16": {"bf16"},
     "attention": {"attention_table"},
 }

@@ -11,8 +11,8 @@ import pytest
 from hybrid_k2.experts import isa_facts
 from tests.native.conftest import CSRC, Compiler, run_program
 
-NUMERICS = ("exact", "bf16")
-FORMS = ("a16",)  # of the activations: what the files are named after
+NUMERICS = ("exact", "fast", "bf16")
+FORMS = ("a16", "a8")  # of the activations: what the files are named after
 LIST_SOURCES = ("testing/compare_tables.cpp", "kernels/kernel_list.cpp", "cpu/features.cpp", "core/huge_buffer.cpp")
 AVX2 = ("-mavx2", "-mfma")
 AVX512_VNNI = (

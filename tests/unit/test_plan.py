@@ -222,6 +222,15 @@ def test_threads_numerics_and_chunks() -> None:
     assert plan_of(tail="kv_cache: {tokens: 70}\n").chunk_tokens == 70
 
 
+def test_the_cost_of_fast_is_said() -> None:
+    plan = plan_of(tail="numerics: fast\n")
+    assert plan.numerics == "fast"
+    assert any("rounded to 8 bits, an error of 1 to 2e-2" in note for note in plan.notes)
+    assert "note: numerics: fast" in plan.table()
+    assert plan_of(packed=False, tail="numerics: fast\n").numerics == "reference"
+    assert not any("fast" in note for note in plan_of().notes)
+
+
 def test_the_cost_of_bf16_is_said() -> None:
     plan = plan_of(tail="numerics: bf16\n")
     assert (plan.numerics, plan.activation_dtype) == ("bf16", "fp32")

@@ -201,7 +201,7 @@ uint64_t gate_up_tiles(const GateUpTask& task) {
         const F32x16 gate = _mm512_load_ps(sums.rows[t][2 * block]), up = _mm512_load_ps(sums.rows[t][2 * block + 1]);
         h[block] = mul(silu(unscale(gate)), unscale(up));
       }
-      bad |= uint64_t(!pack_group(h[0], h[1], as_groups(task.output[t]) + pair)) << t;
+      bad |= uint64_t(!pack_group(h[0], h[1], reinterpret_cast<A16Group*>(task.output[t]) + pair)) << t;
     }
   }
   _tile_release();
