@@ -370,10 +370,13 @@ void expand(const ExpandTask& task) { task.bf16 ? expand_as<uint16_t>(task) : ex
 constexpr int64_t kPeakOperations = int64_t(2) * kTileRows * kTilePanels * kPanelRows;
 
 uint64_t peak(int64_t rounds) {
-  const F32x16 x = f32(float(rounds % 3)), y = f32(0.5f);
+  // All lanes differ: equal halves of a vector would be computed once.
+  float lanes[kPanelRows];
+  for (int i = 0; i < kPanelRows; ++i) lanes[i] = float((rounds + i) % 17);
+  const F32x16 x = load_f32(lanes), y = f32(0.5f);
   F32x16 sums[kTileRows * kTilePanels];
 #pragma GCC unroll 24
-  for (int i = 0; i < kTileRows * kTilePanels; ++i) sums[i] = f32(float(i));
+  for (int i = 0; i < kTileRows * kTilePanels; ++i) sums[i] = mul(x, f32(float(i)));
   for (int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 24
     for (int i = 0; i < kTileRows * kTilePanels; ++i) sums[i] = fma(sums[i], y, x);
