@@ -28,7 +28,7 @@ class AttentionCase {
     int64_t free_row = pick(0, 2);
     const int count = long_context ? 2 : pick(1, 4);
     for (int i = 0; i < count; ++i) {
-      AttentionSequence s{free_row, pick(0, 2) ? 1 : pick(1, 40), long_context ? pick(6000, 15000) : pick(0, 250), 0};
+      AttentionSequence s{free_row, pick(0, 2) ? 1 : pick(2, 12), long_context ? pick(6000, 15000) : pick(0, 250), 0};
       s.first_page = int64_t(table.size()) + pick(0, 2);
       table.resize(size_t(s.first_page + (s.cached + s.rows + page_tokens - 1) / page_tokens));
       free_row = s.first_row + s.rows + pick(0, 1);
