@@ -18,21 +18,29 @@ uint64_t read(const uint8_t* memory, size_t bytes) {
 constexpr int kPeakChains = 8;
 constexpr int64_t kPeakOperations = kPeakChains * 32 * 2;
 
-// vpmaddubsw and the vpaddw that takes its products up: what one plane costs at the least.
+K2_INLINE void peak_step(__m256i& sum, __m256i values, __m256i& x) {
+  pin(x);  // seen as new each time, or the product would be taken once for all rounds
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(values, x));
+  pin(sum);
+}
+
+// vpmaddubsw and the vpaddw that takes its products up: what one plane costs at the least. The sums are variables of
+// their own, because gcc keeps an array of them in memory.
 uint64_t peak(int64_t rounds) {
-  __m256i sums[kPeakChains];
-  for (int i = 0; i < kPeakChains; ++i) sums[i] = _mm256_setzero_si256();
   const __m256i values = _mm256_set1_epi8(15);
   __m256i x = _mm256_set1_epi8(char(rounds));
+  __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a, e = a, f = a, g = a, h = a;
   for (int64_t round = 0; round < rounds; ++round) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kPeakChains; ++i) {
-      pin(x);  // seen as new each time, or the product would be taken once for all rounds
-      sums[i] = _mm256_add_epi16(sums[i], _mm256_maddubs_epi16(values, x));
-      pin(sums[i]);
-    }
+    peak_step(a, values, x);
+    peak_step(b, values, x);
+    peak_step(c, values, x);
+    peak_step(d, values, x);
+    peak_step(e, values, x);
+    peak_step(f, values, x);
+    peak_step(g, values, x);
+    peak_step(h, values, x);
   }
-  __m256i all = sums[0];
-  for (int i = 1; i < kPeakChains; ++i) all = _mm256_xor_si256(all, sums[i]);
-  return uint64_t(_mm256_extract_epi64(all, 0));
+  const __m256i first = _mm256_xor_si256(_mm256_xor_si256(a, b), _mm256_xor_si256(c, d));
+  const __m256i second = _mm256_xor_si256(_mm256_xor_si256(e, f), _mm256_xor_si256(g, h));
+  return uint64_t(_mm256_extract_epi64(_mm256_xor_si256(first, second), 0));
 }
