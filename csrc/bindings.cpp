@@ -86,7 +86,8 @@ void copy_output(const MoeJob& job, float* out) {
   job.copy_output(out);
 }
 
-// A layer that Python can close while other threads are inside a call: each call holds what it uses.
+// A layer that Python can close while other threads are inside a call: each call holds what it uses. `layer_` itself
+// is read and changed under the GIL.
 class PyLayer {
  public:
   PyLayer(std::shared_ptr<Runtime> runtime, int hidden, int intermediate, int experts, int per_token)
@@ -165,8 +166,9 @@ class PyLayer {
 
   void submit(int slot, const py::array& hidden, const py::array& ids, const py::array& weights) {
     const std::shared_ptr<Layer> layer = open();
-    layer->check_free(slot);
-    layer->keep(slot, start(*layer, moe_input(layer->experts().shape(), hidden, ids, weights)));
+    const MoeInput input = moe_input(layer->experts().shape(), hidden, ids, weights);
+    const py::gil_scoped_release nogil;
+    layer->submit(slot, input);
   }
 
   // False if the time runs out; the slot then stays in flight.
@@ -179,10 +181,10 @@ class PyLayer {
     try {
       if (!finish(layer->runtime().pool, *job, deadline)) return false;
     } catch (...) {
-      layer->release(slot);
+      layer->release(slot, job);
       throw;
     }
-    layer->release(slot);
+    layer->release(slot, job);
     copy_output(*job, out);
     return true;
   }
@@ -192,9 +194,8 @@ class PyLayer {
   void close() {
     const std::shared_ptr<Layer> layer = std::move(layer_);
     if (!layer) return;
-    const Layer::Jobs jobs = layer->take();  // under the GIL: a thread in `wait` releases its slot under it
     const py::gil_scoped_release nogil;
-    layer->end(jobs);
+    layer->end();
   }
 
  private:
@@ -270,8 +271,9 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("activations", [](const Runtime& r) { return r.table.activations; })
       .def_property_readonly("threads", [](const Runtime& r) { return r.pool.workers(); })
       .def(
-          "measure_read_gbps", [](Runtime& r, double seconds) { return measure_read_gbps(r.pool, r.table, seconds); },
-          py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
+          "measure_read_gbps",
+          [](Runtime& r, double seconds, size_t bytes) { return measure_read_gbps(r.pool, r.table, seconds, bytes); },
+          py::arg("seconds"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>())
       .def(
           "measure_peak_gops",
           [](Runtime& r, double seconds) {

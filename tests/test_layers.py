@@ -21,7 +21,7 @@ LAYERS = [
     {"experts", "placement", "protocol", "demo"},
     {"checkpoint"},
     {"config", "native"},
-    {"fields", "files"},
+    {"fields", "files", "host"},
     {"errors"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

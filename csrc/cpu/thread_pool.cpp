@@ -56,7 +56,9 @@ struct ThreadPool::State {
   std::array<Entry, kRing> ring;
   std::mutex submit_mutex;
   std::atomic<uint64_t> published{0};  // jobs submitted so far
-  std::atomic<bool> stop{false};
+  std::atomic<bool> leave{false};  // jobs end early
+  std::atomic<bool> stop{false};   // no job comes any more
+  std::mutex join_mutex;
   std::vector<std::thread> threads;
 
   void work(int worker);
@@ -96,7 +98,10 @@ void ThreadPool::State::start(int count) {
 }
 
 void ThreadPool::State::join() {
-  {
+  std::lock_guard one_at_a_time(join_mutex);
+  leave.store(true);
+  work_gate.notify();
+  {  // a `submit` that waits for room gets it first: the jobs before it leave
     std::lock_guard lock(submit_mutex);
     stop.store(true);
   }
@@ -162,7 +167,7 @@ void ThreadPool::finish(const Job& job) noexcept {
 }
 
 Job::Job(ThreadPool& pool)
-    : team_(pool.state_->work_gate, pool.state_->stop, pool.state_->worker_spin, pool.state_->workers) {}
+    : team_(pool.state_->work_gate, pool.state_->leave, pool.state_->worker_spin, pool.state_->workers) {}
 
 void Job::run_guarded(int worker) noexcept {
   try {

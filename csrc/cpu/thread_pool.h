@@ -119,13 +119,16 @@ class ThreadPool {
   // Waits for the job before it is destroyed; returns at once in a forked child, where nobody runs it.
   void finish(const Job& job) noexcept;
 
-  // Cancels what is in flight and joins the workers. Waiters return; may be called twice, and not from a worker.
+  // Cancels what is in flight and joins the workers. Waiters return; may be called again and from several threads, but
+  // not from a worker.
   void stop();
+
+  // In a child process after `fork`: the workers do not exist here.
+  bool forked() const;
 
  private:
   friend class Job;
   struct State;
-  bool forked() const;
   void check_process() const;
 
   // Leaked in a child process after `fork`: its threads do not exist there and its locks may be held.

@@ -111,17 +111,18 @@ void MoeJob::gate_up(Chunk& chunk, Team& team, int worker) {
     const int first = i == begin.index ? begin.unit : 0;
     const int last = i == end.index ? end.unit : pairs;
     if (first >= last) continue;
-    team.check_cancelled();
-    gate_up_expert(chunk, chunk.routed.experts[i], first, last);
+    gate_up_expert(chunk, chunk.routed.experts[i], first, last, team);
     if (chunk.units_done[i].fetch_add(last - first) + last - first == pairs) team.notify();
   }
 }
 
-void MoeJob::gate_up_expert(Chunk& chunk, const ActiveExpert& expert, int first_pair, int last_pair) {
+void MoeJob::gate_up_expert(Chunk& chunk, const ActiveExpert& expert, int first_pair, int last_pair,
+                            const Team& team) {
   const LayerShape& shape = layer_.shape();
   const uint8_t* input[kMaxTokens];
   uint8_t* output[kMaxTokens];
   for (int first = 0; first < expert.rows; first += table_.max_tokens) {
+    team.check_cancelled();
     const int tokens = std::min(table_.max_tokens, expert.rows - first);
     for (int t = 0; t < tokens; ++t) {
       const int row = expert.first_row + first + t;
@@ -152,17 +153,19 @@ void MoeJob::down(Chunk& chunk, Team& team, int worker) {
   }
   for (size_t i = 0; i < chunk.routed.experts.size(); ++i) {
     team.wait([&] { return chunk.units_done[i].load() == pairs; });
-    down_expert(chunk, chunk.routed.experts[i], first, last);
+    down_expert(chunk, chunk.routed.experts[i], first, last, team);
   }
 }
 
-void MoeJob::down_expert(const Chunk& chunk, const ActiveExpert& expert, int first_block, int last_block) {
+void MoeJob::down_expert(const Chunk& chunk, const ActiveExpert& expert, int first_block, int last_block,
+                         const Team& team) {
   const LayerShape& shape = layer_.shape();
   const int64_t stride = int64_t(shape.intermediate_groups()) * kBlockBytes;
   const uint8_t* input[kMaxTokens];
   float factor[kMaxTokens];
   float* output[kMaxTokens];
   for (int first = 0; first < expert.rows; first += table_.max_tokens) {
+    team.check_cancelled();
     const int tokens = std::min(table_.max_tokens, expert.rows - first);
     for (int t = 0; t < tokens; ++t) {
       const int row = expert.first_row + first + t;

@@ -53,9 +53,9 @@ class MoeJob final : public Job {
   void run(Team& team, int worker) override;
   void pack(const Chunk& chunk, const Team& team, int worker);
   void gate_up(Chunk& chunk, Team& team, int worker);
-  void gate_up_expert(Chunk& chunk, const ActiveExpert& expert, int first_pair, int last_pair);
+  void gate_up_expert(Chunk& chunk, const ActiveExpert& expert, int first_pair, int last_pair, const Team& team);
   void down(Chunk& chunk, Team& team, int worker);
-  void down_expert(const Chunk& chunk, const ActiveExpert& expert, int first_block, int last_block);
+  void down_expert(const Chunk& chunk, const ActiveExpert& expert, int first_block, int last_block, const Team& team);
 
   uint8_t* packed(int token) const { return workspace_->packed.data() + token * packed_bytes_; }
   uint8_t* activated(int row) const { return workspace_->activated.data() + row * activated_bytes_; }

@@ -4,13 +4,11 @@
 #include <chrono>
 #include <cstring>
 
+#include "core/error.h"
 #include "core/huge_buffer.h"
 
 namespace k2 {
 namespace {
-
-constexpr size_t kProbeBytes = size_t(512) << 20;
-constexpr size_t kUnitBytes = size_t(2) << 20;
 
 // Each worker takes its contiguous share: the first pass writes it, the others read it.
 class Pass final : public Job {
@@ -22,9 +20,9 @@ class Pass final : public Job {
 
  private:
   void run(Team& team, int worker) override {
-    const size_t units = buffer_.bytes() / kUnitBytes;
-    const size_t first = units * worker / team.workers() * kUnitBytes;
-    const size_t last = units * (worker + 1) / team.workers() * kUnitBytes;
+    const size_t units = buffer_.bytes() / kProbeUnit;
+    const size_t first = units * worker / team.workers() * kProbeUnit;
+    const size_t last = units * (worker + 1) / team.workers() * kProbeUnit;
     if (touch_) {
       std::memset(buffer_.data() + first, 1, last - first);
     } else if (first < last) {
@@ -48,8 +46,10 @@ double time_pass(ThreadPool& pool, Pass& pass) {
 
 }  // namespace
 
-double measure_read_gbps(ThreadPool& pool, const KernelTable& table, double seconds) {
-  const HugeBuffer buffer(kProbeBytes);
+double measure_read_gbps(ThreadPool& pool, const KernelTable& table, double seconds, size_t bytes) {
+  const size_t least = size_t(pool.workers()) * kProbeUnit;
+  check_argument(bytes >= least, "bytes", text("at least ", least), bytes);
+  const HugeBuffer buffer(bytes / kProbeUnit * kProbeUnit);
   Pass touch(pool, table, buffer, true);
   time_pass(pool, touch);
   double best = 1e9;
@@ -59,7 +59,7 @@ double measure_read_gbps(ThreadPool& pool, const KernelTable& table, double seco
     best = std::min(best, pass_seconds);
     spent += pass_seconds;
   }
-  return double(kProbeBytes) / best / 1e9;
+  return double(buffer.bytes()) / best / 1e9;
 }
 
 }  // namespace k2

@@ -1,6 +1,5 @@
 #include "moe/runtime.h"
 
-#include "core/error.h"
 #include "kernels/kernel_list.h"
 
 namespace k2 {
@@ -14,18 +13,14 @@ std::shared_ptr<MoeJob> Layer::start(const MoeInput& input) {
   return job;
 }
 
-void Layer::check_free(int slot) const {
-  check_argument(slot >= 0 && slot < kSlots, "slot", text("0..", kSlots - 1), slot);
-  check_argument(!slots_[slot], "slot", "a free one", text("slot ", slot, ", which is in flight"));
+void Layer::submit(int slot, const MoeInput& input) {
+  Slots::Reservation reserved(slots_, slot);
+  reserved.fill(start(input));
 }
 
-std::shared_ptr<MoeJob> Layer::in_flight(int slot) const {
-  check_argument(slot >= 0 && slot < kSlots, "slot", text("0..", kSlots - 1), slot);
-  check_argument(bool(slots_[slot]), "slot", "one in flight", text("slot ", slot, ", where nothing was submitted"));
-  return slots_[slot];
-}
-
-void Layer::end(const Jobs& jobs) {
+void Layer::end() {
+  const Slots::Jobs jobs = slots_.take();
+  if (runtime_->pool.forked()) return;  // nobody runs them here, and the pool's locks may be held for ever
   for (const std::shared_ptr<MoeJob>& job : jobs) {
     if (!job) continue;
     job->cancel();

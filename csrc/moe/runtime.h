@@ -1,6 +1,5 @@
 // What the layers of one engine share, and one layer with its computations in flight.
 #pragma once
-#include <array>
 #include <memory>
 #include <string>
 #include <utility>
@@ -9,6 +8,7 @@
 #include "kernels/kernel_table.h"
 #include "moe/expert_layer.h"
 #include "moe/moe_job.h"
+#include "moe/slots.h"
 #include "moe/workspace.h"
 
 namespace k2 {
@@ -21,12 +21,11 @@ struct Runtime {
   ThreadPool pool;
 };
 
-constexpr int kSlots = 2;
-
+// Thread-safe.
 class Layer {
  public:
   Layer(std::shared_ptr<Runtime> runtime, const LayerShape& shape) : runtime_(std::move(runtime)), experts_(shape) {}
-  ~Layer() { end(take()); }
+  ~Layer() { end(); }
 
   ExpertLayer& experts() { return experts_; }
   Runtime& runtime() { return *runtime_; }
@@ -34,23 +33,18 @@ class Layer {
   // A started computation. EngineError, ArgumentError as MoeJob.
   std::shared_ptr<MoeJob> start(const MoeInput& input);
 
-  // ArgumentError unless the slot exists and is free, or in flight.
-  void check_free(int slot) const;
-  std::shared_ptr<MoeJob> in_flight(int slot) const;
+  // Starts a computation in a slot. ArgumentError as well unless the slot exists and is free.
+  void submit(int slot, const MoeInput& input);
+  std::shared_ptr<MoeJob> in_flight(int slot) const { return slots_.in_flight(slot); }
+  void release(int slot, const std::shared_ptr<MoeJob>& job) { slots_.release(slot, job); }
 
-  void keep(int slot, std::shared_ptr<MoeJob> job) { slots_[slot] = std::move(job); }
-  void release(int slot) { slots_[slot].reset(); }
-
-  // Takes what is in flight out of the slots; as fast as the other calls on slots, and like them under the caller's lock.
-  using Jobs = std::array<std::shared_ptr<MoeJob>, kSlots>;
-  Jobs take() { return std::exchange(slots_, {}); }
-  // Cancels jobs that were taken and waits for them to end. Needs no lock.
-  void end(const Jobs& jobs);
+  // Cancels what is in flight and waits for it to end.
+  void end();
 
  private:
   std::shared_ptr<Runtime> runtime_;
   ExpertLayer experts_;
-  Jobs slots_;
+  Slots slots_;
 };
 
 }  // namespace k2

@@ -4,8 +4,10 @@
 
 #include <memory>
 #include <random>
+#include <thread>
 #include <vector>
 
+#include "core/error.h"
 #include "kernels/kernel_list.h"
 #include "moe/runtime.h"
 #include "testing/check.h"
@@ -97,8 +99,73 @@ void closing_with_work_in_flight_ends_it() {
       layer.experts().pack(e, gate.matrix(), up.matrix(), down.matrix());
     }
     const Batch batch(random, shape, 300);
-    layer.keep(0, layer.start(batch.input()));
-    layer.keep(1, layer.start(batch.input()));
+    layer.submit(0, batch.input());
+    layer.submit(1, batch.input());
+  }
+}
+
+// Two threads submit to one slot and wait for it, as fast as they can: one of them gets it each time, and a job stays
+// alive until it has run.
+void a_slot_has_one_owner() {
+  Random random(10);
+  const LayerShape shape{64, 64, 2, 2};
+  Layer layer(std::make_shared<Runtime>("portable", kExact, 2), shape);
+  for (int e = 0; e < shape.experts; ++e) {
+    const Words gate(random, 64, 64), up(random, 64, 64), down(random, 64, 64);
+    layer.experts().pack(e, gate.matrix(), up.matrix(), down.matrix());
+  }
+  const Batch batches[] = {{random, shape, 1}, {random, shape, 3}};
+  std::vector<float> expected[2];
+  for (int i = 0; i < 2; ++i) expected[i] = compute(layer, batches[i]);
+  std::atomic<int> submitted{0}, refused{0};
+  auto use = [&](const Batch& batch) {
+    for (int round = 0; round < 200; ++round) {
+      try {
+        layer.submit(0, batch.input());
+        submitted.fetch_add(1);
+      } catch (const ArgumentError&) {
+        refused.fetch_add(1);
+      }
+      try {
+        const std::shared_ptr<MoeJob> job = layer.in_flight(0);  // perhaps the other thread's
+        K2_EXPECT(layer.runtime().pool.wait(*job));
+        layer.release(0, job);
+        const int which = job->tokens() == batches[0].tokens ? 0 : 1;
+        std::vector<float> out(expected[which].size());
+        job->copy_output(out.data());
+        K2_EXPECT(out == expected[which]);
+      } catch (const ArgumentError&) {  // it was free
+      }
+    }
+  };
+  std::thread other([&] { use(batches[1]); });
+  use(batches[0]);
+  other.join();
+  K2_EXPECT(submitted.load() > 0 && submitted.load() + refused.load() == 400);
+  for (int slot : {-1, 2}) {
+    bool thrown = false;
+    try {
+      layer.submit(slot, batches[0].input());
+    } catch (const ArgumentError&) {
+      thrown = true;
+    }
+    K2_EXPECT(thrown);
+  }
+}
+
+void a_failed_submit_leaves_the_slot_free() {
+  Random random(11);
+  const LayerShape shape{64, 64, 2, 2};
+  Layer layer(std::make_shared<Runtime>("portable", kExact, 1), shape);
+  const Batch batch(random, shape, 1);
+  for (int round = 0; round < 2; ++round) {
+    bool thrown = false;
+    try {
+      layer.submit(1, batch.input());  // no expert was loaded
+    } catch (const EngineError&) {
+      thrown = true;
+    }
+    K2_EXPECT(thrown);
   }
 }
 
@@ -127,5 +194,7 @@ int main() {
   k2::work_is_cut_without_gap_or_overlap();
   k2::results_do_not_depend_on_workers();
   k2::closing_with_work_in_flight_ends_it();
+  k2::a_slot_has_one_owner();
+  k2::a_failed_submit_leaves_the_slot_free();
   std::puts("ok");
 }

@@ -134,6 +134,31 @@ void stop_ends_what_is_in_flight() {
   pool.stop();
 }
 
+void stop_ends_a_full_pool() {
+  ThreadPool pool(2);
+  std::atomic<bool> never{false};
+  std::vector<std::unique_ptr<Task>> tasks;
+  for (int i = 0; i < 70; ++i) {
+    tasks.push_back(std::make_unique<Task>(pool, [&](Team& team, int) { team.wait([&] { return never.load(); }); }));
+  }
+  std::atomic<int> accepted{0};
+  std::thread submitter([&] {  // blocks on the 65th
+    try {
+      for (auto& task : tasks) {
+        pool.submit(*task);
+        accepted.fetch_add(1);
+      }
+    } catch (const EngineError&) {
+    }
+  });
+  while (accepted.load() < 64) std::this_thread::yield();
+  std::thread other([&] { pool.stop(); });
+  pool.stop();
+  other.join();
+  submitter.join();
+  for (int i = 0; i < accepted.load(); ++i) K2_EXPECT(tasks[i]->done());
+}
+
 void two_threads_submit() {
   ThreadPool pool(2);
   std::atomic<int> sum{0};
@@ -192,6 +217,7 @@ int main(int argc, char**) {
   first_exception_is_rethrown();
   wait_has_a_deadline_and_cancel_ends_a_job();
   stop_ends_what_is_in_flight();
+  stop_ends_a_full_pool();
   two_threads_submit();
   idle_workers_sleep();
   if (argc == 1) fork_is_refused_in_the_child();  // any argument leaves it out: the sanitizer cannot fork with threads

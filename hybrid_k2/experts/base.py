@@ -153,7 +153,11 @@ class ExpertsRuntime(ABC):
 
     @abstractmethod
     def measure_read_gbps(self, seconds: float = 0.1) -> float:
-        """Return how many 10^9 bytes per second the runtime's threads can read from memory."""
+        """Return how many 10^9 bytes per second the runtime's threads can read from memory.
+
+        Effects: takes the memory of `probe_bytes` meanwhile.
+        Raises: MemoryBudgetError if there is too little.
+        """
 
     @abstractmethod
     def close(self) -> None:

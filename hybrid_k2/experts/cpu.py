@@ -16,6 +16,7 @@ from hybrid_k2.checkpoint import ExpertWeights, PackedWeight, StoredExpert
 from hybrid_k2.errors import EngineError
 from hybrid_k2.experts.base import ExpertsBackend, ExpertsRuntime, ExpertsShape, check_slot
 from hybrid_k2.experts.isa import IsaFact
+from hybrid_k2.experts.read_probe import probe_bytes
 from hybrid_k2.native import native as _native
 
 ReadMode = Literal["auto", "buffered", "direct"]
@@ -175,7 +176,7 @@ class NativeRuntime(ExpertsRuntime):
 
     def measure_read_gbps(self, seconds: float = 0.1) -> float:
         """See ExpertsRuntime."""
-        return float(self._runtime.measure_read_gbps(seconds))
+        return float(self._runtime.measure_read_gbps(seconds, probe_bytes(self._runtime.threads)))
 
     def measure_peak_gops(self, seconds: float = 0.1) -> float:
         """Return how many 10^9 multiplications and additions per second the kernels' instructions alone can do.

@@ -16,8 +16,7 @@ from torch.nn.functional import silu
 from hybrid_k2.checkpoint import ExpertWeights, PackedWeight
 from hybrid_k2.errors import EngineError
 from hybrid_k2.experts.base import ExpertsBackend, ExpertsRuntime, ExpertsShape, QueuedBackend, distinct_experts
-
-READ_BUFFER_BYTES = 256 << 20
+from hybrid_k2.experts.read_probe import probe_bytes
 
 
 def _plain(weight: PackedWeight | Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,7 +95,7 @@ class ReferenceRuntime(ExpertsRuntime):
 
 def measure_torch_read_gbps(seconds: float) -> float:
     """Sum a large buffer with torch's threads over and over and return the best pass, in 10^9 bytes per second."""
-    buffer = torch.zeros(READ_BUFFER_BYTES // 4, dtype=torch.float32)
+    buffer = torch.ones(probe_bytes(torch.get_num_threads()) // 4, dtype=torch.float32)  # zeros may share one page
     best = float("inf")
     deadline = time.perf_counter() + seconds
     while True:
@@ -105,4 +104,4 @@ def measure_torch_read_gbps(seconds: float) -> float:
         end = time.perf_counter()
         best = min(best, end - start)
         if end >= deadline:
-            return READ_BUFFER_BYTES / best / 1e9
+            return buffer.nbytes / best / 1e9

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrid_k2.errors import HardwareError
-from hybrid_k2.placement.cgroup import cgroup_cpu_limit, cgroup_memory
-from hybrid_k2.placement.sizes import KIB, format_bytes
+from hybrid_k2.host.cgroup import cgroup_cpu_limit
+from hybrid_k2.host.memory import host_memory
+from hybrid_k2.placement.sizes import format_bytes
 
 
 @dataclass(frozen=True)
@@ -75,23 +75,10 @@ class Machine:
         Effects: imports torch when an NVIDIA driver is present, and then makes a CUDA context on each GPU.
         Raises: HardwareError: /proc/meminfo cannot be read.
         """
-        memory, available = _host_memory(root)
+        memory, available = host_memory(root)
         cores = _usable_cores(root, os.sched_getaffinity(0))
         gpus, note = _probe_gpus(root)
         return cls(memory, available, cores, gpus, note)
-
-
-def _host_memory(root: Path) -> tuple[int, int]:
-    """Return total and available bytes, both bounded by the memory cgroups around this process."""
-    path = root / "proc/meminfo"
-    try:
-        fields = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
-        total, available = (int(fields[name].split()[0]) * KIB for name in ("MemTotal", "MemAvailable"))
-    except (OSError, KeyError, ValueError, IndexError) as error:
-        raise HardwareError(f"{path}: expected MemTotal and MemAvailable, got: {error!r}") from None
-    for limit, room in cgroup_memory(root):
-        total, available = min(total, limit), min(available, room)
-    return total, min(available, total)
 
 
 def _usable_cores(root: Path, cpus: Set[int]) -> int:

@@ -28,7 +28,10 @@ BASE_FLAGS = (
     f"-I{CSRC}",
 )
 MOE_SOURCES = (
-    *(f"moe/{name}.cpp" for name in ("moe_job", "routing", "runtime", "expert_layer", "l32_pack", "l32_digest")),
+    *(
+        f"moe/{name}.cpp"
+        for name in ("expert_layer", "l32_digest", "l32_pack", "moe_job", "routing", "runtime", "slots")
+    ),
     *(f"cpu/{name}.cpp" for name in ("thread_pool", "affinity", "features")),
     "core/huge_buffer.cpp",
     "kernels/kernel_list.cpp",

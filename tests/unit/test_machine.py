@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from hybrid_k2.errors import HardwareError
+from hybrid_k2.host.cgroup import cgroup_cpu_limit, cgroup_memory
 from hybrid_k2.placement import Gpu, Machine
-from hybrid_k2.placement.cgroup import cgroup_cpu_limit, cgroup_memory
 from tests.conftest import REPO
 from tests.unit.placements import GIB
 
