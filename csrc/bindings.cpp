@@ -4,7 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
-#include <cstring>
+#include <optional>
+#include <tuple>
 
 #include "core/error.h"
 #include "cpu/affinity.h"
@@ -135,14 +136,23 @@ class PyLayer {
   // The expert in layout L32: w13 [I/16, H/32, 576] and w2 [H/32, I/32, 576], copied.
   py::tuple read_l32(int expert) const {
     const std::shared_ptr<Layer> layer = open();
-    const ExpertLayer& experts = layer->experts();
-    const LayerShape& s = experts.shape();
-    experts.check_loaded(expert);
+    const LayerShape& s = layer->experts().shape();
     Array<uint8_t> w13({s.intermediate / kHalfBlock, s.hidden_groups(), kBlockBytes});
     Array<uint8_t> w2({s.hidden_groups(), s.intermediate_groups(), kBlockBytes});
-    std::memcpy(w13.mutable_data(), experts.w13(expert), size_t(s.w13_bytes()));
-    std::memcpy(w2.mutable_data(), experts.w2(expert), size_t(s.w2_bytes()));
+    layer->experts().copy_l32(expert, w13.mutable_data(), w2.mutable_data());
     return py::make_tuple(w13, w2);
+  }
+
+  // Whether the weights are on the NUMA nodes that were asked for.
+  bool bound() const { return open()->experts().bound(); }
+
+  // The part of the weights in memory that lies on huge pages; None while there is none.
+  std::optional<double> huge_page_share() const {
+    const std::shared_ptr<Layer> layer = open();
+    const py::gil_scoped_release nogil;
+    const PageCount count = layer->experts().count_pages();
+    if (count.resident == 0) return std::nullopt;
+    return double(count.huge) / double(count.resident);
   }
 
   uint64_t checksum(int expert) const { return open()->experts().checksum(expert); }
@@ -207,6 +217,22 @@ class PyLayer {
   std::shared_ptr<Layer> layer_;
 };
 
+// (threads, number of the NUMA node or None, CPUs of each thread or none), as hybrid_k2.host.threads.NodeThreads.
+using NodeTuple = std::tuple<int, std::optional<int>, std::vector<std::vector<int>>>;
+
+// Without nodes all threads are on one, wherever the process may run.
+PoolLayout pool_layout(int threads, const std::vector<NodeTuple>& nodes) {
+  if (nodes.empty()) return {{threads, kAnyNode, {}}};
+  PoolLayout layout;
+  int sum = 0;
+  for (const auto& [workers, node, cpus] : nodes) {
+    layout.push_back({workers, node.value_or(kAnyNode), cpus});
+    sum += workers;
+  }
+  check_argument(sum == threads, "nodes", text(threads, " threads in all"), sum);
+  return layout;
+}
+
 py::list instruction_sets() {
   py::list out;
   for (const KernelEntry& entry : kernel_list()) {
@@ -262,14 +288,18 @@ PYBIND11_MODULE(_native, m) {
       .value("direct", ReadMode::kDirect);
 
   py::class_<Runtime, std::shared_ptr<Runtime>>(m, "Runtime")
-      .def(py::init([](const std::string& isa, int threads, const std::string& numerics) {
-             return std::make_shared<Runtime>(isa, find_numerics(numerics), threads);
+      .def(py::init([](const std::string& isa, int threads, const std::string& numerics,
+                       const std::vector<NodeTuple>& nodes) {
+             return std::make_shared<Runtime>(isa, find_numerics(numerics), pool_layout(threads, nodes));
            }),
-           py::arg("isa"), py::arg("threads"), py::arg("numerics") = "exact")
+           py::arg("isa"), py::arg("threads"), py::arg("numerics") = "exact",
+           py::arg("nodes") = std::vector<NodeTuple>{})
       .def_property_readonly("isa", [](const Runtime& r) { return r.table.name; })
       .def_property_readonly("numerics", [](const Runtime& r) { return numerics_name(r.table.numerics); })
       .def_property_readonly("activations", [](const Runtime& r) { return r.table.activations; })
       .def_property_readonly("threads", [](const Runtime& r) { return r.pool.workers(); })
+      .def_property_readonly("nodes", [](const Runtime& r) { return r.pool.map().nodes(); })
+      .def_property_readonly("pinned_threads", [](const Runtime& r) { return r.pool.pinned(); })
       .def(
           "measure_read_gbps",
           [](Runtime& r, double seconds, size_t bytes) { return measure_read_gbps(r.pool, r.table, seconds, bytes); },
@@ -286,6 +316,8 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<std::shared_ptr<Runtime>, int, int, int, int>(), py::arg("runtime"), py::arg("hidden_size"),
            py::arg("moe_intermediate_size"), py::arg("n_routed_experts"), py::arg("num_experts_per_tok"))
       .def_property_readonly("nbytes", &PyLayer::bytes)
+      .def_property_readonly("bound", &PyLayer::bound)
+      .def_property_readonly("huge_page_share", &PyLayer::huge_page_share)
       .def("load_expert", &PyLayer::load_expert, py::arg("expert"), py::arg("gate"), py::arg("gate_scale"),
            py::arg("up"), py::arg("up_scale"), py::arg("down"), py::arg("down_scale"))
       .def("load_stored", &PyLayer::load_stored, py::arg("expert"), py::arg("tensors"),

@@ -3,13 +3,16 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/numa.h"
+
 namespace k2 {
 
 class HugeBuffer {
  public:
   HugeBuffer() = default;
-  // Zero-filled on first touch. MemoryError if the system refuses.
-  explicit HugeBuffer(size_t bytes);
+  // Zero-filled on first touch. MemoryError if the system refuses the memory. With a `node` its pages come from that
+  // NUMA node, if the system allows it: see `bound`.
+  explicit HugeBuffer(size_t bytes, int node = kAnyNode);
   ~HugeBuffer();
   HugeBuffer(HugeBuffer&& other) noexcept;
   HugeBuffer& operator=(HugeBuffer&& other) noexcept;
@@ -18,6 +21,8 @@ class HugeBuffer {
 
   uint8_t* data() const { return data_; }
   size_t bytes() const { return bytes_; }
+  // Whether the pages come from the node that was asked for; true where none was.
+  bool bound() const { return bound_; }
 
  private:
   void release();
@@ -26,6 +31,7 @@ class HugeBuffer {
   size_t bytes_ = 0;
   void* mapping_ = nullptr;
   size_t mapping_bytes_ = 0;
+  bool bound_ = true;
 };
 
 }  // namespace k2

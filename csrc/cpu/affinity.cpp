@@ -1,9 +1,9 @@
 #include "cpu/affinity.h"
 
+#include <pthread.h>
 #include <sched.h>
 
-#include <thread>
-#include <vector>
+#include <algorithm>
 
 namespace k2 {
 
@@ -19,6 +19,14 @@ int allowed_cpus() {
   }
   const unsigned count = std::thread::hardware_concurrency();
   return count > 0 ? int(count) : 1;
+}
+
+bool restrict_to(std::thread& thread, const std::vector<int>& cpus) {
+  if (cpus.empty() || *std::min_element(cpus.begin(), cpus.end()) < 0) return false;
+  std::vector<unsigned char> mask(CPU_ALLOC_SIZE(size_t(*std::max_element(cpus.begin(), cpus.end())) + 1));
+  cpu_set_t* set = reinterpret_cast<cpu_set_t*>(mask.data());
+  for (const int cpu : cpus) CPU_SET_S(size_t(cpu), mask.size(), set);
+  return pthread_setaffinity_np(thread.native_handle(), mask.size(), set) == 0;
 }
 
 }  // namespace k2

@@ -13,6 +13,7 @@ namespace k2 {
 namespace {
 
 constexpr std::chrono::microseconds kSpin{50};
+constexpr int kMaxWorkers = 4096;
 constexpr uint64_t kRing = 64;  // jobs in flight; a decode step has two
 
 // Counts the forks between the first process and this one.
@@ -40,13 +41,28 @@ class BlockedSignals {
 
 }  // namespace
 
+WorkerMap::WorkerMap(const PoolLayout& layout) : first_{0} {
+  check_argument(!layout.empty(), "nodes", "at least one", "none");
+  for (const NodeWorkers& node : layout) {
+    const int workers = node.workers;
+    check_argument(workers >= 1 && workers <= kMaxWorkers - first_.back(), "threads", text("1..", kMaxWorkers), workers);
+    const bool fits = node.cpus.empty() || node.cpus.size() == size_t(workers);
+    check_argument(fits, "cpus", text("none or a list for each of ", workers, " threads"), node.cpus.size());
+    node_.insert(node_.end(), size_t(workers), int(first_.size()) - 1);
+    first_.push_back(first_.back() + workers);
+  }
+}
+
 struct ThreadPool::State {
+  explicit State(const PoolLayout& layout) : map(layout) {}
+
   struct Entry {
     Job* job = nullptr;
     std::atomic<int> remaining{0};  // workers that have not finished it
   };
 
-  int workers = 0;
+  const WorkerMap map;
+  int pinned = 0;
   std::chrono::nanoseconds worker_spin{0};
   std::chrono::nanoseconds caller_spin{0};
   uint64_t generation = 0;
@@ -62,7 +78,7 @@ struct ThreadPool::State {
   std::vector<std::thread> threads;
 
   void work(int worker);
-  void start(int count);
+  void start(const PoolLayout& layout);
   void join();
 };
 
@@ -82,8 +98,8 @@ void ThreadPool::State::work(int worker) {
   }
 }
 
-void ThreadPool::State::start(int count) {
-  workers = count;
+void ThreadPool::State::start(const PoolLayout& layout) {
+  const int count = map.workers();
   // With more threads than CPUs, a spinning thread would keep the one it waits for from running.
   const int cpus = allowed_cpus();
   worker_spin = count <= cpus ? kSpin : std::chrono::microseconds{0};
@@ -94,6 +110,9 @@ void ThreadPool::State::start(int count) {
     threads.emplace_back([this, worker] { work(worker); });
     const std::string name = text("k2-expert-", worker);  // at most 15 characters: workers are 0..4095
     pthread_setname_np(threads.back().native_handle(), name.c_str());
+    const NodeWorkers& node = layout[map.node(worker)];
+    if (node.cpus.empty()) continue;
+    pinned += restrict_to(threads.back(), node.cpus[worker - map.first(map.node(worker))]);
   }
 }
 
@@ -110,15 +129,16 @@ void ThreadPool::State::join() {
   threads.clear();
 }
 
-ThreadPool::ThreadPool(int workers) : state_(new State) {
+ThreadPool::ThreadPool(const PoolLayout& layout) : state_(new State(layout)) {
   try {
-    check_argument(workers >= 1 && workers <= 4096, "threads", "1..4096", workers);
     register_fork_handler();
-    state_->start(workers);
+    state_->start(layout);
   } catch (const std::system_error& error) {
+    const std::string message =
+        text("expert threads: expected to start ", state_->map.workers(), ", got ", error.what());
     state_->join();
     delete state_;
-    throw EngineError(text("expert threads: expected to start ", workers, ", got ", error.what()));
+    throw EngineError(message);
   } catch (...) {
     state_->join();
     delete state_;
@@ -132,7 +152,9 @@ ThreadPool::~ThreadPool() {
   delete state_;
 }
 
-int ThreadPool::workers() const { return state_->workers; }
+const WorkerMap& ThreadPool::map() const { return state_->map; }
+
+int ThreadPool::pinned() const { return state_->pinned; }
 
 bool ThreadPool::forked() const { return state_->generation != fork_generation.load(); }
 
@@ -152,7 +174,7 @@ void ThreadPool::submit(Job& job) {
   State::Entry& entry = state_->ring[ticket % kRing];
   state_->done_gate.wait([&] { return entry.remaining.load() == 0; }, state_->caller_spin);
   entry.job = &job;
-  entry.remaining.store(state_->workers);
+  entry.remaining.store(state_->map.workers());
   state_->published.store(ticket + 1);
   state_->work_gate.notify();
 }
@@ -167,7 +189,7 @@ void ThreadPool::finish(const Job& job) noexcept {
 }
 
 Job::Job(ThreadPool& pool)
-    : team_(pool.state_->work_gate, pool.state_->leave, pool.state_->worker_spin, pool.state_->workers) {}
+    : team_(pool.state_->work_gate, pool.state_->leave, pool.state_->worker_spin, pool.state_->map) {}
 
 void Job::run_guarded(int worker) noexcept {
   try {

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/gate.h"
+#include "cpu/pool_layout.h"
 
 namespace k2 {
 
@@ -24,15 +25,24 @@ struct Cancelled {};
 // What the workers of one job share.
 class Team {
  public:
-  Team(Gate& gate, const std::atomic<bool>& stopping, std::chrono::nanoseconds spin, int workers)
-      : gate_(gate), stopping_(stopping), spin_(spin), workers_(workers) {}
+  Team(Gate& gate, const std::atomic<bool>& stopping, std::chrono::nanoseconds spin, const WorkerMap& map)
+      : gate_(gate), stopping_(stopping), spin_(spin), map_(map) {}
 
-  int workers() const { return workers_; }
+  int workers() const { return map_.workers(); }
+
+  // A job that keeps memory per NUMA node: the nodes, a worker's node, its number there, and how many it is one of.
+  int nodes() const { return map_.nodes(); }
+  int node(int worker) const { return map_.node(worker); }
+  int rank(int worker) const { return worker - map_.first(node(worker)); }
+  int node_workers(int node) const { return map_.workers(node); }
 
   // Waits until all workers have called `sync` for the `round`th time (1, 2, ...). Throws Cancelled.
-  void sync(int round) {
-    if (arrived_.fetch_add(1) + 1 == round * workers_) gate_.notify();
-    wait([&] { return arrived_.load() >= round * workers_; });
+  void sync(int round) { sync(arrived_, workers(), round); }
+
+  // The same among the `workers` workers that share `arrived`, which begins at 0: those of one node, for example.
+  void sync(std::atomic<int>& arrived, int workers, int round) {
+    if (arrived.fetch_add(1) + 1 == round * workers) notify();
+    wait([&] { return arrived.load() >= round * workers; });
   }
 
   // Waits for a condition on atomics whose changers call `notify`. Throws Cancelled.
@@ -62,7 +72,7 @@ class Team {
   Gate& gate_;
   const std::atomic<bool>& stopping_;
   const std::chrono::nanoseconds spin_;
-  const int workers_;
+  const WorkerMap& map_;
   std::atomic<int> arrived_{0};
   std::atomic<bool> cancelled_{false};
 };
@@ -102,12 +112,18 @@ class Job {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int workers);
+  // Workers on one node, wherever the process may run.
+  explicit ThreadPool(int workers) : ThreadPool(PoolLayout{NodeWorkers{workers, kAnyNode, {}}}) {}
+  // ArgumentError as WorkerMap; EngineError if the threads cannot be started.
+  explicit ThreadPool(const PoolLayout& layout);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int workers() const;
+  int workers() const { return map().workers(); }
+  const WorkerMap& map() const;
+  // Workers that the system keeps to the CPUs they were given.
+  int pinned() const;
 
   // Starts the job; returns at once unless 64 jobs are in flight. EngineError after `stop`, and after a fork in the
   // child.

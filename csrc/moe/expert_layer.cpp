@@ -1,5 +1,8 @@
 #include "moe/expert_layer.h"
 
+#include <algorithm>
+#include <cstring>
+
 #include "core/error.h"
 #include "moe/l32_digest.h"
 
@@ -19,6 +22,21 @@ void check_rows(const char* name, const PackedMatrix& matrix, int rows, int inpu
                  text("[", matrix.rows, ", ", matrix.inputs, "] from row ", matrix.first_row));
 }
 
+// Rows first..last-1 of the whole matrix, of which `matrix` holds some: these among them.
+PackedMatrix row_range(PackedMatrix matrix, int first, int last) {
+  const int64_t skipped = first - matrix.first_row;
+  matrix.words += skipped * (matrix.inputs / 8);
+  matrix.scales += skipped * (matrix.inputs / kGroup);
+  matrix.first_row = first;
+  matrix.rows = last - first;
+  return matrix;
+}
+
+MutablePackedMatrix row_range(const MutablePackedMatrix& matrix, int first, int last) {
+  return {matrix.words + int64_t(first) * (matrix.inputs / 8), matrix.scales + int64_t(first) * (matrix.inputs / kGroup),
+          last - first, matrix.inputs};
+}
+
 }  // namespace
 
 void LayerShape::check() const {
@@ -29,11 +47,48 @@ void LayerShape::check() const {
   check_argument(experts_per_token > 0, "num_experts_per_tok", "at least 1", experts_per_token);
 }
 
-ExpertLayer::ExpertLayer(const LayerShape& shape)
+std::vector<GroupRange> slice_channels(int groups, int nodes) {
+  std::vector<GroupRange> slices;
+  for (int node = 0; node < nodes; ++node) {
+    const int first = int(int64_t(groups) * node / nodes), last = int(int64_t(groups) * (node + 1) / nodes);
+    slices.push_back({first, last - first});
+  }
+  return slices;
+}
+
+ExpertLayer::ExpertLayer(const LayerShape& shape, const std::vector<int>& memory_nodes)
     : shape_((shape.check(), shape)),
-      memory_(size_t(shape.expert_bytes()) * size_t(shape.experts)),
       checksums_(new uint64_t[shape.experts]()),
-      loaded_(new std::atomic<bool>[shape.experts]()) {}
+      loaded_(new std::atomic<bool>[shape.experts]()) {
+  check_argument(!memory_nodes.empty(), "nodes", "at least one", "none");
+  const std::vector<GroupRange> channels = slice_channels(shape.intermediate_groups(), int(memory_nodes.size()));
+  for (size_t node = 0; node < memory_nodes.size(); ++node) {
+    const int64_t blocks = int64_t(channels[node].count) * shape.hidden_groups();  // of w2; w13 has twice as many
+    const int64_t bytes = 3 * blocks * kBlockBytes;
+    slices_.push_back({channels[node], 2 * blocks * kBlockBytes, bytes,
+                       HugeBuffer(size_t(bytes) * size_t(shape.experts), memory_nodes[node])});
+  }
+}
+
+size_t ExpertLayer::bytes() const {
+  size_t bytes = 0;
+  for (const Slice& slice : slices_) bytes += slice.memory.bytes();
+  return bytes;
+}
+
+bool ExpertLayer::bound() const {
+  return std::all_of(slices_.begin(), slices_.end(), [](const Slice& slice) { return slice.memory.bound(); });
+}
+
+PageCount ExpertLayer::count_pages() const {
+  PageCount sum;
+  for (const Slice& slice : slices_) {
+    const PageCount count = k2::count_pages(slice.memory);
+    sum.resident += count.resident;
+    sum.huge += count.huge;
+  }
+  return sum;
+}
 
 void ExpertLayer::pack(int expert, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down) {
   check_matrix("gate", gate, shape_.intermediate, shape_.hidden);
@@ -45,8 +100,12 @@ void ExpertLayer::pack(int expert, const PackedMatrix& gate, const PackedMatrix&
   finish(expert);
 }
 
-void ExpertLayer::begin(int expert) {
+void ExpertLayer::check_expert(int expert) const {
   check_argument(expert >= 0 && expert < shape_.experts, "expert", text("0..", shape_.experts - 1), expert);
+}
+
+void ExpertLayer::begin(int expert) {
+  check_expert(expert);
   loaded_[expert].store(false);
   checksums_[expert] = 0;
 }
@@ -55,15 +114,22 @@ void ExpertLayer::pack_gate_up(int expert, const PackedMatrix& gate, const Packe
   check_rows("gate", gate, shape_.intermediate, shape_.hidden, kHalfBlock);
   check_rows("up", up, shape_.intermediate, shape_.hidden, kHalfBlock);
   const int64_t block_bytes = int64_t(shape_.hidden_groups()) * kBlockBytes;
-  uint8_t* out = place(expert) + gate.first_row / kHalfBlock * block_bytes;
-  checksums_[expert] += pack_l32_gate_up(gate, up, out);
+  for (const Slice& slice : slices_) {
+    const int begin = slice.channels.first * kGroup, end = begin + slice.channels.count * kGroup;
+    const int first = std::max(gate.first_row, begin), last = std::min(gate.first_row + gate.rows, end);
+    if (first >= last) continue;
+    uint8_t* out = slice.place(expert) + (first - begin) / kHalfBlock * block_bytes;
+    checksums_[expert] += pack_l32_gate_up(row_range(gate, first, last), row_range(up, first, last), out);
+  }
 }
 
 void ExpertLayer::pack_down(int expert, const PackedMatrix& down) {
   check_rows("down", down, shape_.hidden, shape_.intermediate, kRowBlock);
-  const int64_t block_bytes = int64_t(shape_.intermediate_groups()) * kBlockBytes;
-  uint8_t* out = place(expert) + shape_.w13_bytes() + down.first_row / kRowBlock * block_bytes;
-  checksums_[expert] += pack_l32(down, out);
+  for (const Slice& slice : slices_) {
+    const int64_t block_bytes = int64_t(slice.channels.count) * kBlockBytes;
+    uint8_t* out = slice.place(expert) + slice.w13_bytes + down.first_row / kRowBlock * block_bytes;
+    checksums_[expert] += pack_l32(down, slice.channels, out);
+  }
 }
 
 uint64_t ExpertLayer::checksum(int expert) const {
@@ -73,12 +139,22 @@ uint64_t ExpertLayer::checksum(int expert) const {
 
 uint64_t ExpertLayer::memory_checksum(int expert) const {
   check_loaded(expert);
-  return digest_blocks(w13(expert), L32Matrix::kGateUp, 0, shape_.w13_bytes() / kBlockBytes) +
-         digest_blocks(w2(expert), L32Matrix::kDown, 0, shape_.w2_bytes() / kBlockBytes);
+  uint64_t sum = 0;
+  for (int node = 0; node < nodes(); ++node) {
+    const Slice& slice = slices_[node];
+    const int64_t count = slice.channels.count;
+    const int64_t w13_first = 2 * int64_t(slice.channels.first) * shape_.hidden_groups();
+    sum += digest_blocks(w13(expert, node), L32Matrix::kGateUp, w13_first, slice.w13_bytes / kBlockBytes);
+    for (int64_t block = 0; block < shape_.hidden_groups(); ++block) {
+      sum += digest_blocks(w2(expert, node) + block * count * kBlockBytes, L32Matrix::kDown,
+                           block * shape_.intermediate_groups() + slice.channels.first, count);
+    }
+  }
+  return sum;
 }
 
 void ExpertLayer::check_loaded(int expert) const {
-  check_argument(expert >= 0 && expert < shape_.experts, "expert", text("0..", shape_.experts - 1), expert);
+  check_expert(expert);
   check_argument(loaded(expert), "expert", "a loaded one", expert);
 }
 
@@ -88,8 +164,27 @@ void ExpertLayer::unpack(int expert, const MutablePackedMatrix& gate, const Muta
   check_matrix("gate", gate, shape_.intermediate, shape_.hidden);
   check_matrix("up", up, shape_.intermediate, shape_.hidden);
   check_matrix("down", down, shape_.hidden, shape_.intermediate);
-  unpack_l32_gate_up(w13(expert), gate, up);
-  unpack_l32(w2(expert), down);
+  for (int node = 0; node < nodes(); ++node) {
+    const int first = channels(node).first * kGroup, last = first + channels(node).count * kGroup;
+    unpack_l32_gate_up(w13(expert, node), row_range(gate, first, last), row_range(up, first, last));
+    unpack_l32(w2(expert, node), channels(node), down);
+  }
+}
+
+void ExpertLayer::copy_l32(int expert, uint8_t* w13_out, uint8_t* w2_out) const {
+  check_loaded(expert);
+  for (int node = 0; node < nodes(); ++node) {
+    const GroupRange range = channels(node);
+    if (range.count == 0) continue;
+    const int64_t row_bytes = int64_t(range.count) * kBlockBytes;
+    const int64_t w13_bytes = 2 * row_bytes * shape_.hidden_groups();
+    std::memcpy(w13_out, w13(expert, node), size_t(w13_bytes));
+    w13_out += w13_bytes;
+    for (int64_t block = 0; block < shape_.hidden_groups(); ++block) {
+      const int64_t to = block * shape_.intermediate_groups() + range.first;
+      std::memcpy(w2_out + to * kBlockBytes, w2(expert, node) + block * row_bytes, size_t(row_bytes));
+    }
+  }
 }
 
 }  // namespace k2

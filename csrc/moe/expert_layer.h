@@ -1,10 +1,14 @@
-// The weights of one MoE layer in their final place: one allocation, experts one after the other, w13 before w2.
+// The weights of one MoE layer in their final place.
+//
+// Each NUMA node holds a slice of the intermediate channels of every expert, in memory of its own: the row blocks of w13
+// and the groups of w2 that belong to those channels, experts one after the other, w13 before w2.
 #pragma once
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
-#include "core/huge_buffer.h"
+#include "core/page_count.h"
 #include "kernels/l32.h"
 #include "moe/l32_pack.h"
 
@@ -26,12 +30,23 @@ struct LayerShape {
   int64_t expert_bytes() const { return w13_bytes() + w2_bytes(); }
 };
 
+// The slices that `nodes` nodes have of `groups` groups of 32 intermediate channels: as equal as they go, in the order of
+// the nodes. It depends on the number of nodes alone, so that the order of the sums does too.
+std::vector<GroupRange> slice_channels(int groups, int nodes);
+
 class ExpertLayer {
  public:
-  explicit ExpertLayer(const LayerShape& shape);
+  // `memory_nodes`: for each node the NUMA node that its memory is bound to, or kAnyNode.
+  explicit ExpertLayer(const LayerShape& shape, const std::vector<int>& memory_nodes = {kAnyNode});
 
   const LayerShape& shape() const { return shape_; }
-  size_t bytes() const { return memory_.bytes(); }
+  size_t bytes() const;
+  int nodes() const { return int(slices_.size()); }
+  GroupRange channels(int node) const { return slices_[node].channels; }
+  // Whether each slice is on the NUMA node that was asked for; true where none was.
+  bool bound() const;
+  // Of all slices; walks the page tables of the process.
+  PageCount count_pages() const;
 
   // Thread-safe for different experts; runs on the calling thread. ArgumentError, WeightError.
   void pack(int expert, const PackedMatrix& gate, const PackedMatrix& up, const PackedMatrix& down);
@@ -45,6 +60,9 @@ class ExpertLayer {
   void unpack(int expert, const MutablePackedMatrix& gate, const MutablePackedMatrix& up,
               const MutablePackedMatrix& down) const;
 
+  // The expert in layout L32 as one node would hold it: w13 [I/16, H/32, 576] and w2 [H/32, I/32, 576]. ArgumentError.
+  void copy_l32(int expert, uint8_t* w13_out, uint8_t* w2_out) const;
+
   // Of the expert's blocks as they were packed, and as they are in memory now (moe/l32_digest.h). ArgumentError if the
   // expert was not packed.
   uint64_t checksum(int expert) const;
@@ -53,14 +71,24 @@ class ExpertLayer {
   // ArgumentError unless the expert exists and was packed.
   void check_loaded(int expert) const;
   bool loaded(int expert) const { return loaded_[expert].load(std::memory_order_acquire); }
-  const uint8_t* w13(int expert) const { return memory_.data() + expert * shape_.expert_bytes(); }
-  const uint8_t* w2(int expert) const { return w13(expert) + shape_.w13_bytes(); }
+  // A node's slice: w13 [2 * channels, H/32, 576] and w2 [H/32, channels, 576], where channels counts groups of 32.
+  const uint8_t* w13(int expert, int node = 0) const { return slices_[node].place(expert); }
+  const uint8_t* w2(int expert, int node = 0) const { return slices_[node].place(expert) + slices_[node].w13_bytes; }
 
  private:
-  uint8_t* place(int expert) { return memory_.data() + expert * shape_.expert_bytes(); }
+  struct Slice {
+    GroupRange channels;
+    int64_t w13_bytes;
+    int64_t expert_bytes;
+    HugeBuffer memory;
+
+    uint8_t* place(int expert) const { return memory.data() + expert * expert_bytes; }
+  };
+
+  void check_expert(int expert) const;
 
   const LayerShape shape_;
-  HugeBuffer memory_;
+  std::vector<Slice> slices_;
   std::unique_ptr<uint64_t[]> checksums_;
   std::unique_ptr<std::atomic<bool>[]> loaded_;
 };

@@ -225,28 +225,30 @@ void finish_writing() {
 #endif
 }
 
-uint64_t pack_row_block(const RowBlock<PackedMatrix>& rows, L32Matrix kind, int64_t first_index, uint8_t* out) {
-  const int groups = rows.half[0]->inputs / kGroup;
+// `row_index` is the index of the row block's first block in the whole matrix.
+uint64_t pack_row_block(const RowBlock<PackedMatrix>& rows, GroupRange groups, L32Matrix kind, int64_t row_index,
+                        uint8_t* out) {
   TileRows tile_rows;
   for (int row = 0; row < kRowBlock; ++row) {
-    tile_rows.words[row] = rows.words(row);
-    tile_rows.scales[row] = rows.scales(row);
+    tile_rows.words[row] = rows.words(row) + groups.first * kWordsPerGroup;
+    tile_rows.scales[row] = rows.scales(row) + groups.first;
   }
   uint64_t digest = 0;
-  for (int first = 0; first < groups; first += kTileGroups) {
+  const int last = groups.first + groups.count;
+  for (int first = groups.first; first < last; first += kTileGroups) {
     alignas(64) uint8_t tile[kTileBytes];
-    const int count = std::min(kTileGroups, groups - first);
+    const int count = std::min(kTileGroups, last - first);
     bool in_range;
     if (count == kTileGroups) {
       in_range = pack_scales(tile_rows, tile);
       pack_values(tile_rows, tile);
     } else {
-      const Remainder last(rows, first, count);
-      in_range = pack_scales(last.rows(), tile);
-      pack_values(last.rows(), tile);
+      const Remainder remainder(rows, first, count);
+      in_range = pack_scales(remainder.rows(), tile);
+      pack_values(remainder.rows(), tile);
     }
     if (!in_range) refuse_scale(rows, first);
-    digest += write_blocks(tile, count, kind, first_index + first, out + int64_t(first) * kBlockBytes);
+    digest += write_blocks(tile, count, kind, row_index + first, out + int64_t(first - groups.first) * kBlockBytes);
     for (int row = 0; row < kRowBlock; ++row) {
       tile_rows.words[row] += kTileGroups * kWordsPerGroup;
       tile_rows.scales[row] += kTileGroups;
@@ -256,8 +258,8 @@ uint64_t pack_row_block(const RowBlock<PackedMatrix>& rows, L32Matrix kind, int6
   return digest;
 }
 
-void unpack_row_block(const uint8_t* packed, int groups, const RowBlock<MutablePackedMatrix>& rows) {
-  for (int g = 0; g < groups; ++g, packed += kBlockBytes) {
+void unpack_row_block(const uint8_t* packed, GroupRange groups, const RowBlock<MutablePackedMatrix>& rows) {
+  for (int g = groups.first; g < groups.first + groups.count; ++g, packed += kBlockBytes) {
     uint16_t scales[kRowBlock];
     uint32_t lanes[kWordsPerGroup][kRowBlock];
     std::memcpy(scales, packed, sizeof(scales));
@@ -280,41 +282,46 @@ RowBlock<Matrix> gate_up_rows(const Matrix& gate, const Matrix& up, int block) {
   return {{&gate, &up}, {block * kHalfBlock, block * kHalfBlock}};
 }
 
-int64_t row_block_bytes(int inputs) { return int64_t(inputs / kGroup) * kBlockBytes; }
+int64_t row_block_bytes(GroupRange groups) { return int64_t(groups.count) * kBlockBytes; }
+
+template <class Matrix>
+GroupRange all_groups(const Matrix& matrix) {
+  return {0, matrix.inputs / kGroup};
+}
 
 }  // namespace
 
-uint64_t pack_l32(const PackedMatrix& matrix, uint8_t* out) {
-  const int64_t groups = matrix.inputs / kGroup, first_block = matrix.first_row / kRowBlock;
+uint64_t pack_l32(const PackedMatrix& matrix, GroupRange groups, uint8_t* out) {
+  const int64_t row_groups = matrix.inputs / kGroup, first_block = matrix.first_row / kRowBlock;
   uint64_t digest = 0;
   for (int block = 0; block < matrix.rows / kRowBlock; ++block) {
-    digest += pack_row_block(plain_rows(matrix, block), L32Matrix::kDown, (first_block + block) * groups,
-                             out + block * row_block_bytes(matrix.inputs));
+    digest += pack_row_block(plain_rows(matrix, block), groups, L32Matrix::kDown, (first_block + block) * row_groups,
+                             out + block * row_block_bytes(groups));
   }
   return digest;
 }
 
-void unpack_l32(const uint8_t* packed, const MutablePackedMatrix& matrix) {
+void unpack_l32(const uint8_t* packed, GroupRange groups, const MutablePackedMatrix& matrix) {
   for (int block = 0; block < matrix.rows / kRowBlock; ++block) {
-    unpack_row_block(packed + block * row_block_bytes(matrix.inputs), matrix.inputs / kGroup,
-                     plain_rows(matrix, block));
+    unpack_row_block(packed + block * row_block_bytes(groups), groups, plain_rows(matrix, block));
   }
 }
 
 uint64_t pack_l32_gate_up(const PackedMatrix& gate, const PackedMatrix& up, uint8_t* out) {
-  const int64_t groups = gate.inputs / kGroup, first_block = gate.first_row / kHalfBlock;
+  const GroupRange groups = all_groups(gate);
+  const int64_t first_block = gate.first_row / kHalfBlock;
   uint64_t digest = 0;
   for (int block = 0; block < gate.rows / kHalfBlock; ++block) {
-    digest += pack_row_block(gate_up_rows(gate, up, block), L32Matrix::kGateUp, (first_block + block) * groups,
-                             out + block * row_block_bytes(gate.inputs));
+    digest += pack_row_block(gate_up_rows(gate, up, block), groups, L32Matrix::kGateUp,
+                             (first_block + block) * groups.count, out + block * row_block_bytes(groups));
   }
   return digest;
 }
 
 void unpack_l32_gate_up(const uint8_t* packed, const MutablePackedMatrix& gate, const MutablePackedMatrix& up) {
+  const GroupRange groups = all_groups(gate);
   for (int block = 0; block < gate.rows / kHalfBlock; ++block) {
-    unpack_row_block(packed + block * row_block_bytes(gate.inputs), gate.inputs / kGroup,
-                     gate_up_rows(gate, up, block));
+    unpack_row_block(packed + block * row_block_bytes(groups), groups, gate_up_rows(gate, up, block));
   }
 }
 

@@ -22,12 +22,18 @@ struct MutablePackedMatrix {
   int inputs;
 };
 
-// Writes rows / 32 * inputs / 32 * 576 bytes to `out`, which is 16-byte aligned, and returns their checksum
-// (moe/l32_digest.h). rows, first_row and inputs are multiples of 32.
+// Consecutive groups of 32 inputs: all of a matrix, or the part that one NUMA node holds.
+struct GroupRange {
+  int first;
+  int count;
+};
+
+// Writes the blocks of these groups, rows / 32 * groups.count * 576 bytes, to `out`, which is 16-byte aligned, and
+// returns their checksum (moe/l32_digest.h). rows, first_row and inputs are multiples of 32.
 // Throws WeightError, naming the matrix, the row and the group, for a scale that is not finite or at least 256 in
 // magnitude.
-uint64_t pack_l32(const PackedMatrix& matrix, uint8_t* out);
-void unpack_l32(const uint8_t* packed, const MutablePackedMatrix& matrix);
+uint64_t pack_l32(const PackedMatrix& matrix, GroupRange groups, uint8_t* out);
+void unpack_l32(const uint8_t* packed, GroupRange groups, const MutablePackedMatrix& matrix);
 
 // Gate and up fused: 16 rows of each make a row block. Both have the same shape and first row, multiples of 16.
 uint64_t pack_l32_gate_up(const PackedMatrix& gate, const PackedMatrix& up, uint8_t* out);

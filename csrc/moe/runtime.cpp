@@ -4,8 +4,18 @@
 
 namespace k2 {
 
-Runtime::Runtime(const std::string& isa, Numerics numerics, int threads)
-    : table(find_table(isa, numerics)), pool(threads) {}
+namespace {
+
+std::vector<int> nodes_of(const PoolLayout& layout) {
+  std::vector<int> nodes;
+  for (const NodeWorkers& node : layout) nodes.push_back(node.memory_node);
+  return nodes;
+}
+
+}  // namespace
+
+Runtime::Runtime(const std::string& isa, Numerics numerics, const PoolLayout& layout)
+    : table(find_table(isa, numerics)), memory_nodes(nodes_of(layout)), pool(layout) {}
 
 std::shared_ptr<MoeJob> Layer::start(const MoeInput& input) {
   auto job = std::make_shared<MoeJob>(runtime_->pool, runtime_->table, experts_, runtime_->workspaces, input);

@@ -3,6 +3,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cpu/thread_pool.h"
 #include "kernels/kernel_table.h"
@@ -14,9 +15,12 @@
 namespace k2 {
 
 struct Runtime {
-  Runtime(const std::string& isa, Numerics numerics, int threads);
+  Runtime(const std::string& isa, Numerics numerics, const PoolLayout& layout);
+  Runtime(const std::string& isa, Numerics numerics, int threads)
+      : Runtime(isa, numerics, PoolLayout{{threads, kAnyNode, {}}}) {}
 
   const KernelTable& table;
+  const std::vector<int> memory_nodes;  // of the pool's nodes
   WorkspaceStore workspaces;
   ThreadPool pool;
 };
@@ -24,7 +28,8 @@ struct Runtime {
 // Thread-safe.
 class Layer {
  public:
-  Layer(std::shared_ptr<Runtime> runtime, const LayerShape& shape) : runtime_(std::move(runtime)), experts_(shape) {}
+  Layer(std::shared_ptr<Runtime> runtime, const LayerShape& shape)
+      : runtime_(std::move(runtime)), experts_(shape, runtime_->memory_nodes) {}
   ~Layer() { end(); }
 
   ExpertLayer& experts() { return experts_; }

@@ -9,13 +9,24 @@
 
 namespace k2 {
 
-struct Workspace {
-  HugeBuffer hidden;     // [T, H] fp32 or bf16: the copied input
-  HugeBuffer output;     // [T, H] fp32
+// Of one node's part: touched first by the node's workers, so it lies on their node.
+struct PartMemory {
+  HugeBuffer output;     // [T, H] fp32 partial sums
   HugeBuffer packed;     // [chunk, packed hidden]
-  HugeBuffer activated;  // [chunk * K, packed intermediate]
+  HugeBuffer activated;  // [chunk * K, packed slice of the intermediate]
 
-  size_t bytes() const { return hidden.bytes() + output.bytes() + packed.bytes() + activated.bytes(); }
+  size_t bytes() const { return output.bytes() + packed.bytes() + activated.bytes(); }
+};
+
+struct Workspace {
+  HugeBuffer hidden;  // [T, H] fp32 or bf16: the copied input
+  std::vector<PartMemory> parts;
+
+  size_t bytes() const {
+    size_t sum = hidden.bytes();
+    for (const PartMemory& part : parts) sum += part.bytes();
+    return sum;
+  }
 };
 
 // Makes `buffer` at least that large; what it held is lost when it grows.
@@ -26,12 +37,16 @@ inline void reserve(HugeBuffer& buffer, size_t bytes) {
   }
 }
 
-// Workspaces that nobody uses at the moment. Thread-safe.
+// Workspaces that nobody uses at the moment, all of one number of parts. Thread-safe.
 class WorkspaceStore {
  public:
-  std::unique_ptr<Workspace> take() {
+  std::unique_ptr<Workspace> take(int parts) {
     std::lock_guard lock(mutex_);
-    if (free_.empty()) return std::make_unique<Workspace>();
+    if (free_.empty()) {
+      auto workspace = std::make_unique<Workspace>();
+      workspace->parts.resize(size_t(parts));
+      return workspace;
+    }
     std::unique_ptr<Workspace> workspace = std::move(free_.back());
     free_.pop_back();
     return workspace;

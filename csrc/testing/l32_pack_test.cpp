@@ -69,6 +69,62 @@ void pieces_make_the_whole(Random& random) {
   K2_EXPECT(layer.memory_checksum(0) == layer.checksum(0));
 }
 
+std::vector<uint8_t> copy_l32(const ExpertLayer& layer, int expert) {
+  std::vector<uint8_t> out(size_t(layer.shape().expert_bytes()));
+  layer.copy_l32(expert, out.data(), out.data() + layer.shape().w13_bytes());
+  return out;
+}
+
+// Slices on several nodes hold what one node would: put together again, unpacked, and by their checksums.
+void slices_make_the_whole(Random& random) {
+  const LayerShape shape{32 * int(1 + random() % 9), 32 * int(1 + random() % 7), 2, 1};
+  ExpertLayer whole(shape);
+  const Expert expert(random, shape);
+  whole.pack(1, expert.gate.all(), expert.up.all(), expert.down.all());
+  K2_EXPECT(copy_l32(whole, 1) == std::vector<uint8_t>(whole.w13(1), whole.w13(1) + shape.expert_bytes()));
+  const int nodes = 2 + int(random() % 4);  // perhaps more than there are groups of channels
+  ExpertLayer sliced(shape, std::vector<int>(size_t(nodes), kAnyNode));
+  K2_EXPECT(sliced.nodes() == nodes && sliced.bound() && sliced.bytes() == whole.bytes());
+  sliced.begin(1);
+  for (int row = 0; row < shape.intermediate;) {  // pieces end where they like
+    const int rows = 16 * int(1 + random() % unsigned((shape.intermediate - row) / 16));
+    sliced.pack_gate_up(1, expert.gate.from(row, rows), expert.up.from(row, rows));
+    row += rows;
+  }
+  for (int row = 0; row < shape.hidden; row += 32) sliced.pack_down(1, expert.down.from(row, 32));
+  sliced.finish(1);
+  K2_EXPECT(copy_l32(sliced, 1) == copy_l32(whole, 1));
+  K2_EXPECT(sliced.checksum(1) == whole.checksum(1));
+  K2_EXPECT(sliced.memory_checksum(1) == whole.checksum(1));
+  Expert back(random, shape);
+  auto view = [](Matrix& m) { return MutablePackedMatrix{m.words.data(), m.scales.data(), m.rows, m.inputs}; };
+  sliced.unpack(1, view(back.gate), view(back.up), view(back.down));
+  for (const auto& [got, packed] : {std::pair{&back.gate, &expert.gate}, {&back.up, &expert.up},
+                                    {&back.down, &expert.down}}) {
+    K2_EXPECT(got->words == packed->words && got->scales == packed->scales);
+  }
+  for (int node = 0; node < nodes; ++node) {
+    if (sliced.channels(node).count == 0) continue;
+    uint8_t* last = const_cast<uint8_t*>(sliced.w2(1, node)) +
+                    int64_t(sliced.channels(node).count) * shape.hidden_groups() * kBlockBytes - 1;
+    *last ^= 1;
+    K2_EXPECT(sliced.memory_checksum(1) != whole.checksum(1));
+    *last ^= 1;
+  }
+}
+
+void channels_are_cut_without_gap_or_overlap(Random& random) {
+  for (int round = 0; round < 100; ++round) {
+    const int groups = int(random() % 70), nodes = 1 + int(random() % 9);
+    int next = 0;
+    for (const GroupRange& range : slice_channels(groups, nodes)) {
+      K2_EXPECT(range.first == next && range.count >= groups / nodes && range.count <= groups / nodes + 1);
+      next += range.count;
+    }
+    K2_EXPECT(next == groups);
+  }
+}
+
 void every_flipped_bit_is_noticed(Random& random) {
   const LayerShape shape{96, 64, 2, 1};
   ExpertLayer layer(shape);
@@ -155,6 +211,8 @@ void rows_outside_the_matrix_are_refused(Random& random) {
 int main(int, char** arguments) {
   k2::Random random(std::stoull(arguments[1]));
   for (int round = 0; round < 20; ++round) k2::pieces_make_the_whole(random);
+  for (int round = 0; round < 20; ++round) k2::slices_make_the_whole(random);
+  k2::channels_are_cut_without_gap_or_overlap(random);
   k2::every_flipped_bit_is_noticed(random);
   k2::exchanged_blocks_and_matrices_are_noticed(random);
   k2::a_scale_out_of_range_is_placed(random);

@@ -2,6 +2,7 @@
 // from Python.
 #include "moe/moe_job.h"
 
+#include <cmath>
 #include <memory>
 #include <random>
 #include <thread>
@@ -54,7 +55,39 @@ std::vector<float> compute(Layer& layer, const Batch& batch) {
   return out;
 }
 
-void results_do_not_depend_on_workers() {
+// `workers` workers on `nodes` virtual nodes.
+PoolLayout spread(int workers, int nodes) {
+  PoolLayout layout;
+  for (int node = 0; node < nodes; ++node) {
+    layout.push_back({workers * (node + 1) / nodes - workers * node / nodes, kAnyNode, {}});
+  }
+  return layout;
+}
+
+std::vector<std::vector<float>> compute_all(const LayerShape& shape, const std::vector<Words>& weights,
+                                            const std::vector<Batch>& batches, const PoolLayout& layout) {
+  Layer layer(std::make_shared<Runtime>("portable", kExact, layout), shape);
+  for (int e = 0; e < shape.experts; ++e) {
+    layer.experts().pack(e, weights[3 * e].matrix(), weights[3 * e + 1].matrix(), weights[3 * e + 2].matrix());
+  }
+  std::vector<std::vector<float>> results;
+  for (const Batch& batch : batches) results.push_back(compute(layer, batch));
+  return results;
+}
+
+// Partial sums are rounded apart from each other: a few units in the last place of the row's largest values.
+void expect_close(const std::vector<float>& got, const std::vector<float>& expected, int row_size) {
+  for (size_t row = 0; row < got.size(); row += size_t(row_size)) {
+    double difference = 0, size = 0;
+    for (size_t i = row; i < row + size_t(row_size); ++i) {
+      difference += std::pow(double(got[i]) - expected[i], 2);
+      size += std::pow(double(expected[i]), 2);
+    }
+    K2_EXPECT(difference <= 1e-11 * size);
+  }
+}
+
+void results_depend_on_the_nodes_by_rounding_and_not_on_the_workers() {
   Random random(7);
   const LayerShape shape{96, 64, 5, 3};
   std::vector<Words> weights;
@@ -63,36 +96,42 @@ void results_do_not_depend_on_workers() {
     weights.emplace_back(random, shape.intermediate, shape.hidden);
     weights.emplace_back(random, shape.hidden, shape.intermediate);
   }
-  const Batch batches[] = {{random, shape, 0}, {random, shape, 1}, {random, shape, 13}, {random, shape, 1100}};
-  std::vector<std::vector<float>> expected;
-  for (const int workers : {1, 2, 3, 5}) {
-    Layer layer(std::make_shared<Runtime>("portable", kExact, workers), shape);
-    for (int e = 0; e < shape.experts; ++e) {
-      layer.experts().pack(e, weights[3 * e].matrix(), weights[3 * e + 1].matrix(), weights[3 * e + 2].matrix());
+  std::vector<Batch> batches;
+  for (const int tokens : {0, 1, 13, 1100}) batches.emplace_back(random, shape, tokens);
+  std::vector<std::vector<float>> on_one_node;
+  for (const int nodes : {1, 2, 3}) {  // the third has no channel
+    std::vector<std::vector<float>> expected;
+    for (const int workers : {nodes, nodes + 1, 5}) {
+      const std::vector<std::vector<float>> results = compute_all(shape, weights, batches, spread(workers, nodes));
+      if (expected.empty()) expected = results;
+      K2_EXPECT(results == expected);  // no NaN here: equal numbers are equal bits, but for the sign of zero
     }
-    std::vector<std::vector<float>> results;
-    for (const Batch& batch : batches) results.push_back(compute(layer, batch));
-    if (expected.empty()) expected = results;
-    for (size_t i = 0; i < results.size(); ++i) {
-      K2_EXPECT(results[i] == expected[i]);  // no NaN here: equal numbers are equal bits, but for the sign of zero
-    }
-    for (int e = 0; e < shape.experts; ++e) {  // lossless
-      Random other(99);
-      Words gate(other, shape.intermediate, shape.hidden), up = gate, down(other, shape.hidden, shape.intermediate);
-      auto view = [](Words& w) { return MutablePackedMatrix{w.words.data(), w.scales.data(), w.rows, w.inputs}; };
-      layer.experts().unpack(e, view(gate), view(up), view(down));
-      K2_EXPECT(gate.words == weights[3 * e].words && gate.scales == weights[3 * e].scales);
-      K2_EXPECT(up.words == weights[3 * e + 1].words && up.scales == weights[3 * e + 1].scales);
-      K2_EXPECT(down.words == weights[3 * e + 2].words && down.scales == weights[3 * e + 2].scales);
-    }
+    if (nodes == 1) on_one_node = expected;
+    for (size_t i = 0; i < expected.size(); ++i) expect_close(expected[i], on_one_node[i], shape.hidden);
+    K2_EXPECT((expected == on_one_node) == (nodes == 1));  // the slices did add their own sums
   }
+}
+
+void a_layer_and_its_pool_have_the_same_nodes() {
+  Random random(12);
+  const LayerShape shape{64, 64, 1, 1};
+  Runtime runtime("portable", kExact, spread(2, 2));
+  const ExpertLayer layer(shape);
+  const Batch batch(random, shape, 0);
+  bool refused = false;
+  try {
+    MoeJob job(runtime.pool, runtime.table, layer, runtime.workspaces, batch.input());
+  } catch (const ArgumentError&) {
+    refused = true;
+  }
+  K2_EXPECT(refused);
 }
 
 void closing_with_work_in_flight_ends_it() {
   Random random(8);
   const LayerShape shape{64, 64, 2, 2};
-  auto runtime = std::make_shared<Runtime>("portable", kExact, 2);
   for (int round = 0; round < 10; ++round) {
+    auto runtime = std::make_shared<Runtime>("portable", kExact, spread(2, 1 + round % 2));
     Layer layer(runtime, shape);
     for (int e = 0; e < shape.experts; ++e) {
       const Words gate(random, 64, 64), up(random, 64, 64), down(random, 64, 64);
@@ -192,7 +231,8 @@ void work_is_cut_without_gap_or_overlap() {
 
 int main() {
   k2::work_is_cut_without_gap_or_overlap();
-  k2::results_do_not_depend_on_workers();
+  k2::results_depend_on_the_nodes_by_rounding_and_not_on_the_workers();
+  k2::a_layer_and_its_pool_have_the_same_nodes();
   k2::closing_with_work_in_flight_ends_it();
   k2::a_slot_has_one_owner();
   k2::a_failed_submit_leaves_the_slot_free();

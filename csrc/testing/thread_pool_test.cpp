@@ -1,6 +1,7 @@
 // The thread pool under every kind of use and misuse; also run with the thread sanitizer.
 #include "cpu/thread_pool.h"
 
+#include <sched.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -171,6 +172,78 @@ void two_threads_submit() {
   K2_EXPECT(sum.load() == 400);
 }
 
+std::vector<int> current_cpus() {
+  cpu_set_t set;
+  K2_EXPECT(sched_getaffinity(0, sizeof(set), &set) == 0);
+  std::vector<int> cpus;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
+  }
+  return cpus;
+}
+
+void workers_know_their_node() {
+  ThreadPool pool(PoolLayout{{2, kAnyNode, {}}, {1, kAnyNode, {}}, {3, kAnyNode, {}}});
+  K2_EXPECT(pool.workers() == 6 && pool.map().nodes() == 3 && pool.pinned() == 0);
+  std::vector<int> nodes(6), ranks(6), sizes(6);
+  std::atomic<int> arrived[3]{};
+  std::vector<int> values(6, 0);
+  run(pool, [&](Team& team, int worker) {
+    const int node = team.node(worker);
+    nodes[worker] = node;
+    ranks[worker] = team.rank(worker);
+    sizes[worker] = team.node_workers(node);
+    K2_EXPECT(team.workers() == 6 && team.nodes() == 3);
+    for (int round = 1; round <= 5; ++round) {  // the nodes meet apart from each other
+      values[worker] = round;
+      team.sync(arrived[node], sizes[worker], 2 * round - 1);
+      for (int other = worker - ranks[worker], i = 0; i < sizes[worker]; ++i) K2_EXPECT(values[other + i] == round);
+      team.sync(arrived[node], sizes[worker], 2 * round);
+    }
+  });
+  K2_EXPECT((nodes == std::vector<int>{0, 0, 1, 2, 2, 2}));
+  K2_EXPECT((ranks == std::vector<int>{0, 1, 0, 0, 1, 2}));
+  K2_EXPECT((sizes == std::vector<int>{2, 2, 1, 3, 3, 3}));
+}
+
+void workers_stay_where_they_are_put() {
+  const std::vector<int> allowed = current_cpus();
+  const std::vector<int> first{allowed.front()}, last{allowed.back()};
+  ThreadPool pool(PoolLayout{{1, kAnyNode, {first}}, {2, kAnyNode, {last, allowed}}});
+  K2_EXPECT(pool.pinned() == 3);
+  std::vector<std::vector<int>> seen(3);
+  run(pool, [&](Team&, int worker) { seen[worker] = current_cpus(); });
+  K2_EXPECT(seen[0] == first && seen[1] == last && seen[2] == allowed);
+  K2_EXPECT(current_cpus() == allowed);  // the program's own threads go where they like
+}
+
+// A CPU that is not there, or not allowed: the worker runs where the process may.
+void a_refused_cpu_leaves_the_worker_free() {
+  const std::vector<int> allowed = current_cpus();
+  ThreadPool pool(PoolLayout{{3, kAnyNode, {{100000}, {-1}, {}}}});
+  K2_EXPECT(pool.pinned() == 0);
+  std::vector<std::vector<int>> seen(3);
+  run(pool, [&](Team&, int worker) { seen[worker] = current_cpus(); });
+  for (const std::vector<int>& cpus : seen) K2_EXPECT(cpus == allowed);
+}
+
+void a_wrong_layout_is_refused() {
+  const PoolLayout wrong[] = {{},
+                              {{0, kAnyNode, {}}},
+                              {{2, kAnyNode, {}}, {-1, kAnyNode, {}}},
+                              {{4000, kAnyNode, {}}, {97, kAnyNode, {}}},
+                              {{2, kAnyNode, {{0}}}}};
+  for (const PoolLayout& layout : wrong) {
+    bool refused = false;
+    try {
+      ThreadPool pool(layout);
+    } catch (const ArgumentError&) {
+      refused = true;
+    }
+    K2_EXPECT(refused);
+  }
+}
+
 void idle_workers_sleep() {
   ThreadPool pool(2);
   run(pool, [](Team&, int) {});
@@ -219,7 +292,13 @@ int main(int argc, char**) {
   stop_ends_what_is_in_flight();
   stop_ends_a_full_pool();
   two_threads_submit();
-  idle_workers_sleep();
-  if (argc == 1) fork_is_refused_in_the_child();  // any argument leaves it out: the sanitizer cannot fork with threads
+  workers_know_their_node();
+  workers_stay_where_they_are_put();
+  a_refused_cpu_leaves_the_worker_free();
+  a_wrong_layout_is_refused();
+  if (argc == 1) {  // any argument leaves these out: the tools cannot fork with threads, and take time themselves
+    idle_workers_sleep();
+    fork_is_refused_in_the_child();
+  }
   std::puts("ok");
 }

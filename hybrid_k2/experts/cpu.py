@@ -5,6 +5,8 @@ Weights are brought into layout L32 while they are loaded, into one allocation p
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +19,10 @@ from hybrid_k2.errors import EngineError
 from hybrid_k2.experts.base import ExpertsBackend, ExpertsRuntime, ExpertsShape, check_slot
 from hybrid_k2.experts.isa import IsaFact
 from hybrid_k2.experts.read_probe import probe_bytes
+from hybrid_k2.host.threads import NodeThreads
 from hybrid_k2.native import native as _native
+
+log = logging.getLogger("hybrid_k2")
 
 ReadMode = Literal["auto", "buffered", "direct"]
 
@@ -62,6 +67,20 @@ class NativeExperts(ExpertsBackend):
     def nbytes(self) -> int:
         """See ExpertsBackend."""
         return int(self._layer.nbytes)
+
+    @property
+    def bound(self) -> bool:
+        """Whether the weights are on the NUMA nodes that the plan gave them; True where it gave none."""
+        return bool(self._layer.bound)
+
+    @property
+    def huge_page_share(self) -> float | None:
+        """The part of the loaded weights that the system put on huge pages, 0 to 1; None while none are loaded.
+
+        Effects: walks the page tables of the process, which takes seconds for hundreds of GB on plain pages.
+        """
+        share = self._layer.huge_page_share
+        return None if share is None else float(share)
 
     def load_expert(self, expert: int, weights: ExpertWeights) -> None:
         """See ExpertsBackend.
@@ -159,8 +178,10 @@ class NativeExperts(ExpertsBackend):
 class NativeRuntime(ExpertsRuntime):
     """Own the native threads and the chosen kernels."""
 
-    def __init__(self, isa: str, threads: int, numerics: str = "exact") -> None:
-        self._runtime = self.native = _native.Runtime(isa, threads, numerics)
+    def __init__(self, isa: str, threads: int, numerics: str = "exact", nodes: Sequence[NodeThreads] = ()) -> None:
+        spread = [(node.threads, node.node, node.cpus) for node in nodes]
+        self._runtime = self.native = _native.Runtime(isa, threads, numerics, spread)
+        self._warned = False
         self.isa = isa
         self.name = f"native {isa}, {numerics} ({self._runtime.activations})"
 
@@ -172,7 +193,14 @@ class NativeRuntime(ExpertsRuntime):
         Raises: ValueError for a size that is not a multiple of 32; MemoryError.
         """
         shape = ExpertsShape(hidden_size, moe_intermediate_size, n_routed_experts, num_experts_per_tok)
-        return NativeExperts(shape, self._runtime)
+        layer = NativeExperts(shape, self._runtime)
+        if not layer.bound and not self._warned:
+            log.warning(
+                "the system refuses to bind memory to NUMA nodes (in a container: give it the right to call mbind); "
+                "experts may lie on the wrong node and be read at a fraction of the speed"
+            )
+            self._warned = True
+        return layer
 
     def measure_read_gbps(self, seconds: float = 0.1) -> float:
         """See ExpertsRuntime."""

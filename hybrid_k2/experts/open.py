@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from hybrid_k2.errors import IsaError
 from hybrid_k2.experts.base import ExpertsRuntime
 from hybrid_k2.experts.isa import ENVIRONMENT, choose_isa, forced_isa
+from hybrid_k2.host.threads import NodeThreads
 
 log = logging.getLogger("hybrid_k2")
 
@@ -15,10 +17,13 @@ NUMERICS = ("exact", "fast", "bf16", "reference")
 _warned = False
 
 
-def open_experts(numerics: str, threads: int, *, packed: bool = True) -> ExpertsRuntime:
+def open_experts(
+    numerics: str, threads: int, *, packed: bool = True, nodes: Sequence[NodeThreads] = ()
+) -> ExpertsRuntime:
     """Return the runtime for these numerics: native kernels, numba where they are missing, or plain torch.
 
     `numerics` is exact, fast, bf16 or reference; numba computes in fp32 whatever is asked.
+    `nodes` says how the threads are spread over NUMA nodes, for the native kernels; without it they are on one.
     Plain (not INT4) weights are always computed by the reference backend.
     Effects: starts `threads` threads; warns once if the native kernels are missing.
     Raises: ValueError for unknown numerics; IsaError if the environment forces an instruction set that cannot be used,
@@ -35,7 +40,7 @@ def open_experts(numerics: str, threads: int, *, packed: bool = True) -> Experts
     from hybrid_k2.native import NATIVE_ERROR
 
     if facts := native_isas():
-        return NativeRuntime(choose_isa(facts, forced_isa(), numerics), threads, numerics)
+        return NativeRuntime(choose_isa(facts, forced_isa(), numerics), threads, numerics, nodes)
     if forced := forced_isa():
         raise IsaError(
             f"{ENVIRONMENT}={forced}: expected the native kernels, got none: {NATIVE_ERROR}",

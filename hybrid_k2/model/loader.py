@@ -43,7 +43,8 @@ def load_text_model(
     check_checkpoint(checkpoint, config)
     torch.set_num_threads(plan.threads)
     with ExitStack() as undo:
-        runtime = open_experts(plan.numerics, plan.threads, packed=experts_packed(checkpoint, config))
+        packed = experts_packed(checkpoint, config)
+        runtime = open_experts(plan.numerics, plan.threads, packed=packed, nodes=plan.nodes)
         undo.callback(runtime.close)
         model = _Builder(checkpoint, config, plan, progress or _ignore, runtime, undo).model()
         undo.pop_all()

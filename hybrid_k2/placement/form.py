@@ -13,11 +13,13 @@ class Devices:
 
     gpu: "cuda:N", or None when the file names none.
     host_memory_bytes, host_threads: None means auto, decided by the machine.
+    host_numa: "auto", "off", or a number of virtual nodes.
     """
 
     gpu: str | None = None
     host_memory_bytes: int | None = None
     host_threads: int | None = None
+    host_numa: str | int = "auto"
     gpu_line: int | None = None
     host_memory_line: int | None = None
 

@@ -9,13 +9,13 @@ import ctypes
 import importlib
 import os
 import warnings
-from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hybrid_k2.host.cgroup import cgroup_cpu_limit
 from hybrid_k2.host.memory import host_memory
+from hybrid_k2.host.topology import HostNode, host_nodes, numa_balancing, physical_cores
 from hybrid_k2.placement.sizes import format_bytes
 
 
@@ -47,6 +47,9 @@ class Machine:
     host_available_bytes: what this process can still take without swapping.
     cores: physical cores that this process may use (affinity and cgroup quota).
     gpu_note: why there are no GPUs, when there are none.
+    core_cpus: the logical CPUs of each core; empty when they are not known. nodes: the NUMA nodes; empty as well.
+    cpu_quota: the process has a share of the CPUs' time, not CPUs of its own.
+    numa_balancing: the kernel moves pages between nodes on its own.
     """
 
     host_memory_bytes: int
@@ -54,6 +57,10 @@ class Machine:
     cores: int
     gpus: tuple[Gpu, ...] = ()
     gpu_note: str = ""
+    core_cpus: tuple[tuple[int, ...], ...] = ()
+    nodes: tuple[HostNode, ...] = ()
+    cpu_quota: bool = False
+    numa_balancing: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.host_available_bytes <= self.host_memory_bytes or self.cores < 1:
@@ -62,7 +69,8 @@ class Machine:
     def __repr__(self) -> str:
         gpus = ", ".join(f"{gpu.device} {gpu.name} {format_bytes(gpu.memory_bytes)}" for gpu in self.gpus)
         host = f"{format_bytes(self.host_available_bytes)} of {format_bytes(self.host_memory_bytes)} available"
-        return f"Machine({host}, {self.cores} cores, {gpus or 'no GPU'})"
+        nodes = f" on {len(self.nodes)} NUMA nodes" if len(self.nodes) > 1 else ""
+        return f"Machine({host}, {self.cores} cores{nodes}, {gpus or 'no GPU'})"
 
     def find_gpu(self, device: str) -> Gpu | None:
         """Find the GPU of a device name ("cuda:0")."""
@@ -76,30 +84,21 @@ class Machine:
         Raises: HardwareError: /proc/meminfo cannot be read.
         """
         memory, available = host_memory(root)
-        cores = _usable_cores(root, os.sched_getaffinity(0))
+        cpus = os.sched_getaffinity(0)
+        cores, quota = physical_cores(root, cpus), cgroup_cpu_limit(root)
         gpus, note = _probe_gpus(root)
-        return cls(memory, available, cores, gpus, note)
-
-
-def _usable_cores(root: Path, cpus: Set[int]) -> int:
-    """Count the physical cores behind the logical CPUs this process may run on, at most the cgroup's quota.
-
-    Two threads of one core share its load ports, and a spinning second thread only slows the first; threads
-    beyond the quota would be throttled.
-    """
-    cores = {_siblings(root, cpu) for cpu in cpus}
-    quota = cgroup_cpu_limit(root)
-    return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
-
-
-def _siblings(root: Path, cpu: int) -> str:
-    topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
-    for name in ("core_cpus_list", "thread_siblings_list"):  # the second is the name before Linux 5.3
-        try:
-            return (topology / name).read_text().strip()
-        except OSError:
-            continue
-    return str(cpu)
+        return cls(
+            memory,
+            available,
+            # Threads beyond the quota would be throttled.
+            cores=max(1, len(cores) if quota is None else min(len(cores), int(quota))),
+            gpus=gpus,
+            gpu_note=note,
+            core_cpus=cores,
+            nodes=host_nodes(root, cpus),
+            cpu_quota=quota is not None,
+            numa_balancing=numa_balancing(root),
+        )
 
 
 def _probe_gpus(root: Path) -> tuple[tuple[Gpu, ...], str]:

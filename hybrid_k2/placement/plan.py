@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import HardwareError
+from hybrid_k2.host.threads import NodeThreads
 from hybrid_k2.placement.budget import check_budget, find_budget
 from hybrid_k2.placement.claims import Claim, Claims, claim_groups, ranges_of
 from hybrid_k2.placement.form import Rules, format_layers
 from hybrid_k2.placement.groups import LAYERED_GROUPS, decoded_bytes, group_bytes, latent_bytes_per_token
+from hybrid_k2.placement.host_threads import plan_threads
 from hybrid_k2.placement.machine import Machine
 from hybrid_k2.placement.sizes import format_bytes
 from hybrid_k2.placement.table import format_table
@@ -21,9 +23,6 @@ AUTO_KV_TOKENS = 65536  # a long chat; 4.3 GiB in bf16 at the size of K2.6
 # Tokens of a prompt that go through the model at a time. At the size of K2.6 each of the 384 experts then serves
 # about 11 of them, so that reading its weights is paid once for many; activations stay within the reserve.
 AUTO_CHUNK_TOKENS = 512
-# Per token, one thread reads this in about 0.3 ms. The hand-offs of a token between threads cost some 0.1 ms on a quiet
-# machine, and many times that on a busy one: less work than this is not worth another thread.
-BYTES_PER_THREAD = 4 << 20
 # The groups whose output is added to the residual stream; the router is always computed in FP32.
 _STREAM_GROUPS = ("attention", "dense_mlp", "shared_experts")
 
@@ -78,6 +77,7 @@ class Plan:
     """Say for every tensor group of a model where it lives, in which dtype and how large it is.
 
     numerics: "exact", "fast" or "bf16" (native INT4 kernels), or "reference" (the readable FP32 experts).
+    nodes: the host's threads by NUMA node; each node holds a slice of the routed experts.
     activation_dtype: of the residual stream. chunk_tokens: prompt tokens per forward pass.
     notes: what the user should know.
     """
@@ -87,11 +87,16 @@ class Plan:
     machine: Machine
     kv_cache: KvCachePlan
     numerics: str
-    threads: int
+    nodes: tuple[NodeThreads, ...]
     activation_dtype: str
     chunk_tokens: int
     rows: tuple[PlanRow, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def threads(self) -> int:
+        """Count the host's threads, over all nodes."""
+        return sum(node.threads for node in self.nodes)
 
     def where(self, what: str, layer: int | None = None) -> Placement:
         """Find the placement of a group, in one layer if it has layers. Raises: KeyError: no such group."""
@@ -150,17 +155,24 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
     chunk_tokens = min(rules.prefill.chunk_tokens or AUTO_CHUNK_TOKENS, kv_cache.tokens)
     activation_dtype = "fp32" if _stream_on_host(claims) else stream
     numerics = rules.numerics if experts_packed else "reference"
+    threads = plan_threads(
+        rules,
+        machine,
+        bytes_per_token=_bytes_per_token(config, rows),
+        expert_bytes=sum(row.nbytes for row in rows if row.what == "routed_experts" and row.device == "host"),
+        gpu=any(row.device != "host" for row in rows),
+    )
     return Plan(
         config=config,
         rules=rules,
         machine=machine,
         kv_cache=kv_cache,
         numerics=numerics,
-        threads=rules.devices.host_threads or _auto_threads(machine.cores, _bytes_per_token(config, rows)),
+        nodes=threads.nodes,
         activation_dtype=activation_dtype,
         chunk_tokens=chunk_tokens,
         rows=rows,
-        notes=claims.notes + _numerics_notes(rules.numerics, numerics, activation_dtype),
+        notes=claims.notes + threads.notes + _numerics_notes(rules.numerics, numerics, activation_dtype),
     )
 
 
@@ -195,11 +207,6 @@ def _resolve_devices(rules: Rules, machine: Machine) -> dict[str, str]:
 
 def _bytes_per_token(config: ModelConfig, rows: tuple[PlanRow, ...]) -> int:
     return sum(len(row.layers or (0,)) * decoded_bytes(config, row.what, row.dtype) for row in rows)
-
-
-def _auto_threads(cores: int, bytes_per_token: int) -> int:
-    """Use every core, but no more threads than have work: a small model loses more to their hand-offs than it gains."""
-    return max(1, min(cores, bytes_per_token // BYTES_PER_THREAD))
 
 
 def _stream_dtype(claims: Claims) -> str:

@@ -14,6 +14,7 @@ EXPERT_DTYPES = ("int4", "bf16", "fp32")
 LATER_DTYPES = ("int8", "fp8")
 MAX_TOKENS = 1_000_000_000  # bounds what is read; the plan checks the limit of the model
 MAX_THREADS = 4096
+MAX_NODES = 64
 
 
 def parse_rules(text: str, source: str = "rules") -> Rules:
@@ -54,15 +55,27 @@ def _devices(top: Section) -> Devices:
     if host_node is None:
         return Devices(gpu=gpu, gpu_line=devices.line_of("gpu"))
     host = Section(top.source, "devices.host", host_node, ("memory", "threads", "numa"))
-    if (numa := host.text("numa", "auto")) not in (None, "auto"):
-        host.unavailable("numa", f"numa: {numa}", "available: auto")
+    threads = host.count("threads", MAX_THREADS)
     return Devices(
         gpu=gpu,
         host_memory_bytes=host.size("memory"),
-        host_threads=host.count("threads", MAX_THREADS),
+        host_threads=threads,
+        host_numa=_numa(host, threads),
         gpu_line=devices.line_of("gpu"),
         host_memory_line=host.line_of("memory"),
     )
+
+
+def _numa(host: Section, threads: int | None) -> str | int:
+    expected = f"auto, off, or a number of virtual nodes from 1 to {MAX_NODES}"
+    text = host.text("numa", expected) or "auto"
+    if text in ("auto", "off"):
+        return text
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", text) or int(text) > MAX_NODES:
+        host.fail("numa", f"numa: expected {expected}, got {text!r}")
+    if threads is not None and int(text) > threads:
+        host.fail("numa", f"numa: expected at most as many nodes as threads ({threads}), got {text}")
+    return int(text)
 
 
 def _place(top: Section, devices: Devices) -> tuple[PlaceRule, ...]:

@@ -36,6 +36,9 @@ def _summary(plan: Plan) -> Iterator[str]:
         yield f"{device}: {format_bytes(needed)} of {format_bytes(budget.nbytes)} ({budget.origin})"
     yield f"kv cache: {plan.kv_cache.tokens} tokens in pages of {plan.kv_cache.page_tokens}"
     threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
+    if len(plan.nodes) > 1:
+        kind = "NUMA" if plan.nodes[0].node is not None else "virtual"
+        threads += f" on {len(plan.nodes)} {kind} nodes"
     yield f"experts: {plan.numerics}, {threads}; activations {plan.activation_dtype}"
     yield f"prefill: chunks of {plan.chunk_tokens} tokens"
     yield f"weights read per decoded token: {format_bytes(plan.bytes_per_token)}"

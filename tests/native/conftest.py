@@ -27,13 +27,14 @@ BASE_FLAGS = (
     "-pthread",
     f"-I{CSRC}",
 )
+CORE_SOURCES = tuple(f"core/{name}.cpp" for name in ("huge_buffer", "page_count"))
 MOE_SOURCES = (
     *(
         f"moe/{name}.cpp"
-        for name in ("expert_layer", "l32_digest", "l32_pack", "moe_job", "routing", "runtime", "slots")
+        for name in ("expert_layer", "l32_digest", "l32_pack", "moe_job", "moe_part", "routing", "runtime", "slots")
     ),
     *(f"cpu/{name}.cpp" for name in ("thread_pool", "affinity", "features")),
-    "core/huge_buffer.cpp",
+    *CORE_SOURCES,
     "kernels/kernel_list.cpp",
 )
 
@@ -97,10 +98,10 @@ def build_script() -> ModuleType:
     return module
 
 
-def run_program(program: Path, *arguments: str) -> str:
+def run_program(program: Path | str, *arguments: str, limit_s: float = 120) -> str:
     """Run a test program; what it printed is shown if it fails."""
-    result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=120)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=limit_s)
+    assert result.returncode == 0, f"{arguments}: {result.stdout}{result.stderr}"
     return result.stdout
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 
-from tests.native.conftest import Compiler, require_sanitizer, run_program
+from tests.native.conftest import CORE_SOURCES, Compiler, require_sanitizer, run_program
 
 SOURCES = (
     "testing/l32_pack_test.cpp",
     "moe/expert_layer.cpp",
     "moe/l32_pack.cpp",
     "moe/l32_digest.cpp",
-    "core/huge_buffer.cpp",
+    *CORE_SOURCES,
 )
 
 

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from hybrid_k2.checkpoint.tensors import expected_tensors
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import HardwareError, MemoryBudgetError, RulesError
-from hybrid_k2.placement import Placement, Plan, make_plan, parse_rules, shipped_rules
+from hybrid_k2.host.threads import NodeThreads
+from hybrid_k2.host.topology import HostNode
+from hybrid_k2.placement import Machine, Placement, Plan, make_plan, parse_rules, shipped_rules
 from hybrid_k2.placement.budget import reserve_bytes
 from hybrid_k2.placement.groups import decoded_bytes, expert_parameters, group_bytes, group_parameters
 from hybrid_k2.placement.sizes import format_bytes
@@ -211,6 +213,65 @@ def test_auto_threads_are_the_cores_that_have_work() -> None:
     assert plan_of(on=machine(64, cores=5)).threads == 1, "a small model"
     kimi = make_plan(shipped_rules("host"), K2_6, machine(768, cores=5))
     assert kimi.threads == 5
+
+
+def test_large_machines_leave_cores_to_the_interpreter_and_the_gpu() -> None:
+    for cores, on_host, beside_gpu in ((3, 3, 3), (4, 4, 3), (15, 15, 14), (16, 15, 14), (64, 63, 62)):
+        kimi = make_plan(shipped_rules("host"), K2_6, machine(768, cores=cores))
+        assert kimi.threads == on_host
+        kimi = make_plan(shipped_rules("gpu"), K2_6, machine(768, 80, cores=cores))
+        assert kimi.threads == beside_gpu
+
+
+def two_nodes(free_gib: int, **facts: object) -> Machine:
+    """A server of two nodes with 8 cores each."""
+    cores = tuple((core, core + 16) for core in range(16))
+    nodes = tuple(HostNode(n, cores[8 * n : 8 * n + 8], free_gib * GIB) for n in (0, 1))
+    return replace(machine(2 * free_gib, cores=16), core_cpus=cores, nodes=nodes, **facts)  # type: ignore[arg-type]
+
+
+def test_threads_are_spread_over_the_nodes_of_the_machine() -> None:
+    plan = make_plan(shipped_rules("host"), K2_6, two_nodes(384))
+    cores = two_nodes(384).core_cpus
+    assert plan.nodes == (NodeThreads(7, 0, cores[1:8]), NodeThreads(8, 1, cores[8:]))
+    assert "experts: exact, 15 threads on 2 NUMA nodes; activations" in plan.table()
+    assert plan.notes == make_plan(shipped_rules("host"), K2_6, machine(768)).notes
+    quota = make_plan(shipped_rules("host"), K2_6, two_nodes(384, cpu_quota=True))
+    assert [set(node.cpus) for node in quota.nodes] == [{tuple(sum(cores[:8], ()))}, {tuple(sum(cores[8:], ()))}]
+
+
+def test_nodes_are_left_together_where_one_lacks_the_memory() -> None:
+    on = two_nodes(384)
+    small = replace(on, nodes=(on.nodes[0], replace(on.nodes[1], free_bytes=200 * GIB)))
+    plan = make_plan(shipped_rules("host"), K2_6, small)
+    assert [(node.threads, node.node) for node in plan.nodes] == [(15, None)]
+    assert plan.notes[-1] == (
+        "numa: node 1 has 200.00 GiB free and its share of the routed experts is 265.78 GiB, so the nodes are not told "
+        "apart (slower)"
+    )
+
+
+def test_a_kernel_that_moves_pages_is_noted() -> None:
+    plan = make_plan(shipped_rules("host"), K2_6, two_nodes(384, numa_balancing=True))
+    assert "kernel.numa_balancing is on" in plan.notes[-1]
+    one = replace(machine(768), numa_balancing=True)
+    assert not any("numa" in note for note in make_plan(shipped_rules("host"), K2_6, one).notes)
+
+
+def test_numa_by_rule() -> None:
+    def nodes(numa: str, on: Machine) -> tuple[NodeThreads, ...]:
+        text = rules_text().replace("{gpu: cuda:0}", f"{{host: {{{numa}}}}}")
+        return make_plan(parse_rules(text), K2_6, on).nodes
+
+    assert nodes("numa: off", two_nodes(384)) == (NodeThreads(15),)
+    assert nodes("numa: 3, threads: 7", two_nodes(384)) == (NodeThreads(2), NodeThreads(2), NodeThreads(3))
+    assert nodes("numa: 4", machine(768, cores=2)) == (NodeThreads(1),) * 4
+    assert "2 threads on 2 virtual nodes" in plan_of_numa(2).table()
+
+
+def plan_of_numa(nodes: int) -> Plan:
+    text = rules_text().replace("{gpu: cuda:0}", f"{{host: {{numa: {nodes}}}}}")
+    return make_plan(parse_rules(text), small_config(), machine(64))
 
 
 def test_threads_numerics_and_chunks() -> None:

@@ -148,6 +148,25 @@ def test_a_mistake_is_named_with_its_line(old: str, new: str, line: int, words: 
         assert error.hint == hint
 
 
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("off", "off"), ("1", 1), ("12", 12)])
+def test_numa(text: str, value: str | int) -> None:
+    assert parse_rules(edited("numa: auto", f"numa: {text}"), "x.yaml").devices.host_numa == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("on", "numa: expected auto, off, or a number of virtual nodes from 1 to 64, got 'on'"),
+        ("0", "numa: expected auto, off, or a number of virtual nodes from 1 to 64, got '0'"),
+        ("65", "numa: expected auto, off, or a number of virtual nodes from 1 to 64, got '65'"),
+        ("[1]", "numa: expected auto, off, or a number of virtual nodes from 1 to 64, got a list"),
+        ("13", "numa: expected at most as many nodes as threads (12), got 13"),
+    ],
+)
+def test_numa_that_is_none(text: str, message: str) -> None:
+    assert error_of(edited("numa: auto", f"numa: {text}")).message == f"x.yaml:2: devices.host: {message}"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "line", "what"),
     [
@@ -162,7 +181,6 @@ def test_a_mistake_is_named_with_its_line(old: str, new: str, line: int, words: 
         ("overlap: off", "overlap: {deferred: 2}", 14, "deferred"),
         ("stream: off", "stream: auto", 15, "stream: auto"),
         ("dtype: bf16, tokens", "dtype: fp8, tokens", 12, "dtype: fp8"),
-        ("numa: auto", "numa: 2", 2, "numa: 2"),
     ],
 )
 def test_what_the_form_knows_and_this_version_lacks_is_told_apart(old: str, new: str, line: int, what: str) -> None:

@@ -1,0 +1,69 @@
+"""How many threads the host's work gets, and where they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hybrid_k2.host.threads import NodeThreads, spread_threads, virtual_nodes
+from hybrid_k2.placement.form import Rules
+from hybrid_k2.placement.machine import Machine
+from hybrid_k2.placement.sizes import format_bytes
+
+# Per token, one thread reads this in about 0.3 ms. The hand-offs of a token between threads cost some 0.1 ms on a quiet
+# machine, and many times that on a busy one: less work than this is not worth another thread.
+BYTES_PER_THREAD = 4 << 20
+
+
+@dataclass(frozen=True)
+class ThreadPlan:
+    """Spread the host's threads. nodes: at least one; notes: what the user should know."""
+
+    nodes: tuple[NodeThreads, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def threads(self) -> int:
+        """Count the threads of all nodes."""
+        return sum(node.threads for node in self.nodes)
+
+
+def plan_threads(rules: Rules, machine: Machine, *, bytes_per_token: int, expert_bytes: int, gpu: bool) -> ThreadPlan:
+    """Choose the threads by the rules, or by the machine where they leave it open.
+
+    bytes_per_token: weights that a token reads. expert_bytes: of the routed experts on the host, which the nodes share.
+    gpu: something is on a GPU.
+    """
+    numa = rules.devices.host_numa
+    threads = rules.devices.host_threads or _auto_threads(machine.cores, bytes_per_token, gpu)
+    if isinstance(numa, int):
+        return ThreadPlan(virtual_nodes(max(threads, numa), numa))
+    if numa == "off":
+        return ThreadPlan((NodeThreads(threads),))
+    nodes, notes = machine.nodes, ()
+    share = expert_bytes // max(1, len(nodes))
+    if len(nodes) > 1 and any(node.free_bytes < share for node in nodes):
+        least = min(nodes, key=lambda node: node.free_bytes)
+        notes = (
+            f"numa: node {least.number} has {format_bytes(least.free_bytes)} free and its share of the routed experts "
+            f"is {format_bytes(share)}, so the nodes are not told apart (slower)",
+        )
+        nodes = ()
+    spread = spread_threads(threads, machine.core_cpus, nodes, own=not machine.cpu_quota)
+    if len(spread) > 1 and machine.numa_balancing:
+        notes = ("numa: kernel.numa_balancing is on and may move weights between nodes; turn it off while this runs",)
+    return ThreadPlan(spread, notes)
+
+
+def _auto_threads(cores: int, bytes_per_token: int, gpu: bool) -> int:
+    """Use every core, but no more threads than have work: a small model loses more to their hand-offs than it gains.
+
+    On a large machine some cores are left to the interpreter, and to the thread that feeds a GPU.
+    """
+    return max(1, min(cores - _spare_cores(cores, gpu), bytes_per_token // BYTES_PER_THREAD))
+
+
+def _spare_cores(cores: int, gpu: bool) -> int:
+    """Leave what costs the experts little: memory is the limit, and one core of 16 adds nothing to it."""
+    if cores >= 16:
+        return 2 if gpu else 1
+    return 1 if gpu and cores >= 4 else 0
