@@ -1,5 +1,6 @@
 # make chat          a chat with the built-in demo model        make chat PROMPT="What is 17 + 25?"   one answer
 # make test          the tests                                  make check                            lint, format, types, layers
+# make check-native  the native tests under the sanitizers and valgrind
 # make bench         the benchmarks                             make clean                            remove what was built
 PYTHON ?= python3
 MODEL  ?= demo
@@ -10,7 +11,7 @@ requirements = $(VENV)/bin/python -c 'from importlib.metadata import requires; \
     print(*(r.split(";")[0] for r in requires("hybrid-k2") if r.endswith("extra == \"$(1)\"")))'
 NATIVE := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: chat test check bench clean install
+.PHONY: chat test check check-native bench clean install
 .DELETE_ON_ERROR:
 export PROMPT
 
@@ -25,6 +26,9 @@ check: $(VENV)/.installed-test $(VENV)/.installed-check
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest tests/test_layers.py
+
+check-native: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest tests/native -m check_native -rs $(ARGS)
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/hybrid-k2 bench experts
