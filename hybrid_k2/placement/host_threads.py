@@ -39,7 +39,8 @@ def plan_threads(rules: Rules, machine: Machine, *, bytes_per_token: int, expert
         return ThreadPlan(virtual_nodes(max(threads, numa), numa))
     if numa == "off":
         return ThreadPlan((NodeThreads(threads),))
-    nodes, notes = machine.nodes, ()
+    nodes = machine.nodes
+    notes: tuple[str, ...] = ()
     share = expert_bytes // max(1, len(nodes))
     if len(nodes) > 1 and any(node.free_bytes < share for node in nodes):
         least = min(nodes, key=lambda node: node.free_bytes)
