@@ -15,6 +15,7 @@ def test_moe_job(sanitizer: str, compiler: Compiler) -> None:
     # The kernels' unrolled code takes minutes to compile with the address sanitizer; they run on guarded buffers in
     # test_kernel_tables.
     kernel_flags = ("-fsanitize=thread",) if sanitizer == "thread" else ()
-    portable = compiler.object("kernels/portable/a16_portable.cpp", "-O1", *kernel_flags)
-    program = compiler.program(f"moe_job_test_{sanitizer[:6]}", [*objects, portable], *flags)
+    tables = [f"kernels/portable/{form}_portable.cpp" for form in ("a16", "a8")]
+    portable = compiler.objects(tables, "-O1", *kernel_flags)
+    program = compiler.program(f"moe_job_test_{sanitizer[:6]}", [*objects, *portable], *flags)
     assert run_program(program) == "ok\n"
