@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybrid_k2.checkpoint import Checkpoint, experts_packed
 from hybrid_k2.config import ModelConfig
+from hybrid_k2.host.threads import NodeThreads
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.loader import load_text_model
@@ -53,7 +54,7 @@ def make_test_plan(checkpoint: Checkpoint, config: ModelConfig, rules: str | Rul
     """Plan for this machine, with one thread (the models of tests are too small for more) and these other changes."""
     rules = shipped_rules(rules) if isinstance(rules, str) else rules
     plan = make_plan(rules, config, Machine.probe(), experts_packed=experts_packed(checkpoint, config))
-    return dataclasses.replace(plan, **{"threads": 1, **changes})  # type: ignore[arg-type]
+    return dataclasses.replace(plan, **{"nodes": (NodeThreads(1),), **changes})  # type: ignore[arg-type]
 
 
 @contextmanager

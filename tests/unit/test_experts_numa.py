@@ -128,9 +128,10 @@ def test_threads_run_where_they_are_put() -> None:
     from hybrid_k2 import _native
 
     cpu = random.choice(allowed_cpus())
+    others = set(Path("/proc/self/task").iterdir())
     runtime = _native.Runtime("portable", 3, "exact", [(1, None, [[cpu]]), (2, None, [])])
     assert (runtime.nodes, runtime.threads, runtime.pinned_threads) == (2, 3, 1)
-    status = [path.read_text() for path in Path("/proc/self/task").glob("*/status")]
+    status = [(path / "status").read_text() for path in set(Path("/proc/self/task").iterdir()) - others]
     of_worker = next(text for text in status if text.startswith("Name:\tk2-expert-0\n"))
     assert f"Cpus_allowed_list:\t{cpu}\n" in of_worker
     runtime.close()
@@ -164,8 +165,9 @@ def test_the_share_on_huge_pages_is_a_share() -> None:
 def test_under_taskset_with_any_number_of_threads(threads: int) -> None:
     """One allowed CPU: the threads take turns on it, and none of them is put elsewhere."""
     script = (
-        "import os, torch\n"
-        "os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])\n"
+        "import os\n"
+        "os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])\n"  # before torch starts threads, as taskset does
+        "import torch\n"
         "from pathlib import Path\n"
         "from hybrid_k2.experts import open_experts\n"
         "from hybrid_k2.host.threads import spread_threads\n"
