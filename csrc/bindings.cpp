@@ -333,4 +333,5 @@ PYBIND11_MODULE(_native, m) {
       .def("close", &PyLayer::close);
 
   bind_attention(m);
+  bind_dense(m);
 }

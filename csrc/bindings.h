@@ -58,5 +58,6 @@ T* mutable_matrix(const char* name, const py::array& array, int64_t rows, int64_
 bool finish(ThreadPool& pool, Job& job, Deadline deadline = std::nullopt);
 
 void bind_attention(py::module_& m);
+void bind_dense(py::module_& m);
 
 }  // namespace k2

@@ -18,7 +18,7 @@ LAYERS = [
     {"bench"},
     {"engine"},
     {"model"},
-    {"experts", "placement", "protocol", "demo"},
+    {"dense", "experts", "placement", "protocol", "demo"},
     {"checkpoint"},
     {"config", "native"},
     {"fields", "files", "host"},

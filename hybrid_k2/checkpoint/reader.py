@@ -78,11 +78,20 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """Read one tensor into fresh memory. Raises: CheckpointError naming tensor and file."""
         info = self.info(name)
-        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        return self._read(info, 0, info.nbytes).reshape(info.shape)
+
+    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Read rows first..last-1 of a tensor into fresh memory. Raises: CheckpointError naming tensor and file."""
+        info = self.info(name)
+        row = info.nbytes // info.shape[0]
+        return self._read(info, first * row, (last - first) * row).reshape(last - first, *info.shape[1:])
+
+    def _read(self, info: TensorInfo, start: int, nbytes: int) -> Tensor:
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
         file = self.file_of(info)
-        file.read_into(buffer.numpy().data, info.offset, name)
-        file.check_unchanged(name)
-        return buffer.view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+        file.read_into(buffer.numpy().data, info.offset + start, info.name)
+        file.check_unchanged(info.name)
+        return buffer.view(TORCH_DTYPES[info.dtype])
 
     def packed_infos(self, prefix: str) -> tuple[TensorInfo, TensorInfo]:
         """Locate the words and scales of an INT4 matrix, `prefix` being its name without `.weight_packed`.
@@ -123,6 +132,14 @@ class Checkpoint:
     def file_of(self, info: TensorInfo) -> OpenedFile:
         """Return the file that holds a tensor."""
         return self._files[info.file]
+
+    def linear_shape(self, prefix: str) -> tuple[int, int]:
+        """Return rows and inputs of a matrix, in whichever form it is stored. Raises: CheckpointError."""
+        if self.has(f"{prefix}.weight_packed"):
+            rows, words = self.info(f"{prefix}.weight_packed").shape
+            return rows, words * VALUES_PER_WORD
+        rows, inputs = self.info(f"{prefix}.weight").shape
+        return rows, inputs
 
     def linear_bytes(self, prefix: str) -> int:
         """Return the bytes that one matrix takes on disk, in whichever form it is stored."""

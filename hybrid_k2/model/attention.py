@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybrid_k2.model.batch import Batch, SequenceSlice
 from hybrid_k2.model.latent_cache import LatentCache
-from hybrid_k2.model.layers import RmsNorm, linear
+from hybrid_k2.model.layers import Matrix, RmsNorm, linear
 from hybrid_k2.model.mla import MlaShape, absorb_queries, expand_values, latent_attention, naive_attention
 from hybrid_k2.model.native_attention import NativeAttention
 from hybrid_k2.model.rope import Rotation
@@ -26,13 +26,13 @@ class Attention:
 
     layer: int
     shape: MlaShape
-    q_a: Tensor
+    q_a: Matrix
     q_a_norm: RmsNorm
-    q_b: Tensor
-    kv_a: Tensor
+    q_b: Matrix
+    kv_a: Matrix
     kv_a_norm: RmsNorm
     kv_b: Tensor
-    o: Tensor
+    o: Matrix
     native: NativeAttention | None = None
 
     def __call__(self, x: Tensor, batch: Batch, cache: LatentCache, rotation: Rotation) -> Tensor:

@@ -1,38 +1,67 @@
-"""The small parts that several blocks share: linear, RMSNorm, SwiGLU."""
+"""The small parts that several blocks share: linear, RMSNorm, SwiGLU.
+
+The matrix of a linear layer is a torch tensor, or one of the host's own forms: `HostMatrix` on the native kernels, or
+`Int8Weight` where there are none.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hybrid_k2.dense import HostMatrix, Int8Weight, multiply_all
+
+Matrix = Tensor | HostMatrix | Int8Weight
 WIDENED_NUMBERS = 1 << 20  # 4 MiB in fp32: stays in a CPU's caches, and is work for many threads
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Matrix) -> Tensor:
     """Multiply rows with a weight, on the weight's device.
 
     Computed in the weight's dtype, but for fp32 rows on the host: there a bf16 weight is widened, which is exact, so
-    that bf16 saves memory and costs no accuracy. Every dense product but those inside attention and the router passes
-    here.
+    that bf16 saves memory and costs no accuracy. The host's own forms add in fp32 and give x's dtype. Every dense
+    product but those inside attention and the router passes here.
     Shapes: x [T, in], weight [out, in] -> [T, out].
     """
+    if isinstance(weight, HostMatrix):
+        return weight(x)
+    if isinstance(weight, Int8Weight):
+        return _linear_widened(x.to(weight.device, torch.float32), weight).to(x.dtype)
     if weight.device.type == "cpu" and x.dtype == torch.float32 and weight.dtype == torch.bfloat16:
         return _linear_widened(x.to(weight.device), weight)
     return functional.linear(x.to(weight), weight)
 
 
-def _linear_widened(x: Tensor, weight: Tensor) -> Tensor:
+def linear_all(x: Tensor, weights: Sequence[Matrix]) -> list[Tensor]:
+    """Multiply rows with several weights; native ones of one dtype in one go.
+
+    Shapes: x [T, in], weights [out, in] each -> [T, out] each.
+    """
+    native = [weight for weight in weights if isinstance(weight, HostMatrix)]
+    if len(native) == len(weights) and len({weight.dtype for weight in native}) == 1:
+        return multiply_all(native, x)
+    return [linear(x, weight) for weight in weights]
+
+
+def _linear_widened(x: Tensor, weight: Tensor | Int8Weight) -> Tensor:
     """Widen a few output rows of the weight at a time: torch's products of bf16 are slow where the CPU has none."""
-    step = max(1, WIDENED_NUMBERS // weight.shape[1])
-    if len(weight) <= step:
-        return functional.linear(x, weight.float())
-    out = x.new_empty(len(x), len(weight))  # [T, out]
-    for columns, rows in zip(torch.split(out, step, dim=1), torch.split(weight, step), strict=True):
-        columns.copy_(functional.linear(x, rows.float()))
+    count, inputs = weight.shape
+    step = max(1, WIDENED_NUMBERS // inputs)
+    if count <= step:
+        return functional.linear(x, _widened(weight, slice(None)))
+    out = x.new_empty(len(x), count)  # [T, out]
+    for first in range(0, count, step):
+        rows = slice(first, first + step)
+        out[:, rows] = functional.linear(x, _widened(weight, rows))
     return out
+
+
+def _widened(weight: Tensor | Int8Weight, rows: slice) -> Tensor:
+    return weight.dequantize(rows) if isinstance(weight, Int8Weight) else weight[rows].float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -64,11 +93,11 @@ class SwiGlu:
     Shapes: gate, up [inner, hidden]; down [hidden, inner]; x [T, hidden] -> [T, hidden].
     """
 
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    gate: Matrix
+    up: Matrix
+    down: Matrix
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.gate.device)
-        inner = functional.silu(linear(x, self.gate)) * linear(x, self.up)  # [T, inner]
-        return linear(inner, self.down)
+        gate, up = linear_all(x, (self.gate, self.up))  # [T, inner] each
+        return linear(functional.silu(gate) * up, self.down)

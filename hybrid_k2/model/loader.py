@@ -14,9 +14,10 @@ from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import MemoryBudgetError
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
 from hybrid_k2.model.attention import Attention
+from hybrid_k2.model.dense_loading import load_host_matrix
 from hybrid_k2.model.devices import torch_device, torch_dtype
 from hybrid_k2.model.expert_loading import load_experts
-from hybrid_k2.model.layers import RmsNorm, SwiGlu
+from hybrid_k2.model.layers import Matrix, RmsNorm, SwiGlu
 from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.native_attention import NativeAttention
@@ -34,8 +35,8 @@ def load_text_model(
 ) -> TextModel:
     """Load the text model as the plan says; `progress` is called in the caller's thread after each tensor or expert.
 
-    Beyond what the plan counts, memory holds one dense tensor as it is stored, and per reading thread 9 MB, or one
-    expert where the native kernels are missing.
+    Beyond what the plan counts, memory holds one dense tensor as it is stored, or a piece of one that the native
+    kernels compute, and per reading thread 9 MB, or one expert where the native kernels are missing.
     Effects: torch's thread count becomes the plan's. What was loaded is released if loading fails or is interrupted.
     Raises: CheckpointError before anything large is read, or if a file changes meanwhile; HardwareError for a device
     that is not there or is full.
@@ -80,7 +81,7 @@ class _Builder:
             embedding=self.weight("model.embed_tokens", "embedding"),
             layers=[self.layer(layer) for layer in range(self.config.num_hidden_layers)],
             final_norm=RmsNorm(self.weight("model.norm", "lm_head"), self.config.rms_norm_eps),
-            lm_head=self.weight("lm_head", "lm_head"),
+            lm_head=self.matrix("lm_head", "lm_head"),
             experts_runtime=self.runtime,
         )
 
@@ -97,18 +98,21 @@ class _Builder:
         def weight(part: str) -> Tensor:
             return self.weight(f"{name}.{part}", "attention", layer)
 
+        def matrix(part: str) -> Matrix:
+            return self.matrix(f"{name}.{part}", "attention", layer)
+
         eps = self.config.latent_norm_eps
         on_host = self.plan.where("attention", layer).device == "host"
         return Attention(
             layer=layer,
             shape=MlaShape.of(self.config),
-            q_a=weight("q_a_proj"),
+            q_a=matrix("q_a_proj"),
             q_a_norm=RmsNorm(weight("q_a_layernorm"), eps),
-            q_b=weight("q_b_proj"),
-            kv_a=weight("kv_a_proj_with_mqa"),
+            q_b=matrix("q_b_proj"),
+            kv_a=matrix("kv_a_proj_with_mqa"),
             kv_a_norm=RmsNorm(weight("kv_a_layernorm"), eps),
             kv_b=weight("kv_b_proj"),
-            o=weight("o_proj"),
+            o=matrix("o_proj"),
             native=self.native_attention if on_host else None,
         )
 
@@ -124,7 +128,7 @@ class _Builder:
         return Moe(router, self.experts(layer), shared)
 
     def swiglu(self, name: str, what: str, layer: int) -> SwiGlu:
-        gate, up, down = (self.weight(f"{name}.{part}_proj", what, layer) for part in ("gate", "up", "down"))
+        gate, up, down = (self.matrix(f"{name}.{part}_proj", what, layer) for part in ("gate", "up", "down"))
         return SwiGlu(gate, up, down)
 
     def experts(self, layer: int) -> ExpertsBackend:
@@ -147,10 +151,17 @@ class _Builder:
         load_experts(backend, self.checkpoint, config, layer, dtype=dtype, threads=self.plan.threads, count=self.count)
         return backend
 
+    def matrix(self, name: str, what: str, layer: int | None = None) -> Matrix:
+        """Load the matrix of a linear layer, on the host in the form that its kernels read."""
+        prefix, placement = self.config.tensor_prefix + name, self.plan.where(what, layer)
+        matrix = load_host_matrix(self.checkpoint, prefix, placement, self.runtime, self.count)
+        return self.weight(name, what, layer) if matrix is None else matrix
+
     def weight(self, name: str, what: str, layer: int | None = None) -> Tensor:
-        prefix = self.config.tensor_prefix + name
-        placement = self.plan.where(what, layer)
-        tensor = self.place(prefix, placement.device, torch_dtype(placement.dtype), self.checkpoint.read_linear(prefix))
+        """Load a tensor; where its group is int8, it is one of those that stay bf16."""
+        prefix, placement = self.config.tensor_prefix + name, self.plan.where(what, layer)
+        dtype = torch.bfloat16 if placement.dtype == "int8" else torch_dtype(placement.dtype)
+        tensor = self.place(prefix, placement.device, dtype, self.checkpoint.read_linear(prefix))
         self.count(self.checkpoint.linear_bytes(prefix))
         return tensor
 

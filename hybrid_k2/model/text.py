@@ -15,7 +15,7 @@ from hybrid_k2.experts import ExpertsRuntime
 from hybrid_k2.model.attention import Attention
 from hybrid_k2.model.batch import Batch
 from hybrid_k2.model.latent_cache import LatentCache
-from hybrid_k2.model.layers import RmsNorm, SwiGlu, linear
+from hybrid_k2.model.layers import Matrix, RmsNorm, SwiGlu, linear
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.rope import Rope, Rotation
 
@@ -55,7 +55,7 @@ class TextModel:
         embedding: Tensor,
         layers: Sequence[Layer],
         final_norm: RmsNorm,
-        lm_head: Tensor,
+        lm_head: Matrix,
         experts_runtime: ExpertsRuntime,
     ) -> None:
         self.config = config
@@ -64,7 +64,7 @@ class TextModel:
         self._activation_dtype = activation_dtype
         self._embedding = embedding
         self._final_norm = final_norm
-        self._lm_head = lm_head
+        self._lm_head: Matrix = lm_head
         self._rope = Rope(config)
         self._closed = False
 
@@ -94,7 +94,8 @@ class TextModel:
                 layer.mlp.experts.close()
         self.experts_runtime.close()
         self.layers.clear()
-        self._embedding = self._lm_head = torch.empty(0)
+        self._embedding = torch.empty(0)
+        self._lm_head = self._embedding
 
     def _run_layers(self, batch: Batch, cache: LatentCache) -> Tensor:
         ids = batch.token_ids.to(self._embedding.device)

@@ -27,8 +27,10 @@ GROUPS = (
 LAYERED_GROUPS = ("attention", "router", "dense_mlp", "shared_experts", "routed_experts")
 
 # Bytes of 32 weights, so that INT4 with its scale stays an integer: 16 bytes of nibbles and 2 of scale. The packed
-# host layout (L32) holds the same bytes in another order.
-_BYTES_PER_32 = {"fp32": 128, "bf16": 64, "int4": 18}
+# host layout (L32) holds the same bytes in another order. INT8 has 32 bytes of values and 2 of scale.
+_BYTES_PER_32 = {"fp32": 128, "bf16": 64, "int8": 34, "int4": 18}
+INT8_GROUPS = ("attention", "dense_mlp", "shared_experts", "lm_head")  # that a host may keep in int8
+_BLOCK = 32  # rows and inputs of a block of an int8 matrix
 _BIAS_BYTES = 4  # e_score_correction_bias is FP32 whatever the group's dtype
 
 
@@ -72,6 +74,29 @@ def _attention_parameters(config: ModelConfig) -> int:
     return hidden + query + latent + expand + output
 
 
+def int8_matrices(config: ModelConfig, what: str) -> tuple[tuple[int, int], ...]:
+    """List rows and inputs of the matrices that dtype int8 quantises; the rest of the group stays bf16.
+
+    The rest are norms, kv_b (attention multiplies with its transpose too), and matrices that are not whole blocks of
+    32 rows by 32 inputs.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if what == "attention":
+        matrices = [
+            (config.q_lora_rank, hidden),
+            (heads * config.qk_head_dim, config.q_lora_rank),
+            (config.latent_dim, hidden),
+            (hidden, heads * config.v_head_dim),
+        ]
+    elif what == "lm_head":
+        matrices = [(config.vocab_size, hidden)]
+    else:
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        inner = config.intermediate_size if what == "dense_mlp" else shared
+        matrices = [(inner, hidden), (inner, hidden), (hidden, inner)]
+    return tuple(shape for shape in matrices if all(size % _BLOCK == 0 for size in shape))
+
+
 def weight_bytes(parameters: int, dtype: str) -> int:
     """Return the bytes of so many weights; INT4 counts its scales."""
     return -(-parameters * _BYTES_PER_32[dtype] // 32)
@@ -79,8 +104,12 @@ def weight_bytes(parameters: int, dtype: str) -> int:
 
 def group_bytes(config: ModelConfig, what: str, dtype: str) -> int:
     """Return the bytes of a group, in one layer if it has layers."""
+    parameters = group_parameters(config, what)
+    if dtype == "int8":
+        quantised = sum(rows * inputs for rows, inputs in int8_matrices(config, what))
+        return weight_bytes(quantised, "int8") + weight_bytes(parameters - quantised, "bf16")
     bias = config.n_routed_experts * _BIAS_BYTES if what == "router" else 0
-    return weight_bytes(group_parameters(config, what), dtype) + bias
+    return weight_bytes(parameters, dtype) + bias
 
 
 def decoded_bytes(config: ModelConfig, what: str, dtype: str) -> int:

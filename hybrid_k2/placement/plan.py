@@ -29,7 +29,7 @@ _STREAM_GROUPS = ("attention", "dense_mlp", "shared_experts")
 
 @dataclass(frozen=True)
 class Placement:
-    """Say where a tensor group lives ("host" or "cuda:N") and in which dtype ("bf16", "fp32", "int4")."""
+    """Say where a tensor group lives ("host" or "cuda:N") and in which dtype ("bf16", "fp32", "int8", "int4")."""
 
     device: str
     dtype: str

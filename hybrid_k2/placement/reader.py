@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from hybrid_k2.placement.form import FORM_VERSION, Devices, KvCacheRule, PlaceRule, PrefillRule, Rules
-from hybrid_k2.placement.groups import GROUPS, LAYERED_GROUPS
+from hybrid_k2.placement.groups import GROUPS, INT8_GROUPS, LAYERED_GROUPS
 from hybrid_k2.placement.section import HOTTEST, Section, describe
 from hybrid_k2.placement.yaml_tree import Mapping, Node, Sequence, parse_yaml
 
@@ -99,7 +99,9 @@ def _place_rule(source: str, node: Node, number: int, devices: Devices) -> Place
     dtype: str | None = None
     if section.get("dtype") is not None:
         allowed = EXPERT_DTYPES if what == "routed_experts" else DENSE_DTYPES
-        dtype = section.choice("dtype", allowed, LATER_DTYPES)
+        if on == "host" and what in INT8_GROUPS:
+            allowed = (*DENSE_DTYPES, "int8")
+        dtype = section.choice("dtype", allowed, [later for later in LATER_DTYPES if later not in allowed])
     return PlaceRule(what, layers, on, dtype, section.line, number)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,9 +15,11 @@ import torch
 
 from hybrid_k2.checkpoint import Checkpoint, expected_tensors
 from hybrid_k2.config import ModelConfig
+from hybrid_k2.dense import HostMatrix, Int8Weight, fits_blocks, quantize_int8
 from hybrid_k2.errors import CheckpointError
 from hybrid_k2.experts.open import open_experts
 from hybrid_k2.model import loader
+from hybrid_k2.model.dense_loading import PIECE_BYTES
 from hybrid_k2.model.layers import SwiGlu
 from hybrid_k2.model.loader import load_text_model
 from hybrid_k2.model.moe import Moe
@@ -93,6 +96,109 @@ def test_loads_the_values_of_the_checkpoint(folder: Path) -> None:
         }
         for name, tensor in pairs.items():
             assert torch.equal(tensor, tensors[name].float()), name
+
+
+INT8_RULES = """
+version: 1
+devices: {host: {memory: auto, threads: 1}}
+place:
+  - {what: embedding, on: host}
+  - {what: attention, on: host, dtype: int8}
+  - {what: dense_mlp, on: host, dtype: int8}
+  - {what: shared_experts, on: host, dtype: int8}
+  - {what: routed_experts, on: host}
+  - {what: lm_head, on: host, dtype: int8}
+kv_cache: {dtype: fp32}
+"""
+# Whole blocks of 32 for most matrices; o [96, 24] stays bf16.
+BLOCKS = {"hidden_size": 96, "q_lora_rank": 64, "kv_lora_rank": 56, "v_head_dim": 6}
+
+
+@pytest.fixture(scope="module")
+def block_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("blocks"), seed=5, **BLOCKS)
+
+
+def quantised_copy(folder: Path, target: Path) -> Path:
+    """Write the checkpoint with the values that int8 keeps, in fp32 where bf16 would round them again."""
+    tensors = read_tensors(folder)
+    parts = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+    for name, tensor in tensors.items():
+        if name.endswith(tuple(f"{part}.weight" for part in parts)) and fits_blocks(*tensor.shape):
+            tensors[name] = quantize_int8(tensor).dequantize()
+    shutil.copytree(folder, target)
+    write_tensors(target, tensors)
+    return target
+
+
+def test_int8_loads_what_quantising_gives(block_folder: Path) -> None:
+    tensors, prefix = read_tensors(block_folder), "language_model.model.layers"
+    with loaded(block_folder, parse_rules(INT8_RULES, "int8.yaml")) as int8:
+        first, second = int8.model.layers[:2]
+        assert isinstance(second.mlp, Moe)
+        pairs = {
+            f"{prefix}.0.self_attn.q_a_proj": first.attention.q_a,
+            f"{prefix}.0.mlp.down_proj": first.mlp.down,  # type: ignore[union-attr]
+            f"{prefix}.1.mlp.shared_experts.up_proj": second.mlp.shared.up,
+            "language_model.lm_head": int8.model._lm_head,
+        }
+        for name, matrix in pairs.items():
+            expected = quantize_int8(tensors[f"{name}.weight"])
+            got = matrix.read() if isinstance(matrix, HostMatrix) else matrix
+            assert isinstance(got, Int8Weight), name
+            assert torch.equal(got.values, expected.values), name
+            assert torch.equal(got.scale, expected.scale), name
+        kept = {
+            f"{prefix}.0.self_attn.kv_b_proj": first.attention.kv_b,
+            f"{prefix}.0.input_layernorm": first.input_norm.weight,
+        }
+        for name, tensor in kept.items():
+            assert tensor.dtype == torch.bfloat16
+            assert torch.equal(tensor, tensors[f"{name}.weight"]), name
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_int8_computes_with_the_quantised_weights(native: bool, block_folder: Path, tmp_path: Path) -> None:
+    ids = list(range(60))
+    if native and NATIVE_ERROR is not None:
+        pytest.skip(f"the native extension is not installed: {NATIVE_ERROR}")
+    rules = parse_rules(INT8_RULES + ("" if native else "numerics: reference\n"), "int8.yaml")
+    with loaded(block_folder, rules) as int8:
+        assert isinstance(int8.model._lm_head, HostMatrix if native else Int8Weight)
+        got = int8.logits(ids, [25, 1])
+    with loaded(block_folder) as plain, loaded(quantised_copy(block_folder, tmp_path / "copy")) as reference:
+        before, expected = plain.logits(ids), reference.logits(ids)
+    error = (got - expected).norm(dim=1) / expected.norm(dim=1)
+    cost = (expected - before).norm(dim=1) / before.norm(dim=1)
+    assert error.median() < (1e-3 if native else 1e-5)
+    assert 2e-3 < cost.median() < 4e-2  # what quantising itself costs, three layers deep
+
+
+def test_bf16_on_the_host_is_computed_by_the_native_kernels(block_folder: Path) -> None:
+    if NATIVE_ERROR is not None:
+        pytest.skip(f"the native extension is not installed: {NATIVE_ERROR}")
+    ids = list(range(60))
+    with loaded(block_folder, "host", activation_dtype="fp32") as host, loaded(block_folder) as reference:
+        attention = host.model.layers[2].attention
+        assert isinstance(attention.q_a, HostMatrix)
+        assert isinstance(attention.o, torch.Tensor)  # 24 inputs: not whole blocks
+        assert torch.equal(attention.q_a.read().float(), reference.model.layers[2].attention.q_a)
+        assert host.plan.kv_cache.dtype == "bf16"
+        got, expected = host.logits(ids, [25, 1]), reference.logits(ids)
+    error = (got - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.median() < 1e-2  # of the latents, rounded to bf16 in the cache
+
+
+def test_a_weight_that_int8_cannot_hold_is_named(block_folder: Path, tmp_path: Path) -> None:
+    tensors = read_tensors(block_folder)
+    name = "language_model.model.layers.1.mlp.shared_experts.up_proj.weight"
+    tensors[name][3, 40] = float("inf")
+    write_tensors(tmp_path, tensors)
+    config = ModelConfig.load(block_folder)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        plan = make_test_plan(checkpoint, config, parse_rules(INT8_RULES, "int8.yaml"))
+        with pytest.raises(CheckpointError, match=re.escape(name) + r": expected finite values below 32512"):
+            load_text_model(checkpoint, config, plan)
 
 
 def test_progress_counts_the_bytes_that_are_read(folder: Path) -> None:
@@ -222,9 +328,9 @@ def larger_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(folder, vocab_size=8192, hidden_size=2048, n_routed_experts=4, num_hidden_layers=2)
 
 
-@pytest.mark.parametrize(("rules", "spare"), [("host", 0), ("reference", 1)])
-def test_memory_peaks_at_the_plan_and_one_tensor(rules: str, spare: int, larger_folder: Path) -> None:
-    """Where dtypes are kept no tensor is copied; else the one that is being converted exists twice."""
+@pytest.mark.parametrize("rules", ["host", "reference"])
+def test_memory_peaks_at_the_plan_and_one_tensor(rules: str, larger_folder: Path) -> None:
+    """A tensor that is being converted exists twice; of one that the native kernels compute, only a piece does."""
     command = [sys.executable, "-c", PEAK_SCRIPT, str(larger_folder), rules]
     repo = Path(__file__).parents[2]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=repo)
@@ -232,4 +338,5 @@ def test_memory_peaks_at_the_plan_and_one_tensor(rules: str, spare: int, larger_
     peak, weights, largest = map(int, result.stdout.split())
     slack = 16 << 20  # code and threads that loading brings in
     assert weights > 4 * slack
-    assert 0.9 * weights < peak < weights + spare * largest + slack
+    assert largest > 1.5 * PIECE_BYTES
+    assert 0.9 * weights < peak < weights + (PIECE_BYTES if rules == "host" else largest) + slack

@@ -157,6 +157,24 @@ def test_fp32_is_twice_bf16_and_the_bias_is_fp32_always() -> None:
     assert group_bytes(config, "router", "bf16") == 2 * 25 * 160 + 4 * 24
 
 
+def test_int8_counts_8_5_bits_for_the_matrices_it_quantises() -> None:
+    hidden, head = 7168, 64 * 192
+    attention = 1536 * hidden + head * 1536 + 576 * hidden + hidden * 64 * 128
+    rest = 2 * hidden + 1536 + 512 + 64 * 256 * 512 - hidden  # input norm, latent norms, kv_b
+    assert group_bytes(K2_6, "attention", "int8") == attention * 34 // 32 + 2 * rest
+    assert group_bytes(K2_6, "shared_experts", "int8") == 3 * 2048 * hidden * 34 // 32
+    assert group_bytes(K2_6, "dense_mlp", "int8") == 3 * 18432 * hidden * 34 // 32 + 2 * hidden
+    assert group_bytes(K2_6, "lm_head", "int8") == 163840 * hidden * 34 // 32 + 2 * hidden
+
+
+def test_int8_leaves_matrices_of_other_sizes_in_bf16() -> None:
+    config = small_config(moe_intermediate_size=96, intermediate_size=224, vocab_size=500)
+    assert group_bytes(config, "shared_experts", "int8") == 3 * 96 * 160 * 34 // 32
+    assert group_bytes(config, "lm_head", "int8") == group_bytes(config, "lm_head", "bf16")
+    # q_a [48, 160], q_b [72, 48], kv_a [40, 160] and o [160, 36] are not whole blocks of 32.
+    assert group_bytes(config, "attention", "int8") == group_bytes(config, "attention", "bf16")
+
+
 # Placement
 
 

@@ -167,6 +167,20 @@ def test_numa_that_is_none(text: str, message: str) -> None:
     assert error_of(edited("numa: auto", f"numa: {text}")).message == f"x.yaml:2: devices.host: {message}"
 
 
+@pytest.mark.parametrize("what", ["attention", "dense_mlp", "shared_experts", "lm_head"])
+def test_dense_groups_may_be_int8_on_the_host_alone(what: str) -> None:
+    text = "version: 1\ndevices: {gpu: cuda:0}\nplace:\n  - {what: %s, on: %s, dtype: int8}\n"
+    assert parse_rules(text % (what, "host")).place[0].dtype == "int8"
+    with pytest.raises(RulesError, match="4: place rule 1: dtype: int8 is not available in this version"):
+        parse_rules(text % (what, "gpu"))
+
+
+@pytest.mark.parametrize("what", ["embedding", "router", "vision", "routed_experts"])
+def test_other_groups_are_not_int8(what: str) -> None:
+    with pytest.raises(RulesError, match="dtype: int8 is not available in this version"):
+        parse_rules(f"version: 1\nplace:\n  - {{what: {what}, on: host, dtype: int8}}\n")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "line", "what"),
     [

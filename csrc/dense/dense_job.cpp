@@ -1,0 +1,91 @@
+#include "dense/dense_job.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace k2 {
+namespace {
+
+// 64 rows of 7168 inputs are 1.8 MB. A weight that is read once for 64 tokens costs a core below 1 GB/s.
+constexpr int kChunkTokens = 64;
+// Row blocks between two looks at whether the job was cancelled: well below a second, but for the portable kernels.
+constexpr int kCheckBlocks = 128;
+
+int share(int count, int worker, int workers) { return int(int64_t(count) * worker / workers); }
+
+}  // namespace
+
+DenseJob::DenseJob(ThreadPool& pool, const DenseTable& table, std::vector<DenseProduct> products,
+                   const DenseInput& input, std::vector<uint8_t>& scratch)
+    : Job(pool), table_(table), products_(std::move(products)), input_(input), packed_(scratch) {
+  if (!int8()) return;
+  packed_.resize(std::max(packed_.size(), size_t(std::min(kChunkTokens, input.tokens) * packed_bytes())));
+  bad_.reset(new std::atomic<bool>[input.tokens]());
+}
+
+void DenseJob::run(Team& team, int worker) {
+  int blocks = 0, round = 0;
+  for (const DenseProduct& product : products_) blocks += product.matrix->blocks();
+  const int begin = share(blocks, worker, team.workers()), end = share(blocks, worker + 1, team.workers());
+  for (int first = 0; first < input_.tokens; first += kChunkTokens) {
+    const Chunk chunk{first, std::min(kChunkTokens, input_.tokens - first)};
+    if (int8()) {
+      if (first > 0) team.sync(++round);  // others may still read the packed rows of the chunk before
+      pack(chunk, team, worker);
+      team.sync(++round);
+    }
+    int before = 0;  // blocks of the products so far
+    for (const DenseProduct& product : products_) {
+      const int count = product.matrix->blocks();
+      multiply(chunk, product, team, std::clamp(begin - before, 0, count), std::clamp(end - before, 0, count));
+      before += count;
+    }
+  }
+}
+
+void DenseJob::pack(const Chunk& chunk, const Team& team, int worker) {
+  const int first = share(groups(), worker, team.workers()), last = share(groups(), worker + 1, team.workers());
+  for (int t = 0; t < chunk.tokens; ++t) {
+    const float* row = input_.rows + int64_t(chunk.first + t) * inputs() + first * kDenseGroup;
+    uint8_t* packed = packed_.data() + t * packed_bytes() + int64_t(first) * table_.group_bytes;
+    if (!table_.pack(row, last - first, packed)) bad_[chunk.first + t].store(true);
+  }
+}
+
+void DenseJob::multiply(const Chunk& chunk, const DenseProduct& product, const Team& team, int first, int last) {
+  const DenseMatrix& matrix = *product.matrix;
+  const float* rows = input_.rows + int64_t(chunk.first) * inputs();
+  float* output = product.output + int64_t(chunk.first) * matrix.rows();
+  for (int block = first; block < last; block += kCheckBlocks) {
+    team.check_cancelled();
+    (int8() ? table_.int8 : table_.bf16)({
+        .weights = matrix.block(block),
+        .groups = groups(),
+        .blocks = std::min(kCheckBlocks, last - block),
+        .tokens = chunk.tokens,
+        .input = int8() ? packed_.data() : reinterpret_cast<const uint8_t*>(rows),
+        .input_stride = int8() ? packed_bytes() : inputs() * ptrdiff_t(sizeof(float)),
+        .output = output + block * kDenseRows,
+        .output_stride = matrix.rows(),
+    });
+  }
+  if (int8()) refuse(chunk, product, first, last);
+}
+
+// A row that has no packed form gives NaN.
+void DenseJob::refuse(const Chunk& chunk, const DenseProduct& product, int first, int last) {
+  for (int token = chunk.first; token < chunk.first + chunk.tokens; ++token) {
+    if (!bad_[token].load()) continue;
+    float* row = product.output + int64_t(token) * product.matrix->rows();
+    std::fill(row + first * kDenseRows, row + last * kDenseRows, std::numeric_limits<float>::quiet_NaN());
+  }
+}
+
+void PackJob::run(Team& team, int worker) {
+  const int first = share(blocks_, worker, team.workers()), last = share(blocks_, worker + 1, team.workers());
+  const int64_t at = int64_t(first) * kDenseRows * matrix_.inputs();
+  const PlainRows mine{static_cast<const uint8_t*>(source_.values) + at * (source_.bf16 ? 2 : 4), source_.bf16};
+  matrix_.pack(first_block_ + first, first_block_ + last, mine);
+}
+
+}  // namespace k2

@@ -1,0 +1,74 @@
+// Products of one batch of rows with dense matrices on all workers of the pool.
+//
+// Each worker owns a contiguous range of row blocks and with it columns of the outputs: nothing is reduced, so results do
+// not depend on the number of workers. Batches run in chunks of tokens, so that a chunk's rows stay in the caches while
+// every row block meets them. For int8 the workers first pack a chunk's rows, each some groups.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "cpu/thread_pool.h"
+#include "dense/dense_matrix.h"
+#include "kernels/dense_table.h"
+
+namespace k2 {
+
+// Rows [tokens, inputs] in fp32; the memory is the caller's and must stay until the job has ended.
+struct DenseInput {
+  const float* rows;
+  int tokens;
+};
+
+// One product: output [tokens, matrix.rows] = rows . matrix^T.
+struct DenseProduct {
+  const DenseMatrix* matrix;
+  float* output;
+};
+
+// Several matrices, of equal inputs and all bf16 or all int8, over the same rows.
+class DenseJob final : public Job {
+ public:
+  // `scratch` keeps the packed rows of int8; it may be used for the next job when this one has ended.
+  DenseJob(ThreadPool& pool, const DenseTable& table, std::vector<DenseProduct> products, const DenseInput& input,
+           std::vector<uint8_t>& scratch);
+
+ private:
+  struct Chunk {
+    int first, tokens;
+  };
+
+  void run(Team& team, int worker) override;
+  void pack(const Chunk& chunk, const Team& team, int worker);
+  void multiply(const Chunk& chunk, const DenseProduct& product, const Team& team, int first, int last);
+  void refuse(const Chunk& chunk, const DenseProduct& product, int first, int last);
+
+  int inputs() const { return products_.front().matrix->inputs(); }
+  int groups() const { return products_.front().matrix->groups(); }
+  bool int8() const { return products_.front().matrix->int8(); }
+  int64_t packed_bytes() const { return int64_t(groups()) * table_.group_bytes; }
+
+  const DenseTable& table_;
+  const std::vector<DenseProduct> products_;
+  const DenseInput input_;
+  std::vector<uint8_t>& packed_;            // [chunk, packed row]
+  std::unique_ptr<std::atomic<bool>[]> bad_;  // [tokens] the row has no packed form
+};
+
+// Packs plain rows into consecutive row blocks of a matrix, from `first_block` on.
+class PackJob final : public Job {
+ public:
+  PackJob(ThreadPool& pool, DenseMatrix& matrix, const PlainRows& source, int first_block, int blocks)
+      : Job(pool), matrix_(matrix), source_(source), first_block_(first_block), blocks_(blocks) {}
+
+ private:
+  void run(Team& team, int worker) override;
+
+  DenseMatrix& matrix_;
+  const PlainRows source_;
+  const int first_block_, blocks_;
+};
+
+}  // namespace k2

@@ -1,0 +1,32 @@
+// Dense layers on AVX2 and FMA.
+#include <immintrin.h>
+
+#include "kernels/dense_step.h"
+#include "kernels/kernel_file.h"
+
+namespace k2::avx2 {
+namespace {
+
+#include "kernels/avx2/lanes-inl.h"
+// each on those before:
+#include "kernels/a16-inl.h"
+
+#include "kernels/avx2/dense_probes-inl.h"
+#include "kernels/avx2/dense_tile-inl.h"
+
+#include "kernels/dense-inl.h"
+
+}  // namespace
+
+extern const DenseTable dense_table;
+const DenseTable dense_table = {
+    .name = "avx2",
+    .bf16 = dense_bf16,
+    .int8 = dense_int8,
+    .group_bytes = sizeof(Int8Group),
+    .pack = pack_int8_input,
+    .bf16_peak = kBf16Peak,
+    .int8_peak = kInt8Peak,
+};
+
+}  // namespace k2::avx2

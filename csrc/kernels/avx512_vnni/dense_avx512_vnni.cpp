@@ -1,0 +1,32 @@
+// Dense layers on AVX-512.
+#include <immintrin.h>
+
+#include "kernels/dense_step.h"
+#include "kernels/kernel_file.h"
+
+namespace k2::avx512_vnni {
+namespace {
+
+#include "kernels/avx512_vnni/lanes-inl.h"
+// each on those before:
+#include "kernels/a16-inl.h"
+
+#include "kernels/avx512_vnni/dense_probes-inl.h"
+#include "kernels/avx512_vnni/dense_tile-inl.h"
+
+#include "kernels/dense-inl.h"
+
+}  // namespace
+
+extern const DenseTable dense_table;
+const DenseTable dense_table = {
+    .name = "avx512_vnni",
+    .bf16 = dense_bf16,
+    .int8 = dense_int8,
+    .group_bytes = sizeof(Int8Group),
+    .pack = pack_int8_input,
+    .bf16_peak = kBf16Peak,
+    .int8_peak = kInt8Peak,
+};
+
+}  // namespace k2::avx512_vnni

@@ -1,0 +1,66 @@
+"""Read the matrix of a linear layer straight into the host's form: pieces of rows, rounded or quantised on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from hybrid_k2.checkpoint import Checkpoint
+from hybrid_k2.dense import HostMatrix, Int8Weight, fits_blocks, quantize_int8
+from hybrid_k2.errors import CheckpointError, MemoryBudgetError
+from hybrid_k2.experts import ExpertsRuntime
+
+if TYPE_CHECKING:
+    from hybrid_k2.placement.plan import Placement
+
+PIECE_BYTES = 16 << 20  # read and packed at a time: large reads, and little beside the plan
+
+
+def load_host_matrix(
+    checkpoint: Checkpoint, prefix: str, placement: Placement, runtime: ExpertsRuntime, count: Callable[[int], None]
+) -> HostMatrix | Int8Weight | None:
+    """Load `prefix.weight` as bf16 or int8 on the host; None if it is to stay a plain tensor.
+
+    That is so on a GPU, in fp32, for sizes that are not multiples of 32, and for bf16 without the native kernels.
+    Effects: calls `count` with the bytes on disk of each piece.
+    Raises: CheckpointError naming the tensor; MemoryBudgetError.
+    """
+    rows, inputs = checkpoint.linear_shape(prefix)
+    if placement.device != "host" or placement.dtype not in ("bf16", "int8") or not fits_blocks(rows, inputs):
+        return None
+    if runtime.native is None and placement.dtype == "bf16":
+        return None
+    try:
+        if runtime.native is None:
+            weight = quantize_int8(checkpoint.read_linear(prefix))
+            count(checkpoint.linear_bytes(prefix))
+            return weight
+        matrix = HostMatrix(runtime.native, rows, inputs, placement.dtype)
+        for first, piece, nbytes in _pieces(checkpoint, prefix, rows):
+            matrix.load_rows(first, piece)
+            count(nbytes)
+        return matrix
+    except MemoryError as error:
+        raise MemoryBudgetError(
+            f"{prefix}: expected room in host memory, got none left",
+            hint="the plan counts on memory that another program or a limit has taken since",
+        ) from error
+    except CheckpointError as error:
+        if prefix in error.message:
+            raise
+        raise CheckpointError(f"{prefix}.{error.message}", hint=error.hint) from None  # quantising knows no names
+
+
+def _pieces(checkpoint: Checkpoint, prefix: str, rows: int) -> Iterator[tuple[int, Tensor, int]]:
+    """Yield the first row, the rows, and their bytes on disk."""
+    if not checkpoint.has(f"{prefix}.weight"):
+        yield 0, checkpoint.read_linear(prefix), checkpoint.linear_bytes(prefix)
+        return
+    name = f"{prefix}.weight"
+    nbytes = checkpoint.info(name).nbytes
+    step = max(32, PIECE_BYTES * rows // nbytes // 32 * 32)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        yield first, checkpoint.read_rows(name, first, last), nbytes // rows * (last - first)
