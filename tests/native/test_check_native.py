@@ -54,9 +54,13 @@ PROGRAMS: dict[str, Program] = {
     "compare_attention": lambda folder, isas: [
         comparison(("portable", isa.name)) for isa in isas if isa.name in ("avx2", "avx512_vnni")
     ],
+    "compare_dense": lambda folder, isas: [
+        comparison(("portable", isa.name)) for isa in isas if isa.name in ("avx2", "avx512_vnni")
+    ],
     "compare_tables": lambda folder, isas: [
         comparison((numerics, "portable", isa.name)) for isa in isas for numerics in isa.numerics
     ],
+    "dense_job_test": once(),
     "expert_reader_test": lambda folder, isas: [((str(folder), seed()), "ok\n")],
     "features_test": once(),
     "l32_pack_test": once(seed()),
