@@ -25,6 +25,7 @@ from hybrid_k2.experts.base import distinct_experts
 from hybrid_k2.experts.cpu import NativeRuntime, native_isas
 from hybrid_k2.experts.isa import choose_isa, forced_isa
 from hybrid_k2.experts.reference import expert_ffn
+from hybrid_k2.host.threads import NodeThreads
 from hybrid_k2.native import NATIVE_ERROR
 
 # Experts share the values of this many: new random numbers take longer than the packing. In memory each has its own.
@@ -198,7 +199,7 @@ def measure_experts(
     tokens: Sequence[int],
     numerics: Sequence[str],
     isa: str | None,
-    threads: int,
+    nodes: Sequence[NodeThreads],
     *,
     rounds: int = ROUNDS,
     seed: int = 0,
@@ -207,7 +208,7 @@ def measure_experts(
     """Measure a layer of random experts for each numerics and number of tokens.
 
     Memory: the layer's weights once for each numerics at a time, and inputs and outputs.
-    isa: None takes the best one that has the numerics.
+    isa: None takes the best one that has the numerics. nodes: the threads, as an engine would spread them.
     Raises: ValueError for sizes that the kernels do not take; IsaError for an instruction set that is not there or
     lacks the numerics; MemoryError.
     """
@@ -217,7 +218,7 @@ def measure_experts(
     peaks: dict[str, float] = {}
     results: list[ExpertsResult] = []
     for name in numerics:
-        with _layer(bench, name, isas[name], threads) as (runtime, layer):
+        with _layer(bench, name, isas[name], nodes) as (runtime, layer):
             peak: list[float] = []
             cases = [_Case(bench, name, count) for count in tokens]
             for number in range(rounds + 1):
@@ -229,7 +230,7 @@ def measure_experts(
                     if number == 0:  # threads, pages and clocks were not awake yet
                         case.forget()
             peaks[name] = median(peak)
-            results += [case.result(runtime.isa, threads) for case in cases]
+            results += [case.result(runtime.isa, sum(node.threads for node in nodes)) for case in cases]
     return ExpertsReport(median(raw), peaks, tuple(results))
 
 
@@ -244,8 +245,10 @@ def _choose(isa: str | None, numerics: str) -> str:
 
 
 @contextmanager
-def _layer(bench: _Bench, numerics: str, isa: str, threads: int) -> Iterator[tuple[NativeRuntime, ExpertsBackend]]:
-    runtime = NativeRuntime(isa, threads, numerics)
+def _layer(
+    bench: _Bench, numerics: str, isa: str, nodes: Sequence[NodeThreads]
+) -> Iterator[tuple[NativeRuntime, ExpertsBackend]]:
+    runtime = NativeRuntime(isa, sum(node.threads for node in nodes), numerics, nodes)
     try:
         layer = runtime.make_layer(**vars(bench.shape))
         try:

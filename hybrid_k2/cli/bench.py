@@ -51,6 +51,7 @@ def experts(
     from hybrid_k2.bench.experts import measure_experts, memory_bytes
     from hybrid_k2.errors import MemoryBudgetError
     from hybrid_k2.experts import ExpertsShape
+    from hybrid_k2.host.threads import spread_threads
     from hybrid_k2.placement import Machine
     from hybrid_k2.placement.sizes import format_bytes
 
@@ -64,14 +65,9 @@ def experts(
             hint="ask for fewer --experts or --tokens",
         )
     notes = Output(Nowhere() if quiet else sys.stderr)
+    nodes = spread_threads(threads or machine.cores, machine.core_cpus, machine.nodes, own=not machine.cpu_quota)
     report = measure_experts(
-        shape,
-        counts,
-        names,
-        isa,
-        threads or machine.cores,
-        rounds=rounds,
-        progress=lambda text: notes.line(text, "dim"),
+        shape, counts, names, isa, nodes, rounds=rounds, progress=lambda text: notes.line(text, "dim")
     )
     out = Output(sys.stdout)
     out.line(json.dumps(report.to_json()) if as_json else report.table())

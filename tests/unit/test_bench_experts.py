@@ -11,6 +11,7 @@ from hybrid_k2.bench import experts as bench
 from hybrid_k2.bench.experts import BYTES_PER_32_WEIGHTS, measure_experts, memory_bytes
 from hybrid_k2.experts import ExpertsShape
 from hybrid_k2.experts.cpu import NativeExperts
+from hybrid_k2.host.threads import virtual_nodes
 from hybrid_k2.native import NATIVE_ERROR
 from tests.unit.experts_common import usable_isas
 
@@ -26,7 +27,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_figures_of_a_result_belong_together() -> None:
-    report = measure_experts(SHAPE, [1, 5], ["exact"], usable_isas()[0], threads=2, rounds=3)
+    report = measure_experts(SHAPE, [1, 5], ["exact"], usable_isas()[0], virtual_nodes(2, 1), rounds=3)
     assert set(report.to_json()) == {"raw_read_gbps", "peak_gops", "results"}
     assert json.loads(json.dumps(report.to_json()))["peak_gops"].keys() == {"exact"}
     assert min(report.raw_read_gbps, report.peak_gops["exact"]) > 0
@@ -50,7 +51,7 @@ def test_a_wrong_answer_shows_as_an_error(monkeypatch: pytest.MonkeyPatch) -> No
         return 1.01 * forward(self, *arguments)
 
     monkeypatch.setattr(NativeExperts, "forward", slightly_wrong)
-    report = measure_experts(SHAPE, [2], ["exact"], usable_isas()[0], threads=1, rounds=1)
+    report = measure_experts(SHAPE, [2], ["exact"], usable_isas()[0], virtual_nodes(1, 1), rounds=1)
     assert report.results[0].error == pytest.approx(0.01, rel=0.1)
 
 
