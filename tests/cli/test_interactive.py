@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import re
 import stat
 from pathlib import Path
@@ -90,6 +91,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_chat(babbler: Path, environment: dic
 
         user.type(f"/load {saved}\r")
         assert "loaded 2 messages" in user.wait_for(PROMPT)
+        time.sleep(0.3)  # a signal just after the prompt, before readline listens, would wait for the next key
         user.type("not sent\x03")
         user.wait_for("Ctrl-D or /exit leaves")
         user.wait_for(PROMPT)
