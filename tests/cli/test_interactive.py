@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 import re
 import stat
+import time
 from pathlib import Path
 
 from tests.cli.conftest import ONE_THREAD
