@@ -1,11 +1,14 @@
-"""Models and machines for the tests of placement."""
+"""Models, machines and rules for the tests of placement."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from hybrid_k2.config import ModelConfig
-from hybrid_k2.placement import Gpu, Machine
+from hybrid_k2.errors import RulesError
+from hybrid_k2.placement import Gpu, Machine, Plan, make_plan, parse_rules
 
 GIB = 1 << 30
 
@@ -73,3 +76,38 @@ def machine(host_gib: float = 768.0, *gpu_gib: float, cores: int = 16, note: str
     gpus = tuple(Gpu(index, "Test GPU", int(size * GIB)) for index, size in enumerate(gpu_gib))
     memory = int(host_gib * GIB)
     return Machine(memory, memory, cores, gpus, "" if gpus else note)
+
+
+HOST = {
+    "embedding": "bf16",
+    "attention": "bf16",
+    "dense_mlp": "bf16",
+    "shared_experts": "bf16",
+    "routed_experts": "int4",
+    "lm_head": "bf16",
+}
+HEAD = "version: 1\ndevices: {gpu: cuda:0}\nplace:\n"  # the first rule stands on line 4
+
+
+def rules_text(*lines: str, tail: str = "") -> str:
+    """Write rules from `what on key: value` lines; groups that no line names go to the host."""
+    named = {line.split()[0] for line in lines}
+    rest = [f"{what} host" for what in HOST if what not in named]
+    words = [line.split(" ", 2) for line in [*lines, *rest]]
+    rows = [f"  - {{what: {w[0]}, on: {w[1]}{', ' + w[2] if len(w) > 2 else ''}}}\n" for w in words]
+    return HEAD + "".join(rows) + tail
+
+
+def plan_of(
+    *lines: str, tail: str = "", config: ModelConfig | None = None, on: Any = None, packed: bool = True
+) -> Plan:
+    """Plan these rules, of a small model on a machine with one GPU unless others are given."""
+    rules = parse_rules(rules_text(*lines, tail=tail), "x.yaml")
+    return make_plan(rules, config or small_config(), on or machine(64, 24), experts_packed=packed)
+
+
+def refusal(*lines: str, **options: Any) -> RulesError:
+    """Return the error of rules that are refused."""
+    with pytest.raises(RulesError) as caught:
+        plan_of(*lines, **options)
+    return caught.value

@@ -131,7 +131,7 @@ def write_whole(folder: Path, data: bytes) -> Path:
     return path
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_random_damage_never_escapes_as_another_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -33,7 +33,7 @@ def test_worked_example() -> None:
     assert unpack_int4(packed, 8).tolist() == q.tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=seeds, rows=st.integers(1, 9), columns=st.integers(1, 131))
 def test_packs_like_compressed_tensors(seed: int, rows: int, columns: int) -> None:
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
@@ -46,7 +46,7 @@ def test_packs_like_compressed_tensors(seed: int, rows: int, columns: int) -> No
     assert torch.equal(helpers.unpack_from_int32(ours, 4, q.shape), q)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, lead=st.lists(st.integers(0, 4), min_size=0, max_size=3), columns=st.integers(1, 70))
 def test_unpack_undoes_pack(seed: int, lead: list[int], columns: int) -> None:
     q = random_values(seed, *lead, columns)
@@ -55,7 +55,7 @@ def test_unpack_undoes_pack(seed: int, lead: list[int], columns: int) -> None:
     assert torch.equal(unpack_int4(packed, columns), q)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, rows=st.integers(1, 7), words=st.integers(1, 20))
 def test_pack_undoes_unpack(seed: int, rows: int, words: int) -> None:
     """Every word is some matrix, so that packing is lossless both ways."""
@@ -72,7 +72,7 @@ def test_pack_of_a_view() -> None:
     assert torch.equal(unpack_int4(packed[:, 1:3], 16), unpack_int4(packed, 64)[:, 8:24])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, rows=st.integers(1, 6), groups=st.integers(1, 5))
 def test_dequantize_is_exact(seed: int, rows: int, groups: int) -> None:
     q, packed, scale = random_matrix(seed, rows, groups)
@@ -92,7 +92,7 @@ def test_each_scale_covers_its_32_columns() -> None:
     assert weight[1].tolist() == [4.0] * 32 + [5.0] * 32 + [6.0] * 32
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, rows=st.integers(1, 6), groups=st.integers(1, 5), spread=st.floats(1e-4, 1e3))
 def test_quantize_is_within_half_a_step(seed: int, rows: int, groups: int, spread: float) -> None:
     weight = torch.randn(rows, groups * GROUP, generator=torch.Generator().manual_seed(seed)) * spread
@@ -103,7 +103,7 @@ def test_quantize_is_within_half_a_step(seed: int, rows: int, groups: int, sprea
     assert bool((error <= step * (0.5 + 2**-20)).all())  # the quotient is rounded to FP32 before it is rounded
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=seeds, rows=st.integers(1, 6), groups=st.integers(1, 5))
 def test_quantize_keeps_what_is_quantized(seed: int, rows: int, groups: int) -> None:
     """A matrix whose largest value in every group is 7 steps of a bf16 scale comes back unchanged."""

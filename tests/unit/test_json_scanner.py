@@ -18,7 +18,7 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 CONTAINERS = st.lists(VALUES, max_size=3) | st.dictionaries(STRINGS, VALUES, max_size=3)
-QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(suppress_health_check=list(HealthCheck))
 
 
 def state_after(*pieces: str) -> JsonState:

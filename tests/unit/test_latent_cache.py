@@ -34,7 +34,7 @@ def write(cache: LatentCache, layer: int, latents: torch.Tensor, pages: list[int
     return cache.gather(layer, sequence)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_gather_returns_what_was_appended(data: st.DataObject) -> None:
     page_tokens = data.draw(st.integers(1, 9))
@@ -103,7 +103,7 @@ def test_unknown_device_is_an_error() -> None:
         LatentCache(plan, CONFIG)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(-3, 5), max_size=40))
 def test_pool_hands_out_each_page_once(steps: list[int]) -> None:
     pool, held = PagePool(13), list[int]()

@@ -87,7 +87,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(alphabet="aé漢🙂\n", max_size=30), stop=st.text(alphabet="aé漢", min_size=1, max_size=3))
 def test_stop_strings_are_found_across_tokens_and_bytes(tokenizer: Tokenizer, text: str, stop: str) -> None:
     output, shown = Output(PlainText(tokenizer), [stop]), ""

@@ -22,7 +22,7 @@ from tests.protocol_strategies import PLAIN_TEXT, conversations, real_tokenizer,
 OPTIONS = st.fixed_dictionaries(
     {}, optional={name: st.booleans() for name in ("thinking", "preserve_thinking", "add_generation_prompt")}
 )
-QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")

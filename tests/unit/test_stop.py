@@ -25,7 +25,7 @@ def cut_by_definition(text: str, stops: Sequence[str]) -> tuple[str, str | None]
     return text, None
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(text=TEXT, stops=STOPS, cuts=st.lists(st.integers(0, 40), max_size=8))
 def test_every_chunking_gives_the_cut_of_the_definition(text: str, stops: list[str], cuts: list[int]) -> None:
     matcher, shown, fed = StopMatcher(stops), "", 0
@@ -41,7 +41,7 @@ def test_every_chunking_gives_the_cut_of_the_definition(text: str, stops: list[s
     assert (shown, matcher.matched) == cut_by_definition(text, stops)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=TEXT, stops=STOPS)
 def test_only_what_may_become_a_stop_string_is_held_back(text: str, stops: list[str]) -> None:
     if cut_by_definition(text, stops)[1] is not None:

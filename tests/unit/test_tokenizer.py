@@ -25,7 +25,7 @@ from tests.protocol_strategies import (
     write_vocabulary,
 )
 
-QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(suppress_health_check=list(HealthCheck))
 TOKENIZER = st.sampled_from(tokenizers())
 BYTES = [bytes([byte]) for byte in range(256)]
 

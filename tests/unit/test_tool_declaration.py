@@ -216,7 +216,7 @@ def test_deep_schemas_are_declared_or_refused_and_never_overflow() -> None:
         type_of(nested(100_000))
 
 
-@settings(deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(tool_lists())
 def test_the_order_of_keys_makes_no_difference(tools: list[dict[str, Any]]) -> None:
     def turned(value: Any) -> Any:
