@@ -15,6 +15,7 @@
 #include "moe/peak_probe.h"
 #include "moe/read_probe.h"
 #include "moe/runtime.h"
+#include "moe/tuning_probe.h"
 
 namespace k2 {
 namespace {
@@ -56,6 +57,8 @@ bool finish(ThreadPool& pool, Job& job, Deadline deadline) {
 namespace {
 
 constexpr int64_t kMaxBatch = 1 << 20;  // tokens of one call
+constexpr int kMaxPrefetch = 1 << 16;   // bytes ahead
+constexpr float kMaxTokenCost = 1000;
 
 // int32 words [rows, inputs / 8] and bf16 scales as uint16 [rows, inputs / 32].
 PackedMatrix packed_matrix(const char* name, const py::array& words, const py::array& scales, int rows, int inputs) {
@@ -233,6 +236,25 @@ PoolLayout pool_layout(int threads, const std::vector<NodeTuple>& nodes) {
   return layout;
 }
 
+// (streams, prefetch_one, prefetch_many, token_cost), as hybrid_k2.experts.tuning.Tuning.
+using TuningTuple = std::tuple<int, int, int, float>;
+
+TuningTuple tuning_tuple(const Tuning& tuning) {
+  const MemoryPolicy& p = tuning.policy;
+  return {p.streams, p.prefetch_one, p.prefetch_many, tuning.token_cost};
+}
+
+void tune(Runtime& runtime, const TuningTuple& tuple) {
+  const auto& [streams, prefetch_one, prefetch_many, token_cost] = tuple;
+  check_argument(streams == 1 || streams == 2 || streams == 4, "streams", "1, 2 or 4", streams);
+  for (const auto& [name, bytes] : {std::pair{"prefetch_one", prefetch_one}, {"prefetch_many", prefetch_many}}) {
+    check_argument(bytes >= 0 && bytes <= kMaxPrefetch, name, text("0..", kMaxPrefetch), bytes);
+  }
+  check_argument(token_cost > 0 && token_cost <= kMaxTokenCost, "token_cost", text("above 0, at most ", kMaxTokenCost),
+                 token_cost);
+  runtime.tune({{streams, prefetch_one, prefetch_many}, token_cost});
+}
+
 py::list instruction_sets() {
   py::list out;
   for (const KernelEntry& entry : kernel_list()) {
@@ -310,6 +332,14 @@ PYBIND11_MODULE(_native, m) {
             return measure_peak_gops(r.pool, {r.table.peak, r.table.peak_operations}, seconds);
           },
           py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
+      .def_property(
+          "tuning", [](const Runtime& r) { return tuning_tuple(r.tuning()); }, &tune)
+      .def(
+          "measure_tuning",
+          [](Runtime& r, double seconds, size_t bytes) {
+            return tuning_tuple(measure_tuning(r.pool, r.table, seconds, bytes));
+          },
+          py::arg("seconds"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>())
       .def("close", [](Runtime& r) { r.pool.stop(); }, py::call_guard<py::gil_scoped_release>());
 
   py::class_<PyLayer>(m, "Layer")

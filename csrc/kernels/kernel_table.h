@@ -13,6 +13,21 @@ enum Numerics { kExact, kFast, kBf16, kNumericsCount };
 
 constexpr int kMaxTokens = 64;  // no table takes more tokens in one call: one bit each in gate_up's result
 
+// How a kernel walks through memory. It changes the speed alone, never a result.
+struct MemoryPolicy {
+  int streams = 4;           // address streams of a one-token call: 1, 2 or 4
+  int prefetch_one = 0;      // bytes ahead of its reads that such a call asks for into the L2 cache; 0: it does not
+  int prefetch_many = 9216;  // the same for more tokens
+};
+
+// What work is arranged by on a machine. It changes the speed alone, never a result.
+struct Tuning {
+  MemoryPolicy policy = {};
+  // What one more token costs where multiplying is the limit, in reads of the weights by one worker among all: a unit of
+  // work costs max(1, tokens * token_cost).
+  float token_cost = 1;
+};
+
 // silu(gate . x) * (up . x) for `pairs` consecutive pairs of w13 row blocks of one expert.
 struct GateUpTask {
   const uint8_t* weights;       // first row block of the first pair, 64-byte aligned
@@ -21,6 +36,7 @@ struct GateUpTask {
   int tokens;                   // 1..max_tokens
   const uint8_t* const* input;  // [tokens] packed activations of H inputs
   uint8_t* const* output;       // [tokens] packed group of the first pair; the following groups lie behind it
+  MemoryPolicy policy = {};
 };
 
 // output += factor * (down . x) for `blocks` consecutive row blocks of one expert.
@@ -33,32 +49,36 @@ struct DownTask {
   const uint8_t* const* input;  // [tokens] packed activations of the groups
   const float* factor;          // [tokens] routing weights
   float* const* output;         // [tokens] first of blocks * 32 floats
+  MemoryPolicy policy = {};
 };
 
 struct KernelTable {
-  const char* name;         // instruction set, as HYBRID_K2_ISA names it
-  Numerics numerics;        // what it computes
-  const char* activations;  // their form: "A16"
-  int layout_id;            // layout of the weights it reads
-  int max_tokens;           // most tokens in one call: their activations should stay in the L2 cache
-  int group_bytes;          // one token's group of 32 packed activations
+  const char* name = nullptr;         // instruction set, as HYBRID_K2_ISA names it
+  Numerics numerics = kExact;         // what it computes
+  const char* activations = nullptr;  // their form: "A16"
+  int layout_id = 0;                  // layout of the weights it reads
+  int max_tokens = 0;                 // most tokens in one call: their activations should stay in the L2 cache
+  int group_bytes = 0;                // one token's group of 32 packed activations
 
   // Packs `groups` groups of activations. False if a value has no packed form (NaN, infinity, out of range).
-  bool (*pack_fp32)(const float* x, int groups, uint8_t* packed);
-  bool (*pack_bf16)(const uint16_t* x, int groups, uint8_t* packed);
+  bool (*pack_fp32)(const float* x, int groups, uint8_t* packed) = nullptr;
+  bool (*pack_bf16)(const uint16_t* x, int groups, uint8_t* packed) = nullptr;
 
   // Returns the tokens (bit t) for which an intermediate value has no packed form.
-  uint64_t (*gate_up)(const GateUpTask& task);
-  void (*down)(const DownTask& task);
+  uint64_t (*gate_up)(const GateUpTask& task) = nullptr;
+  void (*down)(const DownTask& task) = nullptr;
 
   // Reads memory as fast as the instruction set can; bytes is a multiple of 256. The result only keeps the reads alive.
-  uint64_t (*read)(const uint8_t* memory, size_t bytes);
+  uint64_t (*read)(const uint8_t* memory, size_t bytes) = nullptr;
 
   // Runs nothing but the instructions that multiply and add, from registers, as fast as they go: the limit of a large
   // batch. One round is worth `peak_operations` multiplications and additions of weights with activations: where these
   // numerics take an instruction twice (two planes), it counts half. The result only keeps the work alive.
-  uint64_t (*peak)(int64_t rounds);
-  int64_t peak_operations;
+  uint64_t (*peak)(int64_t rounds) = nullptr;
+  int64_t peak_operations = 0;
+
+  // Where nobody has measured the machine: one core that has the memory to itself.
+  Tuning tuning = {};
 };
 
 }  // namespace k2

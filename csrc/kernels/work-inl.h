@@ -3,7 +3,7 @@
 // Included inside the anonymous namespace of each kernel file, after
 //   `lanes-inl.h`   the types F32x16 and I32x16 and their operations;
 //   `tile-inl.h`    tile<T>(weights, groups, input[T], prefetch, sums)       one row block times T tokens, T <= kMaxTile
-//                   tile_streams<S>(weights, distance, groups, input, sums)  S row blocks, `distance` apart, one token
+//                   tile_streams<S>(weights, distance, groups, input, prefetch, sums)  S row blocks, `distance` apart, one token
 //                   overloaded for the forms of activations: Hidden, that of the input, and Middle, that of the
 //                   intermediate. They add group after group by one fma each; sums carry the factor 2^kExponentBase;
 //   `pack_group`    for the same forms.
@@ -63,6 +63,12 @@ K2_INLINE void activate(const Tile<S>& sums, F32x16 (&h)[S]) {
   for (int s = 0; s < S; ++s) h[s] = mul(silu(unscale(sums.rows[0][s])), unscale(sums.rows[1][s]));
 }
 
+// The first tile over a row block brings it into the cache for the others.
+K2_INLINE int prefetch_distance(const MemoryPolicy& policy, int tokens, int first_token) {
+  if (first_token > 0) return 0;
+  return tokens == 1 ? policy.prefetch_one : policy.prefetch_many;
+}
+
 // Hidden is the form of the input and Middle that of the intermediate: tile and tile_streams are overloaded for them.
 template <class Hidden, class Middle, int T>
 uint64_t gate_up_tile(const GateUpTask& task, int pair, int first_token) {
@@ -70,10 +76,11 @@ uint64_t gate_up_tile(const GateUpTask& task, int pair, int first_token) {
   const uint8_t* weights = task.weights + 2 * pair * row_block;
   const Hidden* input[T];
   for (int t = 0; t < T; ++t) input[t] = reinterpret_cast<const Hidden*>(task.input[first_token + t]);
+  const int prefetch = prefetch_distance(task.policy, task.tokens, first_token);
   F32x16 h[2][T];
   for (int block = 0; block < 2; ++block) {
     Tile<T> sums;
-    tile<T>(weights + block * row_block, task.groups, input, first_token == 0, sums);
+    tile<T>(weights + block * row_block, task.groups, input, prefetch, sums);
     activate<T>(sums, h[block]);
   }
   uint64_t bad = 0;
@@ -84,26 +91,26 @@ uint64_t gate_up_tile(const GateUpTask& task, int pair, int first_token) {
   return bad;
 }
 
-// One token: kStreams pairs at once, each a quarter of the slice away from the next, so that every stream runs through
-// its quarter in order and the hardware prefetchers follow all of them.
-template <class Hidden, class Middle>
+// One token: S pairs at once, each a part of the slice away from the next, so that every stream runs through its part in
+// order and the hardware prefetchers follow all of them.
+template <class Hidden, class Middle, int S>
 uint64_t gate_up_streams(const GateUpTask& task) {
   const ptrdiff_t row_block = ptrdiff_t(task.groups) * kBlockBytes;
   const Hidden* input = reinterpret_cast<const Hidden*>(task.input[0]);
   Middle* output = reinterpret_cast<Middle*>(task.output[0]);
-  const int quarter = task.pairs / kStreams;
+  const int part = task.pairs / S;
   uint64_t bad = 0;
-  for (int i = 0; i < quarter; ++i) {
-    F32x16 h[2][kStreams];
+  for (int i = 0; i < part; ++i) {
+    F32x16 h[2][S];
     for (int block = 0; block < 2; ++block) {
-      Tile<kStreams> sums;
-      tile_streams<kStreams>(task.weights + (2 * i + block) * row_block, 2 * quarter * row_block, task.groups, input,
-                             sums);
-      activate<kStreams>(sums, h[block]);
+      Tile<S> sums;
+      tile_streams<S>(task.weights + (2 * i + block) * row_block, 2 * part * row_block, task.groups, input,
+                      task.policy.prefetch_one, sums);
+      activate<S>(sums, h[block]);
     }
-    for (int s = 0; s < kStreams; ++s) bad |= !pack_group(h[0][s], h[1][s], output + s * quarter + i);
+    for (int s = 0; s < S; ++s) bad |= !pack_group(h[0][s], h[1][s], output + s * part + i);
   }
-  for (int pair = kStreams * quarter; pair < task.pairs; ++pair) bad |= gate_up_tile<Hidden, Middle, 1>(task, pair, 0);
+  for (int pair = S * part; pair < task.pairs; ++pair) bad |= gate_up_tile<Hidden, Middle, 1>(task, pair, 0);
   return bad;
 }
 
@@ -112,25 +119,26 @@ void down_tile(const DownTask& task, int block, int first_token) {
   const Middle* input[T];
   for (int t = 0; t < T; ++t) input[t] = reinterpret_cast<const Middle*>(task.input[first_token + t]);
   Tile<T> sums;
-  tile<T>(task.weights + block * task.stride_bytes, task.groups, input, first_token == 0, sums);
+  tile<T>(task.weights + block * task.stride_bytes, task.groups, input,
+          prefetch_distance(task.policy, task.tokens, first_token), sums);
   for (int t = 0; t < T; ++t) {
     add_rows(sums.rows[0][t], sums.rows[1][t], task.factor[first_token + t],
              task.output[first_token + t] + block * kRowBlock);
   }
 }
 
-template <class Middle>
+template <class Middle, int S>
 void down_streams(const DownTask& task) {
-  const int quarter = task.blocks / kStreams;
-  for (int i = 0; i < quarter; ++i) {
-    Tile<kStreams> sums;
-    tile_streams<kStreams>(task.weights + i * task.stride_bytes, quarter * task.stride_bytes, task.groups,
-                           reinterpret_cast<const Middle*>(task.input[0]), sums);
-    for (int s = 0; s < kStreams; ++s) {
-      add_rows(sums.rows[0][s], sums.rows[1][s], task.factor[0], task.output[0] + (s * quarter + i) * kRowBlock);
+  const int part = task.blocks / S;
+  for (int i = 0; i < part; ++i) {
+    Tile<S> sums;
+    tile_streams<S>(task.weights + i * task.stride_bytes, part * task.stride_bytes, task.groups,
+                           reinterpret_cast<const Middle*>(task.input[0]), task.policy.prefetch_one, sums);
+    for (int s = 0; s < S; ++s) {
+      add_rows(sums.rows[0][s], sums.rows[1][s], task.factor[0], task.output[0] + (s * part + i) * kRowBlock);
     }
   }
-  for (int block = kStreams * quarter; block < task.blocks; ++block) down_tile<Middle, 1>(task, block, 0);
+  for (int block = S * part; block < task.blocks; ++block) down_tile<Middle, 1>(task, block, 0);
 }
 
 // Cuts `tokens` into the fewest tiles of at most kMaxTile and makes them as equal as they go: 7 is 4 + 3, not 6 + 1,
@@ -147,7 +155,13 @@ K2_INLINE void for_each_tile(int tokens, Run run) {
 
 template <class Hidden, class Middle>
 uint64_t gate_up(const GateUpTask& task) {
-  if (task.tokens == 1) return gate_up_streams<Hidden, Middle>(task);
+  if (task.tokens == 1) {
+    switch (task.policy.streams) {
+      case 1: return gate_up_streams<Hidden, Middle, 1>(task);
+      case 2: return gate_up_streams<Hidden, Middle, 2>(task);
+      default: return gate_up_streams<Hidden, Middle, 4>(task);
+    }
+  }
   uint64_t bad = 0;
   for (int pair = 0; pair < task.pairs; ++pair) {
     for_each_tile(task.tokens, [&](int first, int size) {
@@ -166,7 +180,13 @@ uint64_t gate_up(const GateUpTask& task) {
 
 template <class Middle>
 void down(const DownTask& task) {
-  if (task.tokens == 1) return down_streams<Middle>(task);
+  if (task.tokens == 1) {
+    switch (task.policy.streams) {
+      case 1: return down_streams<Middle, 1>(task);
+      case 2: return down_streams<Middle, 2>(task);
+      default: return down_streams<Middle, 4>(task);
+    }
+  }
   for (int block = 0; block < task.blocks; ++block) {
     for_each_tile(task.tokens, [&](int first, int size) {
       switch (size) {

@@ -14,8 +14,8 @@ constexpr int kChunkTokens = 1024;
 
 }  // namespace
 
-MoeJob::MoeJob(ThreadPool& pool, const KernelTable& table, const ExpertLayer& layer, WorkspaceStore& store,
-               const MoeInput& input)
+MoeJob::MoeJob(ThreadPool& pool, const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer,
+               WorkspaceStore& store, const MoeInput& input)
     : Job(pool), layer_(layer), store_(store), tokens_(input.tokens) {
   check_argument(layer.nodes() == pool.map().nodes(), "nodes", text(pool.map().nodes()), layer.nodes());
   check_ids(input);
@@ -32,7 +32,7 @@ MoeJob::MoeJob(ThreadPool& pool, const KernelTable& table, const ExpertLayer& la
   if (tokens_ > 0) std::memcpy(workspace_->hidden.data(), input.hidden, hidden_bytes);
   const HiddenRows hidden{workspace_->hidden.data(), input.bf16};
   for (int node = 0; node < layer.nodes(); ++node) {
-    parts_.push_back(std::make_unique<MoePart>(table, layer, node, chunks_, hidden, workspace_->parts[node]));
+    parts_.push_back(std::make_unique<MoePart>(table, tuning, layer, node, chunks_, hidden, workspace_->parts[node]));
   }
 }
 

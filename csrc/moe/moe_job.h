@@ -30,8 +30,8 @@ class MoeJob final : public Job {
  public:
   // The layer has as many nodes as the pool. ArgumentError for an id out of range, EngineError for an expert that was
   // not loaded.
-  MoeJob(ThreadPool& pool, const KernelTable& table, const ExpertLayer& layer, WorkspaceStore& store,
-         const MoeInput& input);
+  MoeJob(ThreadPool& pool, const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer,
+         WorkspaceStore& store, const MoeInput& input);
   ~MoeJob() override;
 
   // Writes [tokens, H]; only after completion.

@@ -16,9 +16,10 @@ int64_t packed_row_bytes(const KernelTable& table, int groups) {
 
 }  // namespace
 
-MoePart::MoePart(const KernelTable& table, const ExpertLayer& layer, int node, const std::vector<RoutedChunk>& chunks,
-                 HiddenRows hidden, PartMemory& memory)
+MoePart::MoePart(const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer, int node,
+                 const std::vector<RoutedChunk>& chunks, HiddenRows hidden, PartMemory& memory)
     : table_(table),
+      tuning_(tuning),
       layer_(layer),
       node_(node),
       pairs_(layer.channels(node).count),
@@ -70,8 +71,8 @@ void MoePart::pack(const RoutedChunk& chunk, ChunkState& state, Share share) {
 }
 
 void MoePart::gate_up(const RoutedChunk& chunk, ChunkState& state, Team& team, Share share) {
-  const WorkCut begin = cut_work(chunk, pairs_, share.rank, share.of);
-  const WorkCut end = cut_work(chunk, pairs_, share.rank + 1, share.of);
+  const WorkCut begin = cut_work(chunk, pairs_, tuning_.token_cost, share.rank, share.of);
+  const WorkCut end = cut_work(chunk, pairs_, tuning_.token_cost, share.rank + 1, share.of);
   for (int i = begin.index; i < int(chunk.experts.size()) && i <= end.index; ++i) {
     const int first = i == begin.index ? begin.unit : 0;
     const int last = i == end.index ? end.unit : pairs_;
@@ -102,6 +103,7 @@ void MoePart::gate_up_expert(const RoutedChunk& chunk, ChunkState& state, const 
         .tokens = tokens,
         .input = input,
         .output = output,
+        .policy = tuning_.policy,
     });
     for (; bad != 0; bad &= bad - 1) state.row_bad[expert.first_row + first + std::countr_zero(bad)].store(true);
   }
@@ -147,6 +149,7 @@ void MoePart::down_expert(const RoutedChunk& chunk, const ChunkState& state, con
         .input = input,
         .factor = factor,
         .output = output,
+        .policy = tuning_.policy,
     });
   }
 }

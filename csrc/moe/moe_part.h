@@ -31,8 +31,8 @@ struct HiddenRows {
 class MoePart {
  public:
   // `memory` is of this part alone. What the references name must outlive the part.
-  MoePart(const KernelTable& table, const ExpertLayer& layer, int node, const std::vector<RoutedChunk>& chunks,
-          HiddenRows hidden, PartMemory& memory);
+  MoePart(const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer, int node,
+          const std::vector<RoutedChunk>& chunks, HiddenRows hidden, PartMemory& memory);
 
   // On each worker of the node. Throws Cancelled.
   void run(Team& team, int worker);
@@ -69,6 +69,7 @@ class MoePart {
   uint8_t* activated(int row) const { return memory_.activated.data() + row * activated_bytes_; }
 
   const KernelTable& table_;
+  const Tuning tuning_;
   const ExpertLayer& layer_;
   const int node_;
   const int pairs_;  // groups of 32 intermediate channels in the slice

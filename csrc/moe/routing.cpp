@@ -5,9 +5,8 @@
 namespace k2 {
 namespace {
 
-// The cost of a unit in reads of its weights. From about three tokens on, the multiplications of A16 take longer than
-// the read of one core at its full private bandwidth (Zen 4: 31.6 GB/s against 236 GOPS).
-double unit_cost(int tokens) { return std::max(1.0, 0.33 * tokens); }
+// The cost of a unit in reads of its weights.
+double unit_cost(int tokens, float token_cost) { return std::max(1.0, double(token_cost) * tokens); }
 
 }  // namespace
 
@@ -25,13 +24,13 @@ RoutedChunk route(const int32_t* ids, const float* weights, int first_token, int
   return chunk;
 }
 
-WorkCut cut_work(const RoutedChunk& chunk, int units, int worker, int workers) {
+WorkCut cut_work(const RoutedChunk& chunk, int units, float token_cost, int worker, int workers) {
   if (worker >= workers) return {int(chunk.experts.size()), 0};
   double total = 0;
-  for (const ActiveExpert& expert : chunk.experts) total += unit_cost(expert.rows) * units;
+  for (const ActiveExpert& expert : chunk.experts) total += unit_cost(expert.rows, token_cost) * units;
   double before = total * worker / workers;
   for (int i = 0; i < int(chunk.experts.size()); ++i) {
-    const double cost = unit_cost(chunk.experts[i].rows);
+    const double cost = unit_cost(chunk.experts[i].rows, token_cost);
     if (before < cost * units) return {i, int(before / cost)};
     before -= cost * units;
   }

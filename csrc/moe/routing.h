@@ -35,7 +35,7 @@ struct WorkCut {
 };
 
 // Where worker `worker`'s contiguous share begins (it ends where the next one's begins), when every active expert is
-// `units` units of work and a unit's cost depends on how many tokens it serves.
-WorkCut cut_work(const RoutedChunk& chunk, int units, int worker, int workers);
+// `units` units of work and a unit costs max(1, token_cost * the tokens that it serves).
+WorkCut cut_work(const RoutedChunk& chunk, int units, float token_cost, int worker, int workers);
 
 }  // namespace k2

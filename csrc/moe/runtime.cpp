@@ -15,10 +15,11 @@ std::vector<int> nodes_of(const PoolLayout& layout) {
 }  // namespace
 
 Runtime::Runtime(const std::string& isa, Numerics numerics, const PoolLayout& layout)
-    : table(find_table(isa, numerics)), memory_nodes(nodes_of(layout)), pool(layout) {}
+    : table(find_table(isa, numerics)), memory_nodes(nodes_of(layout)), pool(layout), tuning_(table.tuning) {}
 
 std::shared_ptr<MoeJob> Layer::start(const MoeInput& input) {
-  auto job = std::make_shared<MoeJob>(runtime_->pool, runtime_->table, experts_, runtime_->workspaces, input);
+  auto job = std::make_shared<MoeJob>(runtime_->pool, runtime_->table, runtime_->tuning(), experts_, runtime_->workspaces,
+                                      input);
   runtime_->pool.submit(*job);
   return job;
 }

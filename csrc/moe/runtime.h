@@ -1,6 +1,7 @@
 // What the layers of one engine share, and one layer with its computations in flight.
 #pragma once
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,7 +15,8 @@
 
 namespace k2 {
 
-struct Runtime {
+class Runtime {
+ public:
   Runtime(const std::string& isa, Numerics numerics, const PoolLayout& layout);
   Runtime(const std::string& isa, Numerics numerics, int threads)
       : Runtime(isa, numerics, PoolLayout{{threads, kAnyNode, {}}}) {}
@@ -23,6 +25,20 @@ struct Runtime {
   const std::vector<int> memory_nodes;  // of the pool's nodes
   WorkspaceStore workspaces;
   ThreadPool pool;
+
+  // For computations that start from now on. Thread-safe.
+  Tuning tuning() const {
+    const std::lock_guard lock(tuning_mutex_);
+    return tuning_;
+  }
+  void tune(const Tuning& tuning) {
+    const std::lock_guard lock(tuning_mutex_);
+    tuning_ = tuning;
+  }
+
+ private:
+  mutable std::mutex tuning_mutex_;
+  Tuning tuning_;  // the table's, until it is tuned
 };
 
 // Thread-safe.

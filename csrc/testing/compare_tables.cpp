@@ -119,6 +119,12 @@ std::vector<const uint8_t*> pointers(const Packed& rows) {
   return out;
 }
 
+// Results must not depend on it.
+MemoryPolicy random_policy(Random& random) {
+  const int distances[] = {0, 0, 4096, 9216};
+  return {1 << pick(random, 0, 2), distances[pick(random, 0, 3)], distances[pick(random, 0, 3)]};
+}
+
 void compare_gate_up(Random& random, const KernelTable& a, const KernelTable& b, int tokens) {
   const int groups = pick(random, 1, 9), pairs = pick(random, 1, 11);
   const HugeBuffer weights = random_blocks(random, 2 * pairs * groups);
@@ -132,7 +138,8 @@ void compare_gate_up(Random& random, const KernelTable& a, const KernelTable& b,
     results[i].assign(bytes * tokens + 64, 0xa5);
     std::vector<uint8_t*> output;
     for (int t = 0; t < tokens; ++t) output.push_back(results[i].data() + t * bytes);
-    bad[i] = tables[i]->gate_up({weights.data(), groups, pairs, tokens, input[i].data(), output.data()});
+    bad[i] = tables[i]->gate_up({weights.data(), groups, pairs, tokens, input[i].data(), output.data(),
+                                  random_policy(random)});
     for (int guard = 0; guard < 64; ++guard) K2_EXPECT(results[i][bytes * tokens + guard] == 0xa5);
   }
   K2_EXPECT(bad[0] == bad[1]);
@@ -156,7 +163,7 @@ void compare_down(Random& random, const KernelTable& a, const KernelTable& b, co
     std::vector<float*> output;
     for (int t = 0; t < tokens; ++t) output.push_back(results[i].data() + size_t(t) * blocks * kRowBlock);
     tables[i]->down({weights.data(), groups, blocks, tokens, (groups + gap) * ptrdiff_t(kBlockBytes), input.data(),
-                     factor.data(), output.data()});
+                     factor.data(), output.data(), random_policy(random)});
     for (size_t guard = start.size() - 16; guard < start.size(); ++guard) K2_EXPECT(results[i][guard] == start[guard]);
   }
   for (size_t i = 0; i < start.size(); ++i) K2_EXPECT(same_float(results[0][i], results[1][i]));

@@ -120,7 +120,7 @@ void a_layer_and_its_pool_have_the_same_nodes() {
   const Batch batch(random, shape, 0);
   bool refused = false;
   try {
-    MoeJob job(runtime.pool, runtime.table, layer, runtime.workspaces, batch.input());
+    MoeJob job(runtime.pool, runtime.table, runtime.tuning(), layer, runtime.workspaces, batch.input());
   } catch (const ArgumentError&) {
     refused = true;
   }
@@ -215,9 +215,11 @@ void work_is_cut_without_gap_or_overlap() {
     const int experts = int(random() % 6), units = 1 + int(random() % 9), workers = 1 + int(random() % 9);
     for (int e = 0; e < experts; ++e) chunk.experts.push_back({e, 0, 1 + int(random() % 40)});
     int before = 0;
-    K2_EXPECT(cut_work(chunk, units, 0, workers).index == 0 && cut_work(chunk, units, 0, workers).unit == 0);
+    const float token_cost = 0.01f * float(random() % 200);
+    const auto cut_at = [&](int worker) { return cut_work(chunk, units, token_cost, worker, workers); };
+    K2_EXPECT(cut_at(0).index == 0 && cut_at(0).unit == 0);
     for (int worker = 1; worker <= workers; ++worker) {
-      const WorkCut cut = cut_work(chunk, units, worker, workers);
+      const WorkCut cut = cut_at(worker);
       const int at = cut.index * units + cut.unit;
       K2_EXPECT(at >= before && cut.unit < units);
       before = at;

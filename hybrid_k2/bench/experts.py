@@ -25,6 +25,7 @@ from hybrid_k2.experts.base import distinct_experts
 from hybrid_k2.experts.cpu import NativeRuntime, native_isas
 from hybrid_k2.experts.isa import choose_isa, forced_isa
 from hybrid_k2.experts.reference import expert_ffn
+from hybrid_k2.experts.tuning import Tuning
 from hybrid_k2.host.threads import NodeThreads
 from hybrid_k2.native import NATIVE_ERROR
 
@@ -58,6 +59,7 @@ class ExpertsReport:
 
     raw_read_gbps: float
     peak_gops: dict[str, float]
+    tuning: dict[str, Tuning]
     results: tuple[ExpertsResult, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -69,6 +71,7 @@ class ExpertsReport:
         peaks = ", ".join(f"{name} {gops:.0f} GOPS" for name, gops in self.peak_gops.items())
         lines = [
             f"raw read {self.raw_read_gbps:.1f} GB/s; peaks: {peaks}",
+            *(f"{name}: {tuning}" for name, tuning in self.tuning.items()),
             "numerics  tokens  experts         ms     GB/s    GOPS  of the floor    error",
         ]
         for r in self.results:
@@ -216,9 +219,11 @@ def measure_experts(
     bench = _Bench(shape, max(tokens), seed)
     raw: list[float] = []
     peaks: dict[str, float] = {}
+    tunings: dict[str, Tuning] = {}
     results: list[ExpertsResult] = []
     for name in numerics:
         with _layer(bench, name, isas[name], nodes) as (runtime, layer):
+            tunings[name] = runtime.tuning
             peak: list[float] = []
             cases = [_Case(bench, name, count) for count in tokens]
             for number in range(rounds + 1):
@@ -231,7 +236,7 @@ def measure_experts(
                         case.forget()
             peaks[name] = median(peak)
             results += [case.result(runtime.isa, sum(node.threads for node in nodes)) for case in cases]
-    return ExpertsReport(median(raw), peaks, tuple(results))
+    return ExpertsReport(median(raw), peaks, tunings, tuple(results))
 
 
 def _choose(isa: str | None, numerics: str) -> str:
@@ -250,6 +255,7 @@ def _layer(
 ) -> Iterator[tuple[NativeRuntime, ExpertsBackend]]:
     runtime = NativeRuntime(isa, sum(node.threads for node in nodes), numerics, nodes)
     try:
+        runtime.tuning = runtime.measure_tuning()
         layer = runtime.make_layer(**vars(bench.shape))
         try:
             bench.load(layer)

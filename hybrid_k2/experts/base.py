@@ -87,6 +87,11 @@ class ExpertsBackend(ABC):
     def nbytes(self) -> int:
         """Bytes of host memory that the weights take."""
 
+    @property
+    def huge_page_share(self) -> float | None:
+        """The part of the loaded weights that the system put on huge pages, 0 to 1; None where that is not known."""
+        return None
+
     @abstractmethod
     def load_expert(self, expert: int, weights: ExpertWeights) -> None:
         """Take over one expert's weights; different experts may be loaded from different threads at once.
@@ -158,6 +163,9 @@ class ExpertsRuntime(ABC):
         Effects: takes the memory of `probe_bytes` meanwhile.
         Raises: MemoryBudgetError if there is too little.
         """
+
+    def tune(self) -> None:  # noqa: B027 - most backends have nothing to arrange
+        """Arrange the work for this machine, before weights take its memory; it changes the speed, not the results."""
 
     @abstractmethod
     def close(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any, Literal
 
 import numpy as np
@@ -15,10 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hybrid_k2.checkpoint import ExpertWeights, PackedWeight, StoredExpert
-from hybrid_k2.errors import EngineError
+from hybrid_k2.errors import EngineError, MemoryBudgetError
 from hybrid_k2.experts.base import ExpertsBackend, ExpertsRuntime, ExpertsShape, check_slot
 from hybrid_k2.experts.isa import IsaFact
 from hybrid_k2.experts.read_probe import probe_bytes
+from hybrid_k2.experts.tuning import Tuning, machine_key, remembered_tuning
 from hybrid_k2.host.threads import NodeThreads
 from hybrid_k2.native import native as _native
 
@@ -212,6 +214,31 @@ class NativeRuntime(ExpertsRuntime):
         The limit of a large batch: of all threads together, for the numerics of this runtime.
         """
         return float(self._runtime.measure_peak_gops(seconds))
+
+    @property
+    def tuning(self) -> Tuning:
+        """How calls that start from now on are arranged; results do not depend on it."""
+        return Tuning(*self._runtime.tuning)
+
+    @tuning.setter
+    def tuning(self, tuning: Tuning) -> None:
+        self._runtime.tuning = astuple(tuning)
+
+    def measure_tuning(self, seconds: float = 0.1) -> Tuning:
+        """Return the arrangement that is fastest on this machine now.
+
+        Memory: some hundred MiB meanwhile; clearing them takes as long again.
+        Raises: MemoryBudgetError if there is too little.
+        """
+        return Tuning(*self._runtime.measure_tuning(seconds, probe_bytes(self._runtime.threads)))
+
+    def tune(self) -> None:
+        """See ExpertsRuntime; by what an earlier start measured, or by measuring it now."""
+        key = machine_key(self.isa, self._runtime.numerics, self._runtime.threads, self._runtime.nodes)
+        try:
+            self.tuning = remembered_tuning(key, self.measure_tuning)
+        except (MemoryBudgetError, MemoryError) as error:
+            log.info("the kernels are not tuned to this machine: %s", error)
 
     def close(self) -> None:
         """See ExpertsRuntime."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +13,10 @@ from hybrid_k2.config import ModelConfig
 from hybrid_k2.experts import ExpertsBackend
 from hybrid_k2.model.devices import torch_dtype
 
+log = logging.getLogger("hybrid_k2")
+
 MAX_READERS = 16  # threads that read and repack experts; each keeps up to 9 MB of scratch memory
+MOSTLY = 0.9  # of the memory; the ends of allocations may lie on small pages
 INT4 = "int4"  # the plan's name for experts that stay as they are stored
 
 
@@ -44,6 +48,17 @@ def load_experts(
         # When one fails or the user interrupts, map cancels those that have not begun.
         for nbytes in readers.map(load, range(config.n_routed_experts)):
             count(nbytes)
+
+
+def warn_of_small_pages(backend: ExpertsBackend) -> None:
+    """Warn, with what it costs, if a loaded layer does not lie on huge pages, as far as the system tells."""
+    share = backend.huge_page_share
+    if share is not None and share < MOSTLY:
+        log.warning(
+            "%.0f %% of the experts' memory lies on huge pages, expected nearly all: reading them may be up to a "
+            "quarter slower (see /sys/kernel/mm/transparent_hugepage/enabled; fragmented memory is mended by a restart)",
+            100 * share,
+        )
 
 
 def _plain_as(weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:

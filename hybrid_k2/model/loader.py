@@ -16,7 +16,7 @@ from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
 from hybrid_k2.model.attention import Attention
 from hybrid_k2.model.dense_loading import load_host_matrix
 from hybrid_k2.model.devices import torch_device, torch_dtype
-from hybrid_k2.model.expert_loading import load_experts
+from hybrid_k2.model.expert_loading import load_experts, warn_of_small_pages
 from hybrid_k2.model.layers import Matrix, RmsNorm, SwiGlu
 from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.moe import Moe
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from hybrid_k2.placement.plan import Plan
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
+
+LARGE_BYTES = 1 << 30  # experts that fit the caches, or nearly, gain nothing from tuning or from huge pages
 
 
 def load_text_model(
@@ -47,6 +49,8 @@ def load_text_model(
         packed = experts_packed(checkpoint, config)
         runtime = open_experts(plan.numerics, plan.threads, packed=packed, nodes=plan.nodes)
         undo.callback(runtime.close)
+        if plan.expert_bytes >= LARGE_BYTES:
+            runtime.tune()
         model = _Builder(checkpoint, config, plan, progress or _ignore, runtime, undo).model()
         undo.pop_all()
     return model
@@ -70,6 +74,7 @@ class _Builder:
         self.progress = progress
         self.runtime = runtime
         self.undo = undo
+        self.pages_unchecked = plan.expert_bytes >= LARGE_BYTES
         self.native_attention = NativeAttention.open(runtime, MlaShape.of(config))
         self.done = 0
         self.total = sum(checkpoint.info(spec.name).nbytes for spec in expected_tensors(config, checkpoint.has))
@@ -149,6 +154,10 @@ class _Builder:
         self.undo.callback(backend.close)
         dtype = self.plan.where("routed_experts", layer).dtype
         load_experts(backend, self.checkpoint, config, layer, dtype=dtype, threads=self.plan.threads, count=self.count)
+        if self.pages_unchecked:
+            # The first layer's pages tell for all; walking those of every layer would take minutes.
+            warn_of_small_pages(backend)
+            self.pages_unchecked = False
         return backend
 
     def matrix(self, name: str, what: str, layer: int | None = None) -> Matrix:

@@ -120,6 +120,11 @@ class Plan:
         return tuple(_items(self, device))
 
     @property
+    def expert_bytes(self) -> int:
+        """Sum the routed experts in host memory."""
+        return _expert_bytes(self.rows)
+
+    @property
     def bytes_per_token(self) -> int:
         """Sum the weights that decoding one token reads: dense groups, the chosen experts, one embedding row."""
         return _bytes_per_token(self.config, self.rows)
@@ -159,7 +164,7 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
         rules,
         machine,
         bytes_per_token=_bytes_per_token(config, rows),
-        expert_bytes=sum(row.nbytes for row in rows if row.what == "routed_experts" and row.device == "host"),
+        expert_bytes=_expert_bytes(rows),
         gpu=any(row.device != "host" for row in rows),
     )
     return Plan(
@@ -207,6 +212,10 @@ def _resolve_devices(rules: Rules, machine: Machine) -> dict[str, str]:
 
 def _bytes_per_token(config: ModelConfig, rows: tuple[PlanRow, ...]) -> int:
     return sum(len(row.layers or (0,)) * decoded_bytes(config, row.what, row.dtype) for row in rows)
+
+
+def _expert_bytes(rows: tuple[PlanRow, ...]) -> int:
+    return sum(row.nbytes for row in rows if row.what == "routed_experts" and row.device == "host")
 
 
 def _stream_dtype(claims: Claims) -> str:

@@ -28,7 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_figures_of_a_result_belong_together() -> None:
     report = measure_experts(SHAPE, [1, 5], ["exact"], usable_isas()[0], virtual_nodes(2, 1), rounds=3)
-    assert set(report.to_json()) == {"raw_read_gbps", "peak_gops", "results"}
+    assert set(report.to_json()) == {"raw_read_gbps", "peak_gops", "tuning", "results"}
     assert json.loads(json.dumps(report.to_json()))["peak_gops"].keys() == {"exact"}
     assert min(report.raw_read_gbps, report.peak_gops["exact"]) > 0
     assert [r.tokens for r in report.results] == [1, 5]
@@ -41,7 +41,7 @@ def test_the_figures_of_a_result_belong_together() -> None:
         assert 0 < r.error < 2e-4
         assert r.isa == usable_isas()[0]
         assert r.threads == 2
-    assert report.table().count("\n") == 3
+    assert report.table().count("\n") == 4
 
 
 def test_a_wrong_answer_shows_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from hybrid_k2.errors import CheckpointError
 from hybrid_k2.experts import ExpertsBackend
 from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.experts.reference import ReferenceRuntime
-from hybrid_k2.model.expert_loading import load_experts
+from hybrid_k2.model.expert_loading import load_experts, warn_of_small_pages
 from tests.generators import write_checkpoint
 from tests.unit.experts_common import native_layer, native_runtime
 
@@ -168,3 +170,15 @@ def test_progress_says_the_sum_of_what_was_read(folder: Path) -> None:
         counted = load(native_layer(*sizes(config)), checkpoint, config)
         each = [StoredExpert(checkpoint, config, LAYER, expert).nbytes for expert in range(config.n_routed_experts)]
     assert list(accumulate(counted)) == list(accumulate(each))
+
+
+@pytest.mark.parametrize(("share", "warned"), [(None, False), (1.0, False), (0.95, False), (0.5, True), (0.0, True)])
+def test_memory_on_small_pages_is_said_with_its_cost(
+    share: float | None, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = cast(ExpertsBackend, SimpleNamespace(huge_page_share=share))
+    warn_of_small_pages(backend)
+    assert bool(caplog.records) == warned
+    if share is not None and warned:
+        assert f"{100 * share:.0f} % of the experts' memory" in caplog.text
+        assert "quarter slower" in caplog.text

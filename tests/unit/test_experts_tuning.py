@@ -100,11 +100,15 @@ def test_large_experts_are_tuned_at_the_start_and_small_ones_are_not(
 ) -> None:
     native_runtime().close()
     tuned: list[NativeRuntime] = []
-    monkeypatch.setattr(NativeRuntime, "tune", tuned.append)
+
+    def note(runtime: NativeRuntime) -> None:
+        tuned.append(runtime)
+
+    monkeypatch.setattr(NativeRuntime, "tune", note)
     folder = write_checkpoint(tmp_path)
     with loaded(folder, "host"):
         assert not tuned
-    monkeypatch.setattr(loader, "TUNED_BYTES", 1)
+    monkeypatch.setattr(loader, "LARGE_BYTES", 1)
     with loaded(folder, "host"):
         assert len(tuned) == 1
 

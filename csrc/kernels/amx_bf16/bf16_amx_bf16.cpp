@@ -22,6 +22,7 @@ namespace {
 // on all of these:
 #include "kernels/amx_bf16/multiply-inl.h"
 #include "kernels/amx_bf16/probes-inl.h"
+#include "kernels/table-inl.h"
 
 uint64_t gate_up_any(const GateUpTask& task) {
   return task.tokens < kMinTokens ? gate_up<Bf16Group, A16Group>(task) : gate_up_tiles<Bf16Group>(task);
@@ -32,20 +33,16 @@ void down_any(const DownTask& task) { task.tokens < kMinTokens ? down<A16Group>(
 }  // namespace
 
 extern const KernelTable bf16;
-const KernelTable bf16 = {
+constinit const KernelTable bf16 = with_kernels<Bf16Group, A16Group>({
     .name = "amx_bf16",
     .numerics = kBf16,
     .activations = "bf16, then A16",
-    .layout_id = kLayoutL32,
     .max_tokens = kMaxTokens,
-    .group_bytes = sizeof(Bf16Group),
     .pack_fp32 = pack_hidden_fp32<Bf16Group>,
-    .pack_bf16 = pack_rows<Bf16Group, uint16_t>,
     .gate_up = gate_up_any,
     .down = down_any,
-    .read = read,
-    .peak = peak,
     .peak_operations = kPeakOperations * 3 / 4,  // one plane for gate and up, two for down
-};
+    .tuning = {.token_cost = 0.2f},
+});
 
 }  // namespace k2::amx_bf16

@@ -175,13 +175,15 @@ K2_INLINE void add_group_tiles(const uint8_t* block, ptrdiff_t distance, int g, 
 // their results are not read.
 template <int Halves, class Group>
 K2_INLINE void multiply(const uint8_t* weights, ptrdiff_t distance, int groups, const uint8_t* const* input, int tokens,
-                        Stage& stage, Sums<Halves>& sums) {
+                        int prefetch, Stage& stage, Sums<Halves>& sums) {
   for (int t = 0; t < tokens; ++t) {
     for (int half = 0; half < Halves; ++half) _mm512_store_ps(sums.rows[t][half], _mm512_setzero_ps());
   }
   for (int g = 0; g < groups; ++g, weights += kBlockBytes) {
-    prefetch_block(weights);
-    if constexpr (Halves == 4) prefetch_block(weights + distance);
+    if (prefetch) {
+      prefetch_block(weights, prefetch);
+      if constexpr (Halves == 4) prefetch_block(weights + distance, prefetch);
+    }
     add_group_tiles<Halves, Group>(weights, distance, g, input, tokens, stage, sums);
   }
 }
@@ -194,7 +196,8 @@ uint64_t gate_up_tiles(const GateUpTask& task) {
   uint64_t bad = 0;
   configure_tiles(tile_tokens(task.tokens));
   for (int pair = 0; pair < task.pairs; ++pair) {
-    multiply<4, Group>(task.weights + 2 * pair * row_block, row_block, task.groups, task.input, task.tokens, stage, sums);
+    multiply<4, Group>(task.weights + 2 * pair * row_block, row_block, task.groups, task.input, task.tokens,
+                       task.policy.prefetch_many, stage, sums);
     for (int t = 0; t < task.tokens; ++t) {
       F32x16 h[2];
       for (int block = 0; block < 2; ++block) {
@@ -211,7 +214,7 @@ uint64_t gate_up_tiles(const GateUpTask& task) {
 template <int Halves>
 K2_INLINE void down_blocks(const DownTask& task, int block, Stage& stage, Sums<Halves>& sums) {
   multiply<Halves, A16Group>(task.weights + block * task.stride_bytes, task.stride_bytes, task.groups, task.input,
-                             task.tokens, stage, sums);
+                             task.tokens, task.policy.prefetch_many, stage, sums);
   for (int t = 0; t < task.tokens; ++t) {
     for (int half = 0; half < Halves; half += 2) {
       const F32x16 low = _mm512_load_ps(sums.rows[t][half]), high = _mm512_load_ps(sums.rows[t][half + 1]);

@@ -17,24 +17,17 @@ namespace {
 // on these:
 #include "kernels/work-inl.h"
 #include "kernels/avx2/probes-inl.h"
+#include "kernels/table-inl.h"
 
 }  // namespace
 
 extern const KernelTable fast;
-const KernelTable fast = {
+constinit const KernelTable fast = with_kernels<A8Group, A8Group>({
     .name = "avx2",
     .numerics = kFast,
     .activations = "A8",
-    .layout_id = kLayoutL32,
-    .max_tokens = kMaxTokensPerCall,
-    .group_bytes = sizeof(A8Group),
-    .pack_fp32 = pack_rows<A8Group, float>,
-    .pack_bf16 = pack_rows<A8Group, uint16_t>,
-    .gate_up = gate_up<A8Group, A8Group>,
-    .down = down<A8Group>,
-    .read = read,
-    .peak = peak,
     .peak_operations = kPeakOperations,
-};
+    .tuning = {.token_cost = 0.38f},
+});
 
 }  // namespace k2::avx2

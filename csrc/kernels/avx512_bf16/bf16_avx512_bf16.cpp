@@ -20,24 +20,18 @@ namespace {
 #include "kernels/work-inl.h"
 #include "kernels/avx512_bf16/probes-inl.h"
 #include "kernels/avx512_vnni/read-inl.h"
+#include "kernels/table-inl.h"
 
 }  // namespace
 
 extern const KernelTable bf16;
-const KernelTable bf16 = {
+constinit const KernelTable bf16 = with_kernels<Bf16Group, A16Group>({
     .name = "avx512_bf16",
     .numerics = kBf16,
     .activations = "bf16, then A16",
-    .layout_id = kLayoutL32,
-    .max_tokens = kMaxTokensPerCall,
-    .group_bytes = sizeof(Bf16Group),
     .pack_fp32 = pack_hidden_fp32<Bf16Group>,
-    .pack_bf16 = pack_rows<Bf16Group, uint16_t>,
-    .gate_up = gate_up<Bf16Group, A16Group>,
-    .down = down<A16Group>,
-    .read = read,
-    .peak = peak,
     .peak_operations = kPeakOperations,
-};
+    .tuning = {.token_cost = 0.47f},
+});
 
 }  // namespace k2::avx512_bf16

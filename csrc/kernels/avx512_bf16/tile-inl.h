@@ -84,11 +84,11 @@ K2_INLINE void dot_pairs(const uint8_t* block, const Bf16Group* const (&x)[N], i
 }
 
 template <int T>
-void tile(const uint8_t* weights, int groups, const Bf16Group* const (&input)[T], bool prefetch, Tile<T>& sums) {
+void tile(const uint8_t* weights, int groups, const Bf16Group* const (&input)[T], int prefetch, Tile<T>& sums) {
   __m512 totals[2][T];
   for (int t = 0; t < T; ++t) totals[0][t] = totals[1][t] = _mm512_setzero_ps();
   for (int g = 0; g < groups; ++g, weights += kBlockBytes) {
-    if (prefetch) prefetch_block(weights);
+    if (prefetch) prefetch_block(weights, prefetch);
     __m512 dot[2][T];
     dot_pairs<T>(weights, input, g, dot);
     const __m512i pairs = _mm512_load_si512(weights);
@@ -106,7 +106,8 @@ void tile(const uint8_t* weights, int groups, const Bf16Group* const (&input)[T]
 }
 
 template <int S>
-void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const Bf16Group* input, Tile<S>& sums) {
+void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const Bf16Group* input, int prefetch,
+                  Tile<S>& sums) {
   const Bf16Group* const x[1] = {input};
   __m512 totals[S][2];
   for (int s = 0; s < S; ++s) totals[s][0] = totals[s][1] = _mm512_setzero_ps();
@@ -114,6 +115,7 @@ void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const 
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {
       const uint8_t* block = weights + s * distance;
+      if (prefetch) prefetch_block(block, prefetch);
       __m512 dot[2][1];
       dot_pairs<1>(block, x, g, dot);
       const __m512i pairs = _mm512_load_si512(block);

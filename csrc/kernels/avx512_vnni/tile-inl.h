@@ -1,10 +1,6 @@
 // The tile on AVX-512, for the forms of activations whose `add_block` is included before it.
 
 constexpr int kMaxTile = 6;
-constexpr int kStreams =
-    4;  // address streams of a one-token call, hardware prefetch only: 97 % of raw against 83 % with one
-// From two tokens on one stream is read, and prefetching this far ahead into L2 gains 30-45 %; T0 loses 8-30 %.
-constexpr int kPrefetchBytes = 9216;
 
 // [half][token or stream]; half 0 = rows 0..15 of the row block.
 template <int N>
@@ -12,18 +8,19 @@ struct Tile {
   F32x16 rows[2][N];
 };
 
-K2_INLINE void prefetch_block(const uint8_t* block) {
+// Into L2: prefetching into L1 loses 8-30 % on Zen 4.
+K2_INLINE void prefetch_block(const uint8_t* block, int ahead) {
   for (int line = 0; line < kBlockBytes; line += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(block) + kPrefetchBytes + line, _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(block) + ahead + line, _MM_HINT_T1);
   }
 }
 
 template <int T, class Group>
-void tile(const uint8_t* weights, int groups, const Group* const (&input)[T], bool prefetch, Tile<T>& sums) {
+void tile(const uint8_t* weights, int groups, const Group* const (&input)[T], int prefetch, Tile<T>& sums) {
   __m512 totals[2][T];
   for (int t = 0; t < T; ++t) totals[0][t] = totals[1][t] = _mm512_setzero_ps();
   for (int g = 0; g < groups; ++g, weights += kBlockBytes) {
-    if (prefetch) prefetch_block(weights);
+    if (prefetch) prefetch_block(weights, prefetch);
     add_block<T>(weights, input, g, totals);
   }
   for (int t = 0; t < T; ++t) {
@@ -33,13 +30,17 @@ void tile(const uint8_t* weights, int groups, const Group* const (&input)[T], bo
 }
 
 template <int S, class Group>
-void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const Group* input, Tile<S>& sums) {
+void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const Group* input, int prefetch,
+                  Tile<S>& sums) {
   const Group* const x[1] = {input};
   __m512 totals[S][2][1];
   for (int s = 0; s < S; ++s) totals[s][0][0] = totals[s][1][0] = _mm512_setzero_ps();
   for (int g = 0; g < groups; ++g, weights += kBlockBytes) {
 #pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) add_block<1>(weights + s * distance, x, g, totals[s]);
+    for (int s = 0; s < S; ++s) {
+      if (prefetch) prefetch_block(weights + s * distance, prefetch);
+      add_block<1>(weights + s * distance, x, g, totals[s]);
+    }
   }
   for (int s = 0; s < S; ++s) {
     sums.rows[0][s] = totals[s][0][0];

@@ -14,41 +14,27 @@ namespace {
 #include "kernels/bf16-inl.h"
 #include "kernels/work-inl.h"
 #include "kernels/portable/probes-inl.h"
+#include "kernels/table-inl.h"
 
 }  // namespace
 
 extern const KernelTable exact;
-const KernelTable exact = {
+constinit const KernelTable exact = with_kernels<A16Group, A16Group>({
     .name = "portable",
     .numerics = kExact,
     .activations = "A16",
-    .layout_id = kLayoutL32,
-    .max_tokens = kMaxTokensPerCall,
-    .group_bytes = sizeof(A16Group),
-    .pack_fp32 = pack_rows<A16Group, float>,
-    .pack_bf16 = pack_rows<A16Group, uint16_t>,
-    .gate_up = gate_up<A16Group, A16Group>,
-    .down = down<A16Group>,
-    .read = read,
-    .peak = peak,
     .peak_operations = kPeakOperations,
-};
+    .tuning = {.token_cost = 25},
+});
 
 extern const KernelTable bf16;
-const KernelTable bf16 = {
+constinit const KernelTable bf16 = with_kernels<A16Group, A16Group>({
     .name = "portable",
     .numerics = kBf16,
     .activations = "A16 of bf16",
-    .layout_id = kLayoutL32,
-    .max_tokens = kMaxTokensPerCall,
-    .group_bytes = sizeof(A16Group),
     .pack_fp32 = pack_hidden_fp32<A16Group>,
-    .pack_bf16 = pack_rows<A16Group, uint16_t>,
-    .gate_up = gate_up<A16Group, A16Group>,
-    .down = down<A16Group>,
-    .read = read,
-    .peak = peak,
     .peak_operations = kPeakOperations,
-};
+    .tuning = {.token_cost = 25},
+});
 
 }  // namespace k2::portable

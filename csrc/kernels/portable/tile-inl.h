@@ -2,7 +2,6 @@
 // `dot_group` and `scale_group` are included before it.
 
 constexpr int kMaxTile = 6;
-constexpr int kStreams = 1;
 
 // [half][token or stream]; half 0 = rows 0..15 of the row block.
 template <int N>
@@ -11,7 +10,7 @@ struct Tile {
 };
 
 template <int T, class Group>
-void tile(const uint8_t* weights, int groups, const Group* const (&input)[T], bool /*prefetch*/, Tile<T>& sums) {
+void tile(const uint8_t* weights, int groups, const Group* const (&input)[T], int /*prefetch*/, Tile<T>& sums) {
   for (int t = 0; t < T; ++t) sums.rows[0][t] = sums.rows[1][t] = f32(0.0f);
   for (int g = 0; g < groups; ++g, weights += kBlockBytes) {
     for (int t = 0; t < T; ++t) {
@@ -24,8 +23,13 @@ void tile(const uint8_t* weights, int groups, const Group* const (&input)[T], bo
 }
 
 template <int S, class Group>
-void tile_streams(const uint8_t* weights, ptrdiff_t /*distance*/, int groups, const Group* input, Tile<S>& sums) {
-  static_assert(S == 1);
+void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const Group* input, int /*prefetch*/,
+                  Tile<S>& sums) {
   const Group* const inputs[1] = {input};
-  tile<1>(weights, groups, inputs, false, sums);
+  for (int s = 0; s < S; ++s) {
+    Tile<1> one;
+    tile<1>(weights + s * distance, groups, inputs, 0, one);
+    sums.rows[0][s] = one.rows[0][0];
+    sums.rows[1][s] = one.rows[1][0];
+  }
 }

@@ -1,0 +1,115 @@
+"""How work is arranged on this machine, measured once and remembered under ~/.cache/hybrid-k2.
+
+Nothing depends on the file: one that is missing, damaged or cannot be written costs some tenths of a second at the next
+start. Results do not depend on the tuning, the speed does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("hybrid_k2")
+
+MAX_PREFETCH = 1 << 16
+MAX_TOKEN_COST = 1000.0
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Say how the kernels walk through memory, and what a token costs beside a read of the weights.
+
+    streams: address streams of a one-token call, 1, 2 or 4. prefetch_one, prefetch_many: bytes ahead of its reads that
+    a call of one token, or of more, asks for; 0: it does not. token_cost: time of one more token where multiplying is
+    the limit, in reads of the weights by one thread among all.
+    Raises: ValueError for values that no kernel takes.
+    """
+
+    streams: int
+    prefetch_one: int
+    prefetch_many: int
+    token_cost: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.streams} streams, prefetch {self.prefetch_one} B at one token, {self.prefetch_many} B at more, "
+            f"a token costs {self.token_cost:.2f} reads"
+        )
+
+    def __post_init__(self) -> None:
+        if type(self.streams) is not int or self.streams not in (1, 2, 4):
+            raise ValueError(f"streams: expected 1, 2 or 4, got {self.streams!r}")
+        for name in ("prefetch_one", "prefetch_many"):
+            ahead = getattr(self, name)
+            if type(ahead) is not int or not 0 <= ahead <= MAX_PREFETCH:
+                raise ValueError(f"{name}: expected 0..{MAX_PREFETCH}, got {ahead!r}")
+        cost = self.token_cost
+        if type(cost) is not float or not 0 < cost <= MAX_TOKEN_COST:
+            raise ValueError(f"token_cost: expected a number above 0, at most {MAX_TOKEN_COST}, got {cost!r}")
+
+
+def remembered_tuning(key: str, measure: Callable[[], Tuning], folder: Path | None = None) -> Tuning:
+    """Return the tuning that was measured for this key before, or measure it and remember it.
+
+    Effects: writes one small file into `folder` (by default the user's cache); where that fails, nothing is remembered.
+    """
+    file = (folder or cache_folder()) / f"tuning-{_file_name(key)}.json"
+    tuning = _read(file, key)
+    if tuning is None:
+        tuning = measure()
+        _write(file, key, tuning)
+    return tuning
+
+
+def cache_folder() -> Path:
+    """Find the folder of remembered measurements: `hybrid-k2` in XDG_CACHE_HOME or in ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "hybrid-k2"
+
+
+def machine_key(isa: str, numerics: str, threads: int, nodes: int) -> str:
+    """Name what a tuning depends on: the CPU, the kernels and how many threads share the memory."""
+    return f"{_cpu_name()}, {isa}, {numerics}, {threads} threads on {nodes} nodes"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def _file_name(key: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-")
+
+
+def _read(file: Path, key: str) -> Tuning | None:
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+        if found["key"] != key:  # two keys may share a file name
+            return None
+        return Tuning(**found["tuning"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _write(file: Path, key: str, tuning: Tuning) -> None:
+    """Put the file in place in one step, so that another process sees all of it or nothing."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            part = Path(folder) / file.name
+            part.write_text(json.dumps({"key": key, "tuning": asdict(tuning)}), encoding="utf-8")
+            os.replace(part, file)
+    except OSError as error:
+        log.debug("the tuning could not be remembered in %s: %s", file, error)
