@@ -1,6 +1,16 @@
-"""Let `python -m hybrid_k2` be the same as `hybrid-k2`."""
+"""The entry point of `hybrid-k2`, and of `python -m hybrid_k2`."""
 
-from hybrid_k2.cli.main import run
+from __future__ import annotations
+
+from hybrid_k2.cli.interrupts import leaving_at_once
+
+
+def main() -> None:
+    """Run the command line, and leave Python with its exit code."""
+    with leaving_at_once():
+        from hybrid_k2.cli.main import run
+    run()
+
 
 if __name__ == "__main__":
-    run()
+    main()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Annotated
 
 import typer
 
 from hybrid_k2.cli.exits import ends_cleanly
+from hybrid_k2.cli.interrupts import leaving_at_once
 from hybrid_k2.cli.terminal import Nowhere, Output
 
 MOST_TOKENS = 65536
@@ -25,15 +27,15 @@ def _bench() -> None:
 @app.command()
 @ends_cleanly
 def experts(
-    hidden: Annotated[int, typer.Option(help="Width of the model, a multiple of 32.", min=32)] = 7168,
-    intermediate: Annotated[int, typer.Option(help="Width of an expert, a multiple of 32.", min=32)] = 2048,
-    experts: Annotated[int, typer.Option(help="Experts of the layer; K2.6 has 384 (9.5 GB).", min=1)] = 64,
+    hidden: Annotated[int, typer.Option(help="Width of the model, a multiple of 32.", min=32, max=65536)] = 7168,
+    intermediate: Annotated[int, typer.Option(help="Width of an expert, a multiple of 32.", min=32, max=65536)] = 2048,
+    experts: Annotated[int, typer.Option(help="Experts of the layer; K2.6 has 384 (9.5 GB).", min=1, max=4096)] = 64,
     top_k: Annotated[int, typer.Option(help="Experts of each token.", min=1)] = 8,
     tokens: Annotated[str, typer.Option(metavar="N,N,…", help="Tokens of a batch.")] = "1,4,16,64",
-    threads: Annotated[int | None, typer.Option(help="Left out: one for each CPU at hand.", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="Left out: one for each core at hand.", min=1, max=4096)] = None,
     numerics: Annotated[str, typer.Option(metavar="NAME,…", help="exact, fast, bf16.")] = "exact",
     isa: Annotated[str | None, typer.Option(help="Instruction set (left out: the best).")] = None,
-    rounds: Annotated[int, typer.Option(help="Measurements of each case.", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="Measurements of each case.", min=1, max=10000)] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,
 ) -> None:
@@ -48,14 +50,18 @@ def experts(
             f"expected at most the {experts} experts of the layer, got {top_k}", param_hint="--top-k"
         )
 
-    from hybrid_k2.bench.experts import measure_experts, memory_bytes
-    from hybrid_k2.errors import MemoryBudgetError
-    from hybrid_k2.experts import ExpertsShape
-    from hybrid_k2.host.threads import spread_threads
-    from hybrid_k2.placement import Machine
-    from hybrid_k2.placement.sizes import format_bytes
+    with leaving_at_once():
+        from hybrid_k2.bench.experts import measure_experts, memory_bytes
+        from hybrid_k2.errors import MemoryBudgetError
+        from hybrid_k2.experts import ExpertsShape
+        from hybrid_k2.experts.read_probe import probe_bytes
+        from hybrid_k2.host.threads import spread_threads
+        from hybrid_k2.placement import Machine
+        from hybrid_k2.placement.sizes import format_bytes
 
     machine = Machine.probe()
+    threads = threads or machine.cores
+    probe_bytes(threads)  # before anything is loaded
     shape = ExpertsShape(hidden, intermediate, experts, top_k)
     needed = memory_bytes(shape, max(counts))
     if needed > machine.host_available_bytes:
@@ -65,10 +71,16 @@ def experts(
             hint="ask for fewer --experts or --tokens",
         )
     notes = Output(Nowhere() if quiet else sys.stderr)
-    nodes = spread_threads(threads or machine.cores, machine.core_cpus, machine.nodes, own=not machine.cpu_quota)
-    report = measure_experts(
-        shape, counts, names, isa, nodes, rounds=rounds, progress=lambda text: notes.line(text, "dim")
-    )
+    nodes = spread_threads(threads, machine.core_cpus, machine.nodes, own=not machine.cpu_quota)
+    try:
+        report = measure_experts(
+            shape, counts, names, isa, nodes, rounds=rounds, progress=lambda text: notes.line(text, "dim")
+        )
+    except MemoryError as error:
+        raise MemoryBudgetError(
+            f"bench experts: expected {format_bytes(needed)} of memory, got none left ({error})",
+            hint="another program or a limit takes it; ask for fewer --experts or --tokens",
+        ) from error
     out = Output(sys.stdout)
     out.line(json.dumps(report.to_json()) if as_json else report.table())
 
@@ -76,7 +88,7 @@ def experts(
 def _positive_numbers(text: str, option: str) -> list[int]:
     """Read `1,4,16`. Raises: typer.BadParameter."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and 0 < int(part) <= MOST_TOKENS for part in parts):
+    if not all(re.fullmatch("[0-9]{1,9}", part) and 0 < int(part) <= MOST_TOKENS for part in parts):
         raise typer.BadParameter(f"expected numbers 1..{MOST_TOKENS} with commas, got {text!r}", param_hint=option)
     return [int(part) for part in parts]
 

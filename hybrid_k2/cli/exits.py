@@ -15,11 +15,12 @@ from typing import Any
 
 import typer
 
+from hybrid_k2.cli.interrupts import INTERRUPTED
 from hybrid_k2.cli.streams import OutputError
 from hybrid_k2.cli.terminal import Output
 from hybrid_k2.errors import HybridK2Error
 
-FAILED, BUG, INTERRUPTED, PIPE_CLOSED = 1, 70, 130, 141
+FAILED, BUG, PIPE_CLOSED = 1, 70, 141
 
 
 def say_error(output: Output, error: HybridK2Error) -> None:

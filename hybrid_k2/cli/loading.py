@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from hybrid_k2.cli.interrupts import leaving_at_once
 from hybrid_k2.cli.terminal import Output
 from hybrid_k2.placement.sizes import format_bytes
 
@@ -24,7 +25,8 @@ def load_engine(model: str, rules: str | None, notes: Output) -> Engine:
 
     Raises: HybridK2Error: everything that is wrong with the checkpoint, the rules or the machine.
     """
-    from hybrid_k2.engine import Engine
+    with leaving_at_once():
+        from hybrid_k2.engine import Engine
 
     started, speed = time.perf_counter(), Speed()
     with show_progress(notes, speed) as progress:

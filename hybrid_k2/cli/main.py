@@ -10,7 +10,8 @@ import typer
 from hybrid_k2 import __version__
 from hybrid_k2.cli.bench import app as bench
 from hybrid_k2.cli.chat.command import chat
-from hybrid_k2.cli.exits import BUG, FAILED, INTERRUPTED, say_bug, say_error, say_output_error
+from hybrid_k2.cli.exits import BUG, FAILED, say_bug, say_error, say_output_error
+from hybrid_k2.cli.interrupts import INTERRUPTED
 from hybrid_k2.cli.log import show_log
 from hybrid_k2.cli.streams import OutputError, own_streams
 from hybrid_k2.cli.terminal import Output

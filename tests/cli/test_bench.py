@@ -57,6 +57,10 @@ def test_a_table_without_notes(call: Call) -> None:
         (("--numerics", "exakt"), "exakt"),
         (("--top-k", "5"), "at most the 4 experts"),
         (("--threads", "0"), "equal to 1"),
+        (("--threads", "4097"), "equal to 4096"),
+        (("--tokens", "1" * 5000), "1..65536"),
+        (("--experts", "9" * 40), "equal to 4096"),
+        (("--rounds", "0"), "equal to 1"),
     ],
 )
 def test_wrong_usage(call: Call, arguments: tuple[str, ...], expected: str) -> None:
@@ -68,7 +72,7 @@ def test_wrong_usage(call: Call, arguments: tuple[str, ...], expected: str) -> N
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [(("--experts", "40000000"), "available"), (("--isa", "sse9"), "sse9")],
+    [(("--experts", "4096", "--hidden", "65536", "--intermediate", "65536"), "available"), (("--isa", "sse9"), "sse9")],
 )
 def test_what_the_machine_cannot_do(call: Call, arguments: tuple[str, ...], expected: str) -> None:
     done = call(*SMALL, *arguments)
@@ -76,3 +80,24 @@ def test_what_the_machine_cannot_do(call: Call, arguments: tuple[str, ...], expe
     assert done.err.count("error: ") == 1
     assert expected in done.err
     assert "Traceback" not in done.err
+
+
+def test_threads_that_cannot_be_measured_are_refused_before_any_work(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hybrid_k2.experts.read_probe.host_memory", lambda: (1 << 34, 1 << 30))
+    done = call(*SMALL, "--threads", "64")
+    assert done.code == 1
+    assert "with 64 threads" in done.err
+    assert "fewer threads" in done.err
+
+
+def test_memory_that_runs_out_is_one_error(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise MemoryError("memory: expected 5 bytes")
+
+    monkeypatch.setattr("hybrid_k2.bench.experts.measure_experts", full)
+    done = call(*SMALL)
+    assert done.code == 1
+    assert "got none left" in done.err
+    assert "fewer --experts" in done.err

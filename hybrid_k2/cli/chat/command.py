@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hybrid_k2.cli.exits import ends_cleanly
+from hybrid_k2.cli.interrupts import leaving_at_once
 from hybrid_k2.cli.terminal import Nowhere, Output
 
 if TYPE_CHECKING:
@@ -89,8 +90,9 @@ def chat(
     if rules is not None and not rules.strip():
         raise typer.BadParameter("expected a rule file or a name, got an empty text", param_hint="--rules")
 
-    from hybrid_k2.cli.chat.options import ChatOptions, check_text, read_tools
-    from hybrid_k2.engine.params import SamplingParams
+    with leaving_at_once():
+        from hybrid_k2.cli.chat.options import ChatOptions, check_text, read_tools
+        from hybrid_k2.engine.params import SamplingParams
 
     params = SamplingParams(
         temperature=temperature,
@@ -119,9 +121,10 @@ def chat(
 
 
 def _chat(options: ChatOptions, rules: str | None, notes: Output) -> None:
-    from hybrid_k2.cli.chat.line_input import LineInput
-    from hybrid_k2.cli.chat.session import ChatSession
-    from hybrid_k2.cli.loading import load_engine
+    with leaving_at_once():
+        from hybrid_k2.cli.chat.line_input import LineInput
+        from hybrid_k2.cli.chat.session import ChatSession
+        from hybrid_k2.cli.loading import load_engine
 
     with load_engine(options.model, rules, notes) as engine:
         notes = Output(sys.stderr)  # --quiet is for the loading: a chat without its prompts would be none
@@ -129,8 +132,9 @@ def _chat(options: ChatOptions, rules: str | None, notes: Output) -> None:
 
 
 def _answer(options: ChatOptions, rules: str | None, prompt: list[str], notes: Output, as_json: bool) -> None:
-    from hybrid_k2.cli.chat.one_shot import answer_once, prompt_text
-    from hybrid_k2.cli.loading import load_engine
+    with leaving_at_once():
+        from hybrid_k2.cli.chat.one_shot import answer_once, prompt_text
+        from hybrid_k2.cli.loading import load_engine
 
     text = prompt_text(prompt, notes)
     with load_engine(options.model, rules, notes) as engine:
