@@ -194,6 +194,7 @@ def memory_bytes(shape: ExpertsShape, most_tokens: int) -> int:
     weights = shape.n_routed_experts + DISTINCT_WEIGHTS
     expert = 3 * shape.hidden_size * shape.moe_intermediate_size
     activations = most_tokens * (12 * shape.hidden_size + 4 * shape.num_experts_per_tok * shape.moe_intermediate_size)
+    activations += most_tokens * (4 * shape.n_routed_experts + 24 * shape.num_experts_per_tok)  # drawing the routes
     return weights * expert * BYTES_PER_32_WEIGHTS // 32 + 12 * expert + activations + (1 << 30)
 
 

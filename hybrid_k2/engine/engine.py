@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.prefix import KeptPrefix
 from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.request import chat_sequence, check_ids, check_prompt_fits, text_sequence
-from hybrid_k2.errors import EngineError, RequestError, shown
+from hybrid_k2.errors import EngineError, MemoryBudgetError, RequestError, shown
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.latent_cache import LatentCache
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from hybrid_k2.model.loader import Progress
     from hybrid_k2.placement import Rules
+
+log = logging.getLogger("hybrid_k2")
 
 
 class Engine:
@@ -87,7 +90,11 @@ class Engine:
 
     @cached_property
     def read_gbps(self) -> float:
-        """The memory's read bandwidth in GB/s (10^9 bytes), measured in about 0.1 s when it is first asked for."""
+        """The memory's read bandwidth in GB/s (10^9 bytes), measured in about 0.1 s when it is first asked for.
+
+        Raises: MemoryBudgetError if there is too little to measure it.
+        """
+        self._check_open()
         return self._loaded.text.experts_runtime.measure_read_gbps()
 
     def default_params(self, thinking: bool = True) -> SamplingParams:
@@ -218,8 +225,13 @@ class Engine:
     def _memory_share(self, tokens_per_s: float) -> float | None:
         """Compare the weights read per second with the memory.
 
-        None with a GPU, whose memory is another one, and for the reference, which reads more than the stored weights.
+        None with a GPU, whose memory is another one, for the reference, which reads more than the stored weights, and
+        where memory is too short to measure it: a reply is not lost for that.
         """
         if self._closed or self.plan.devices != ("host",) or self.plan.numerics == "reference":
             return None
-        return self.plan.bytes_per_token * tokens_per_s / (self.read_gbps * 1e9)
+        try:
+            return self.plan.bytes_per_token * tokens_per_s / (self.read_gbps * 1e9)
+        except (MemoryBudgetError, MemoryError) as error:
+            log.info("the share of the memory's bandwidth is not known: %s", error)
+            return None

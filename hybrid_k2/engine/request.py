@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -45,9 +45,12 @@ def text_sequence(
 
 def check_ids(token_ids: Iterable[Any], vocab_size: int) -> list[int]:
     """Return token ids as a list of ints. Raises: RequestError for none, or one that the vocabulary does not have."""
-    if not isinstance(token_ids, Iterable):
-        raise RequestError(f"prompt: expected text or token ids, got {shown(token_ids)}")
-    ids = list(token_ids)
+    try:
+        ids = None if isinstance(token_ids, (bytes, bytearray, Set, Mapping)) else [*token_ids]
+    except TypeError:  # not iterable, or an array without dimensions
+        ids = None
+    if ids is None:
+        raise RequestError(f"prompt: expected text or token ids in their order, got {shown(token_ids)}")
     if not ids:
         raise RequestError("prompt: expected at least one token, got none")
     for place, token in enumerate(ids):

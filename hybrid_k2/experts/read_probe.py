@@ -23,6 +23,7 @@ def probe_bytes(threads: int) -> int:
     if granted < least:
         raise MemoryBudgetError(
             f"read bandwidth: expected {4 * least // MIB} MiB of free memory to measure it with {threads} threads, "
-            f"got {available // MIB} MiB"
+            f"got {available // MIB} MiB",
+            hint="fewer threads need less",
         )
     return granted

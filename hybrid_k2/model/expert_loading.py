@@ -56,7 +56,7 @@ def warn_of_small_pages(backend: ExpertsBackend) -> None:
     if share is not None and share < MOSTLY:
         log.warning(
             "%.0f %% of the experts' memory lies on huge pages, expected nearly all: reading them may be up to a "
-            "quarter slower (see /sys/kernel/mm/transparent_hugepage/enabled; fragmented memory is mended by a restart)",
+            "quarter slower (see /sys/kernel/mm/transparent_hugepage/enabled; a restart mends fragmented memory)",
             100 * share,
         )
 

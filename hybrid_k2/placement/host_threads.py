@@ -34,13 +34,15 @@ def plan_threads(rules: Rules, machine: Machine, *, bytes_per_token: int, expert
     gpu: something is on a GPU.
     """
     numa = rules.devices.host_numa
+    notes: tuple[str, ...] = ()
     threads = rules.devices.host_threads or _auto_threads(machine.cores, bytes_per_token, gpu)
     if isinstance(numa, int):
-        return ThreadPlan(virtual_nodes(max(threads, numa), numa))
+        if numa > threads:
+            notes = (f"numa: {numa} virtual nodes take {numa} threads, where {threads} have work",)
+        return ThreadPlan(virtual_nodes(max(threads, numa), numa), notes)
     if numa == "off":
         return ThreadPlan((NodeThreads(threads),))
     nodes = machine.nodes
-    notes: tuple[str, ...] = ()
     share = expert_bytes // max(1, len(nodes))
     if len(nodes) > 1 and any(node.free_bytes < share for node in nodes):
         least = min(nodes, key=lambda node: node.free_bytes)

@@ -16,7 +16,7 @@ import pytest
 import hybrid_k2
 from hybrid_k2.demo import demo_path
 from hybrid_k2.engine import Engine, FinishEvent, SamplingParams
-from hybrid_k2.errors import CheckpointError, ConfigError, EngineError, RequestError, RulesError
+from hybrid_k2.errors import CheckpointError, ConfigError, EngineError, MemoryBudgetError, RequestError, RulesError
 from tests.conftest import REPO
 from tests.engines import GREEDY, free_pages, generated, host_rules, random_engine
 from tests.generators import write_checkpoint, write_tokenizer
@@ -186,6 +186,24 @@ def test_ids_may_come_from_any_iterable(engine: Engine) -> None:
             engine.generate(empty)
 
 
+@pytest.mark.parametrize("unordered", [5, 1.5, None, b"ab", {1, 2}, {1: 2}, np.array(5)])
+def test_what_is_no_sequence_of_ids_is_refused(engine: Engine, unordered: Any) -> None:
+    with pytest.raises(RequestError, match="prompt: expected text or token ids in their order, got"):
+        engine.logits(unordered)
+
+
+def test_a_reply_is_not_lost_where_memory_is_too_short_to_measure_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hybrid_k2.experts.read_probe.host_memory", lambda: (1 << 34, 100 << 20))
+    with random_engine(tmp_path, packed=True) as engine:
+        reply = generated(engine, [1, 2, 3], max_tokens=3)
+        assert reply.finish_reason == "length"
+        assert reply.timings.memory_share is None
+        with pytest.raises(MemoryBudgetError, match="to measure it"):
+            _ = engine.read_gbps
+
+
 # Requests that are wrong
 
 
@@ -220,8 +238,8 @@ def test_the_models_context_is_the_other_limit(tmp_path: Path) -> None:
         ({"prompt": "a", "messages": HELLO}, "expected prompt or messages, got both"),
         ({"prompt": "a", "tools": [CALCULATOR]}, "with messages only"),
         ({"prompt": ""}, "at least one token"),
-        ({"prompt": 5}, "prompt: expected text or token ids, got 5"),
-        ({"prompt": 10**6000}, "prompt: expected text or token ids, got a value too large to show"),
+        ({"prompt": 5}, "prompt: expected text or token ids in their order, got 5"),
+        ({"prompt": 10**6000}, "prompt: expected text or token ids in their order, got a value too large to show"),
         ({"prompt": [1, 10**6000]}, r"token_ids\[1\]: expected an id from 0 to 511, got a value too large to show"),
         ({"prompt": "a", "params": 10**6000}, "params: expected SamplingParams, got a value too large to show"),
         ({"messages": []}, "messages: expected at least one message, got none"),
@@ -253,7 +271,12 @@ def test_a_closed_engine_says_so(tmp_path: Path) -> None:
     assert next(started, None) is None
     assert next(waiting, None) is None
     assert "closed" in repr(engine)
-    for call in (lambda: engine.logits([1]), lambda: engine.generate([1]), lambda: engine.chat(HELLO)):
+    for call in (
+        lambda: engine.logits([1]),
+        lambda: engine.generate([1]),
+        lambda: engine.chat(HELLO),
+        lambda: engine.read_gbps,
+    ):
         with pytest.raises(EngineError, match="engine: expected an open one"):
             call()
     assert started.reply.finish_reason == "cancelled"

@@ -120,6 +120,7 @@ def test_numa_by_rule() -> None:
     assert nodes("numa: off", two_nodes(384)) == (NodeThreads(15),)
     assert nodes("numa: 3, threads: 7", two_nodes(384)) == (NodeThreads(2), NodeThreads(2), NodeThreads(3))
     assert nodes("numa: 4", machine(768, cores=2)) == (NodeThreads(1),) * 4
+    assert "numa: 4 virtual nodes take 4 threads, where 1 have work" in plan_of_numa(4).notes
     assert "2 threads on 2 virtual nodes" in plan_of_numa(2).table()
 
 
