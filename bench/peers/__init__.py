@@ -1,0 +1,1 @@
+"""Our expert layer beside those that pip can install: `python -m bench.peers`, from the root of the repository."""
