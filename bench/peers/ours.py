@@ -26,6 +26,7 @@ class OurLayer:
             raise RuntimeError("expected the native kernels, got none: install g++ 11 or newer, then hybrid-k2 again")
         nodes = spread_threads(threads, machine.core_cpus, machine.nodes, own=not machine.cpu_quota)
         self.runtime = NativeRuntime(choose_isa(facts, forced_isa(), name), threads, name, nodes)
+        self.runtime.tuning = self.runtime.measure_tuning()
         self.layer = self.runtime.make_layer(
             hidden_size=sizes.hidden,
             moe_intermediate_size=sizes.intermediate,
@@ -37,6 +38,7 @@ class OurLayer:
         self.about: dict[str, Any] = {
             "version": __version__,
             "isa": self.runtime.isa,
+            "tuning": str(self.runtime.tuning),
             "weights": "the checkpoint's INT4 and bf16 scales",
             "activations": "16 bits" if name == "exact" else "8 bits",
         }
