@@ -236,23 +236,24 @@ PoolLayout pool_layout(int threads, const std::vector<NodeTuple>& nodes) {
   return layout;
 }
 
-// (streams, prefetch_one, prefetch_many, token_cost), as hybrid_k2.experts.tuning.Tuning.
-using TuningTuple = std::tuple<int, int, int, float>;
+// (streams, prefetch_one, prefetch_many, tiles_from, token_cost), as hybrid_k2.experts.tuning.Tuning.
+using TuningTuple = std::tuple<int, int, int, int, float>;
 
 TuningTuple tuning_tuple(const Tuning& tuning) {
-  const MemoryPolicy& p = tuning.policy;
-  return {p.streams, p.prefetch_one, p.prefetch_many, tuning.token_cost};
+  const CallPolicy& p = tuning.policy;
+  return {p.streams, p.prefetch_one, p.prefetch_many, p.tiles_from, tuning.token_cost};
 }
 
 void tune(Runtime& runtime, const TuningTuple& tuple) {
-  const auto& [streams, prefetch_one, prefetch_many, token_cost] = tuple;
+  const auto& [streams, prefetch_one, prefetch_many, tiles_from, token_cost] = tuple;
   check_argument(streams == 1 || streams == 2 || streams == 4, "streams", "1, 2 or 4", streams);
   for (const auto& [name, bytes] : {std::pair{"prefetch_one", prefetch_one}, {"prefetch_many", prefetch_many}}) {
     check_argument(bytes >= 0 && bytes <= kMaxPrefetch, name, text("0..", kMaxPrefetch), bytes);
   }
+  check_argument(tiles_from >= 1 && tiles_from <= kMaxTokens + 1, "tiles_from", text("1..", kMaxTokens + 1), tiles_from);
   check_argument(token_cost > 0 && token_cost <= kMaxTokenCost, "token_cost", text("above 0, at most ", kMaxTokenCost),
                  token_cost);
-  runtime.tune({{streams, prefetch_one, prefetch_many}, token_cost});
+  runtime.tune({{streams, prefetch_one, prefetch_many, tiles_from}, token_cost});
 }
 
 py::list instruction_sets() {

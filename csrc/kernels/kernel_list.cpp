@@ -13,6 +13,7 @@
   }
 
 #if defined(K2_BUILT_AMX_BF16)
+K2_DECLARE(amx_bf16, exact)
 K2_DECLARE(amx_bf16, bf16)
 #define K2_AMX_BF16(numerics) &amx_bf16::numerics
 #else
@@ -58,7 +59,7 @@ constexpr uint32_t kNeedsAmxBf16 = kNeedsAvx512Bf16 | kAmxTile | kAmxBf16 | kAmx
 
 // Tables in the order of Numerics: exact, fast, bf16.
 const KernelEntry kEntries[] = {
-    {"amx_bf16", kNeedsAmxBf16, {nullptr, nullptr, K2_AMX_BF16(bf16)}},
+    {"amx_bf16", kNeedsAmxBf16, {K2_AMX_BF16(exact), nullptr, K2_AMX_BF16(bf16)}},
     {"avx512_bf16", kNeedsAvx512Bf16, {nullptr, nullptr, K2_AVX512_BF16(bf16)}},
     {"avx512_vnni", kNeedsAvx512Vnni, {K2_AVX512_VNNI(exact), K2_AVX512_VNNI(fast), K2_AVX512_VNNI(bf16)}},
     {"avx2", kNeedsAvx2, {K2_AVX2(exact), K2_AVX2(fast), K2_AVX2(bf16)}},

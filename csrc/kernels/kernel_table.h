@@ -13,16 +13,17 @@ enum Numerics { kExact, kFast, kBf16, kNumericsCount };
 
 constexpr int kMaxTokens = 64;  // no table takes more tokens in one call: one bit each in gate_up's result
 
-// How a kernel walks through memory. It changes the speed alone, never a result.
-struct MemoryPolicy {
+// How a kernel goes about a call. It changes the speed alone, never a result.
+struct CallPolicy {
   int streams = 4;           // address streams of a one-token call: 1, 2 or 4
   int prefetch_one = 0;      // bytes ahead of its reads that such a call asks for into the L2 cache; 0: it does not
   int prefetch_many = 9216;  // the same for more tokens
+  int tiles_from = 4;        // tokens from which a table that has tile instructions uses them
 };
 
 // What work is arranged by on a machine. It changes the speed alone, never a result.
 struct Tuning {
-  MemoryPolicy policy = {};
+  CallPolicy policy = {};
   // What one more token costs where multiplying is the limit, in reads of the weights by one worker among all: a unit of
   // work costs max(1, tokens * token_cost).
   float token_cost = 1;
@@ -36,7 +37,7 @@ struct GateUpTask {
   int tokens;                   // 1..max_tokens
   const uint8_t* const* input;  // [tokens] packed activations of H inputs
   uint8_t* const* output;       // [tokens] packed group of the first pair; the following groups lie behind it
-  MemoryPolicy policy = {};
+  CallPolicy policy = {};
 };
 
 // output += factor * (down . x) for `blocks` consecutive row blocks of one expert.
@@ -49,7 +50,7 @@ struct DownTask {
   const uint8_t* const* input;  // [tokens] packed activations of the groups
   const float* factor;          // [tokens] routing weights
   float* const* output;         // [tokens] first of blocks * 32 floats
-  MemoryPolicy policy = {};
+  CallPolicy policy = {};
 };
 
 struct KernelTable {
@@ -76,6 +77,8 @@ struct KernelTable {
   // numerics take an instruction twice (two planes), it counts half. The result only keeps the work alive.
   uint64_t (*peak)(int64_t rounds) = nullptr;
   int64_t peak_operations = 0;
+
+  bool has_tiles = false;  // calls of CallPolicy::tiles_from tokens or more take another way
 
   // Where nobody has measured the machine: one core that has the memory to itself.
   Tuning tuning = {};

@@ -64,7 +64,7 @@ K2_INLINE void activate(const Tile<S>& sums, F32x16 (&h)[S]) {
 }
 
 // The first tile over a row block brings it into the cache for the others.
-K2_INLINE int prefetch_distance(const MemoryPolicy& policy, int tokens, int first_token) {
+K2_INLINE int prefetch_distance(const CallPolicy& policy, int tokens, int first_token) {
   if (first_token > 0) return 0;
   return tokens == 1 ? policy.prefetch_one : policy.prefetch_many;
 }

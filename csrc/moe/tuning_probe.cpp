@@ -18,6 +18,7 @@ constexpr size_t kPairBytes = size_t(2) * kGroups * kBlockBytes;
 constexpr int kPairsPerWorker = 32;
 constexpr int kFewTokens = 4;
 constexpr int kManyTokens = 12;  // where multiplying is the limit, if it ever is
+constexpr int kTileTokens[] = {32, 16, 8, 4};  // where tiles are tried, from where they win most
 constexpr int kMinRounds = 3;
 constexpr double kClearly = 0.97;  // of the time of the policy so far
 constexpr float kLeastCost = 0.01f, kMostCost = 100;
@@ -63,7 +64,7 @@ class Touch final : public Job {
 // gate_up of the pairs of one pass, cut among the workers as a layer's are.
 class Pass final : public Job {
  public:
-  Pass(ThreadPool& pool, const KernelTable& table, Weights& weights, int tokens, const MemoryPolicy& policy)
+  Pass(ThreadPool& pool, const KernelTable& table, Weights& weights, int tokens, const CallPolicy& policy)
       : Job(pool),
         table_(table),
         weights_(weights.buffer.data() + weights.take() * kPairBytes),
@@ -92,7 +93,7 @@ class Pass final : public Job {
   const uint8_t* const weights_;
   const int pairs_;
   const int tokens_;
-  const MemoryPolicy policy_;
+  const CallPolicy policy_;
 };
 
 double time_job(ThreadPool& pool, Job& job) {
@@ -104,7 +105,7 @@ double time_job(ThreadPool& pool, Job& job) {
 }
 
 struct Candidate {
-  MemoryPolicy policy;
+  CallPolicy policy;
   double best = 1e9;  // seconds
 };
 
@@ -131,6 +132,19 @@ class Trial {
     return fastest->best < kClearly * candidates[0].best ? *fastest : candidates[0];
   }
 
+  // The fewest tokens from which tiles are faster for all numbers that are tried.
+  int tiles_from(CallPolicy policy, double seconds) {
+    int from = kMaxTokens + 1;
+    for (const int tokens : kTileTokens) {
+      CallPolicy vectors = policy, tiles = policy;
+      vectors.tiles_from = kMaxTokens + 1;
+      tiles.tiles_from = 1;
+      if (choose({{vectors}, {tiles}}, tokens, seconds / std::size(kTileTokens)).policy.tiles_from != 1) break;
+      from = tokens;
+    }
+    return from;
+  }
+
  private:
   ThreadPool& pool_;
   const KernelTable& table_;
@@ -141,17 +155,21 @@ class Trial {
 
 Tuning measure_tuning(ThreadPool& pool, const KernelTable& table, double seconds, size_t bytes) {
   Trial trial(pool, table, bytes);
-  MemoryPolicy policy = table.tuning.policy;
+  CallPolicy policy = table.tuning.policy;
   std::vector<Candidate> one{{policy}}, few{{policy}};
   for (const int prefetch : {0, 4096, 9216}) {
-    for (const int streams : {1, 2, 4}) one.push_back({{streams, prefetch, policy.prefetch_many}});
+    for (const int streams : {1, 2, 4}) {
+      one.push_back({{.streams = streams, .prefetch_one = prefetch, .tiles_from = policy.tiles_from}});
+    }
   }
   for (const int prefetch : {0, 2048, 4096, 9216, 16384}) {
-    few.push_back({{policy.streams, policy.prefetch_one, prefetch}});
+    few.push_back({{.prefetch_many = prefetch, .tiles_from = policy.tiles_from}});
   }
   const Candidate best_one = trial.choose(one, 1, 0.45 * seconds);
-  policy = best_one.policy;
+  policy.streams = best_one.policy.streams;
+  policy.prefetch_one = best_one.policy.prefetch_one;
   policy.prefetch_many = trial.choose(few, kFewTokens, 0.35 * seconds).policy.prefetch_many;
+  if (table.has_tiles) policy.tiles_from = trial.tiles_from(policy, 0.3 * seconds);
   const Candidate many = trial.choose({{policy}}, kManyTokens, 0.2 * seconds);
   const float token_cost = float(many.best / kManyTokens / best_one.best);
   return {policy, std::clamp(token_cost, kLeastCost, kMostCost)};

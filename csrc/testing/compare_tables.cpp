@@ -120,9 +120,12 @@ std::vector<const uint8_t*> pointers(const Packed& rows) {
 }
 
 // Results must not depend on it.
-MemoryPolicy random_policy(Random& random) {
+CallPolicy random_policy(Random& random) {
   const int distances[] = {0, 0, 4096, 9216};
-  return {1 << pick(random, 0, 2), distances[pick(random, 0, 3)], distances[pick(random, 0, 3)]};
+  return {.streams = 1 << pick(random, 0, 2),
+          .prefetch_one = distances[pick(random, 0, 3)],
+          .prefetch_many = distances[pick(random, 0, 3)],
+          .tiles_from = pick(random, 1, 9)};
 }
 
 void compare_gate_up(Random& random, const KernelTable& a, const KernelTable& b, int tokens) {

@@ -20,15 +20,17 @@ from typing import Any
 log = logging.getLogger("hybrid_k2")
 
 MAX_PREFETCH = 1 << 16
+NO_TILES = 65  # no kernel takes more than 64 tokens in a call
 MAX_TOKEN_COST = 1000.0
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Say how the kernels walk through memory, and what a token costs beside a read of the weights.
+    """Say how the kernels go about a call, and what a token costs beside a read of the weights.
 
     streams: address streams of a one-token call, 1, 2 or 4. prefetch_one, prefetch_many: bytes ahead of its reads that
-    a call of one token, or of more, asks for; 0: it does not. token_cost: time of one more token where multiplying is
+    a call of one token, or of more, asks for; 0: it does not. tiles_from: tokens of an expert from which kernels that
+    have tile instructions (AMX) use them. token_cost: time of one more token where multiplying is
     the limit, in reads of the weights by one thread among all.
     Raises: ValueError for values that no kernel takes.
     """
@@ -36,6 +38,7 @@ class Tuning:
     streams: int
     prefetch_one: int
     prefetch_many: int
+    tiles_from: int
     token_cost: float
 
     def __str__(self) -> str:
@@ -51,6 +54,8 @@ class Tuning:
             ahead = getattr(self, name)
             if type(ahead) is not int or not 0 <= ahead <= MAX_PREFETCH:
                 raise ValueError(f"{name}: expected 0..{MAX_PREFETCH}, got {ahead!r}")
+        if type(self.tiles_from) is not int or not 1 <= self.tiles_from <= NO_TILES:
+            raise ValueError(f"tiles_from: expected 1..{NO_TILES}, got {self.tiles_from!r}")
         cost = self.token_cost
         if type(cost) is not float or not 0 < cost <= MAX_TOKEN_COST:
             raise ValueError(f"token_cost: expected a number above 0, at most {MAX_TOKEN_COST}, got {cost!r}")

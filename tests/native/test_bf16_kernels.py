@@ -1,4 +1,4 @@
-"""The bf16 kernels give the bits of the portable ones, on models of AVX-512 BF16 and AMX and on CPUs that have them."""
+"""AVX-512 BF16 and AMX give the bits of the portable kernels, on models of their instructions and on CPUs with them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.native.test_kernel_tables import compare, compare_program, supported
 
 MODEL = f"-I{CSRC / 'testing' / 'avx512_model'}"  # its immintrin.h stands before the compiler's
 AMX_MODEL = CSRC / "testing" / "amx_model" / "amx.h"
-ISAS = ("avx512_bf16", "amx_bf16")
-
-
-def kernel(isa: str) -> str:
-    """The file of an instruction set's bf16 kernels."""
-    return f"kernels/{isa}/bf16_{isa}.cpp"
+FILES = {
+    "avx512_bf16": "kernels/avx512_bf16/bf16_avx512_bf16.cpp",
+    "amx_bf16": "kernels/amx_bf16/tiles_amx_bf16.cpp",
+}
+NUMERICS = {"avx512_bf16": ["bf16"], "amx_bf16": ["exact", "bf16"]}
+ISAS = tuple(FILES)
 
 
 def changed_amx_model(compiler: Compiler, name: str, old: str, new: str) -> str:
@@ -36,7 +36,7 @@ def changed_amx_model(compiler: Compiler, name: str, old: str, new: str) -> str:
 def real_flags(build_script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """The flags that the package is built with, for each of the instruction sets."""
     monkeypatch.chdir(REPO)
-    return {isa: build_script.flags(f"csrc/{kernel(isa)}") for isa in ISAS}
+    return {isa: build_script.flags(f"csrc/{FILES[isa]}") for isa in ISAS}
 
 
 def test_the_model_of_the_tile_instructions_follows_the_manual(compiler: Compiler) -> None:
@@ -46,31 +46,29 @@ def test_the_model_of_the_tile_instructions_follows_the_manual(compiler: Compile
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_model_gives_the_bits_of_portable(isa: str, x86_compiler: Compiler) -> None:
-    program = compare_program(x86_compiler, isa, x86_compiler.object(kernel(isa), "-O0", MODEL))
-    compare(program, isa, 60, ["bf16"])
+    program = compare_program(x86_compiler, isa, x86_compiler.object(FILES[isa], "-O0", MODEL))
+    compare(program, isa, 60, NUMERICS[isa])
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_cpu_gives_the_bits_of_portable(isa: str, x86_compiler: Compiler, real_flags: dict[str, list[str]]) -> None:
     if not supported(isa):
         pytest.skip(f"this CPU has no {isa}; the model stands in")
-    program = compare_program(x86_compiler, isa, x86_compiler.object(kernel(isa), *real_flags[isa]))
-    compare(program, isa, 200, ["bf16"])
+    program = compare_program(x86_compiler, isa, x86_compiler.object(FILES[isa], *real_flags[isa]))
+    compare(program, isa, 200, NUMERICS[isa])
 
 
 def test_the_bits_do_not_depend_on_the_order_of_a_tiles_sums(x86_compiler: Compiler) -> None:
     one_chain = changed_amx_model(x86_compiler, "one_chain", "chain[odd]", "chain[0]")
-    program = compare_program(
-        x86_compiler, "amx_bf16", x86_compiler.object(kernel("amx_bf16"), "-O0", one_chain, MODEL)
-    )
-    compare(program, "amx_bf16", 30, ["bf16"])
+    program = compare_program(x86_compiler, "amx_bf16", x86_compiler.object(FILES["amx_bf16"], "-O0", one_chain, MODEL))
+    compare(program, "amx_bf16", 30, NUMERICS["amx_bf16"])
 
 
 def test_the_comparison_notices_a_wrong_tile_instruction(x86_compiler: Compiler) -> None:
     no_odd = changed_amx_model(x86_compiler, "no_odd", "chain[0] + chain[1]", "chain[0]")
-    program = compare_program(x86_compiler, "amx_bf16", x86_compiler.object(kernel("amx_bf16"), "-O0", no_odd, MODEL))
+    program = compare_program(x86_compiler, "amx_bf16", x86_compiler.object(FILES["amx_bf16"], "-O0", no_odd, MODEL))
     with pytest.raises(AssertionError, match="expected"):
-        compare(program, "amx_bf16", 30, ["bf16"])
+        compare(program, "amx_bf16", 30, NUMERICS["amx_bf16"])
 
 
 def disassemble(path: Path) -> list[str]:
@@ -81,7 +79,7 @@ def disassemble(path: Path) -> list[str]:
 
 
 def test_the_compiler_emits_the_real_instructions(x86_compiler: Compiler, real_flags: dict[str, list[str]]) -> None:
-    vectors, tiles = (disassemble(x86_compiler.object(kernel(isa), *real_flags[isa])) for isa in ISAS)
+    vectors, tiles = (disassemble(x86_compiler.object(FILES[isa], *real_flags[isa])) for isa in ISAS)
     assert "vdpbf16ps" in vectors
     assert not [name for name in vectors if name.startswith(("t", "ldt")) and not name.startswith("test")]
     for name in ("tdpbf16ps", "tileloadd", "tilestored", "tilezero", "ldtilecfg"):

@@ -19,7 +19,7 @@ from tests.generators import write_checkpoint
 from tests.models import loaded
 from tests.unit.experts_common import load_random_experts, native_runtime, random_routing, usable_isas
 
-FOUND = Tuning(streams=2, prefetch_one=4096, prefetch_many=0, token_cost=0.5)
+FOUND = Tuning(streams=2, prefetch_one=4096, prefetch_many=0, tiles_from=4, token_cost=0.5)
 
 
 class Tuner:
@@ -62,6 +62,7 @@ def damaged(key: str = "k", **changes: object) -> bytes:
         damaged(prefetch_one=-64),
         damaged(prefetch_many=1e9),
         damaged(prefetch_many=[]),
+        damaged(tiles_from=0),
         damaged(token_cost=0.0),
         damaged(token_cost=float("nan")),
         damaged(token_cost="1"),
@@ -163,7 +164,7 @@ def test_no_tuning_changes_a_bit(numerics: str) -> None:
         for streams in (1, 2, 4):
             for ahead in (0, 4096):
                 for token_cost in (0.01, 0.7, 100.0):
-                    chosen = Tuning(streams, ahead, 4096 - ahead, token_cost)
+                    chosen = Tuning(streams, ahead, 4096 - ahead, 1 + ahead % 5, token_cost)
                     runtime.tuning = chosen
                     assert replace(runtime.tuning, token_cost=token_cost) == chosen  # the cost is fp32 there
                     assert torch.equal(layer.forward(hidden, ids, weights), expected)
@@ -190,7 +191,13 @@ def test_a_tuning_that_no_kernel_has_is_refused(make: Callable[[], Tuning], mess
 
 def test_the_native_runtime_checks_what_it_is_given() -> None:
     runtime = native_runtime()
-    for wrong in ((3, 0, 0, 1.0), (1, -1, 0, 1.0), (1, 0, 1 << 17, 1.0), (1, 0, 0, 0.0), (1, 0, 0, float("nan"))):
+    for wrong in (
+        (3, 0, 0, 4, 1.0),
+        (1, -1, 0, 4, 1.0),
+        (1, 0, 1 << 17, 4, 1.0),
+        (1, 0, 0, 66, 1.0),
+        (1, 0, 0, 4, float("nan")),
+    ):
         with pytest.raises(ValueError, match="expected"):
             runtime.native.tuning = wrong
     with pytest.raises(ValueError, match="bytes: expected at least"):

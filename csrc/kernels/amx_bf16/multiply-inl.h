@@ -20,8 +20,9 @@
 // Nothing here was measured: no CPU with AMX was at hand. The kernel runs on a model of the instructions.
 
 constexpr int kTileTokens = 16;
-// Below this a vector kernel is estimated to be faster: about 100 cycles per row block and group here, 32 per token there.
-constexpr int kMinTokens = 4;
+// Where nobody has measured: about 100 cycles per row block and group here, 32 per token in a vector kernel, and twice as
+// many operations for two planes as for one.
+constexpr CallPolicy kTilePolicy = {.tiles_from = 4};
 constexpr int kTileBytes = 1024;
 
 // The operand of LDTILECFG.

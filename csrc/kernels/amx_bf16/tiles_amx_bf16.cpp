@@ -1,4 +1,4 @@
-// bf16 on AMX: Intel servers since Sapphire Rapids. Few tokens of an expert run on AVX-512, with the same bits.
+// A16 and bf16 on AMX: Intel servers since Sapphire Rapids. Few tokens of an expert run on AVX-512, with the same bits.
 #include <immintrin.h>
 
 #include "kernels/kernel_file.h"
@@ -24,13 +24,29 @@ namespace {
 #include "kernels/amx_bf16/probes-inl.h"
 #include "kernels/table-inl.h"
 
+template <class Hidden>
 uint64_t gate_up_any(const GateUpTask& task) {
-  return task.tokens < kMinTokens ? gate_up<Bf16Group, A16Group>(task) : gate_up_tiles<Bf16Group>(task);
+  return task.tokens < task.policy.tiles_from ? gate_up<Hidden, A16Group>(task) : gate_up_tiles<Hidden>(task);
 }
 
-void down_any(const DownTask& task) { task.tokens < kMinTokens ? down<A16Group>(task) : down_tiles(task); }
+void down_any(const DownTask& task) {
+  task.tokens < task.policy.tiles_from ? down<A16Group>(task) : down_tiles(task);
+}
 
 }  // namespace
+
+extern const KernelTable exact;
+constinit const KernelTable exact = with_kernels<A16Group, A16Group>({
+    .name = "amx_bf16",
+    .numerics = kExact,
+    .activations = "A16",
+    .max_tokens = kMaxTokens,
+    .gate_up = gate_up_any<A16Group>,
+    .down = down_any,
+    .peak_operations = kPeakOperations / 2,  // two planes
+    .has_tiles = true,
+    .tuning = {.policy = kTilePolicy, .token_cost = 0.25f},
+});
 
 extern const KernelTable bf16;
 constinit const KernelTable bf16 = with_kernels<Bf16Group, A16Group>({
@@ -39,10 +55,11 @@ constinit const KernelTable bf16 = with_kernels<Bf16Group, A16Group>({
     .activations = "bf16, then A16",
     .max_tokens = kMaxTokens,
     .pack_fp32 = pack_hidden_fp32<Bf16Group>,
-    .gate_up = gate_up_any,
+    .gate_up = gate_up_any<Bf16Group>,
     .down = down_any,
     .peak_operations = kPeakOperations * 3 / 4,  // one plane for gate and up, two for down
-    .tuning = {.token_cost = 0.2f},
+    .has_tiles = true,
+    .tuning = {.policy = kTilePolicy, .token_cost = 0.2f},
 });
 
 }  // namespace k2::amx_bf16
