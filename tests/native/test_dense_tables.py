@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -71,3 +74,32 @@ def test_dense_job(sanitizer: str, compiler: Compiler) -> None:
     portable = compiler.object("kernels/portable/dense_portable.cpp", "-O1", *flags)
     program = compiler.program(f"dense_job_test_{sanitizer[:6]}", [*objects, portable], *flags)
     assert run_program(program) == "ok\n"
+
+
+@pytest.mark.parametrize(
+    ("isa", "flags", "multiply"),
+    [("avx2", AVX2, ("vfmadd", "vpmaddwd")), ("avx512_vnni", AVX512_VNNI, ("vfmadd", "vpdpbusd"))],
+)
+def test_probes_of_the_peak_multiply_and_do_not_move(
+    isa: str, flags: tuple[str, ...], multiply: tuple[str, str], x86_compiler: Compiler
+) -> None:
+    """A copy or a store per sum would make the peak too low, and every share of it too high."""
+    kernel = x86_compiler.object(f"kernels/{isa}/dense_{isa}.cpp", "-O3", *flags)
+    for probe, name in zip(("peak_bf16", "peak_int8"), multiply, strict=True):
+        loop = innermost_loop(kernel, probe)
+        assert sum(instruction.startswith(name) for instruction in loop) >= 8, loop
+        assert not [instruction for instruction in loop if "mov" in instruction or "(" in instruction], loop
+
+
+def innermost_loop(path: Path, function: str) -> list[str]:
+    """The instructions of a function's only loop: from the target of its last jump back to that jump."""
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump is not installed")
+    command = ["objdump", "-d", "--no-show-raw-insn", str(path)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    body = re.search(rf"<[^>]*{function}[^>]*>:\n((?:.+\n)+)", listing)
+    assert body, f"no {function} in {path.name}"
+    lines = [(int(at, 16), text) for at, text in re.findall(r"^ *([0-9a-f]+):\t(.+)$", body[1], re.MULTILINE)]
+    jumps = [(int(target, 16), at) for at, text in lines for target in re.findall(r"^j\w+ +([0-9a-f]+) ", text)]
+    first, last = next((target, at) for target, at in jumps if target < at)
+    return [text for at, text in lines if first <= at <= last]

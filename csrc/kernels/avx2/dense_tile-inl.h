@@ -68,7 +68,7 @@ K2_INLINE void bf16_strips(const DenseStep& step, int first) {
       };
       cross<S, T>(weight, value, [&](int s, int t, __m256 w, __m256 x) {
         sums[s][t] = _mm256_fmadd_ps(w, x, sums[s][t]);
-        __asm__("" : "+x"(sums[s][t]));  // else gcc overwrites a weight or value with the sum, and spills
+        pin(sums[s][t]);
       });
     }
   }
@@ -169,7 +169,7 @@ K2_INLINE void int8_strips(const DenseStep& step, int first) {
       cross<S, T>(weight, value, [&](int s, int t, const Pairs& w, const Pairs& n) {
         dot[s][t] = _mm256_add_epi32(dot[s][t], _mm256_madd_epi16(w.even, n.even));
         dot[s][t] = _mm256_add_epi32(dot[s][t], _mm256_madd_epi16(w.odd, n.odd));
-        __asm__("" : "+x"(dot[s][t]));  // else gcc collects products before it adds them, and spills them
+        pin(dot[s][t]);
       });
     }
 #pragma GCC unroll 4

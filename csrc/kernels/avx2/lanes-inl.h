@@ -69,3 +69,8 @@ K2_INLINE int32_t reduce_add(I32x16 x) {
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
   return _mm_cvtsi128_si32(s);
 }
+
+// Keeps a partial sum in its register at this point: left alone, gcc collects several products before it adds them, and
+// spills them all.
+K2_INLINE void pin(__m256i& sum) { __asm__("" : "+x"(sum)); }
+K2_INLINE void pin(__m256& sum) { __asm__("" : "+x"(sum)); }

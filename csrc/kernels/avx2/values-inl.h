@@ -14,10 +14,6 @@ K2_INLINE __m256i broadcast4(const int8_t* x) {
   return _mm256_set1_epi32(four);
 }
 
-// Keeps a partial sum in its register at this point: left alone, gcc collects the products of a whole strip before it
-// adds them, and spills them all.
-K2_INLINE void pin(__m256i& sum) { __asm__("" : "+x"(sum)); }
-
 // sum += values . x, for one plane of 8 inputs: `first` are the low nibbles, `second` the high ones.
 K2_INLINE void add_products(__m256i& sum, __m256i first, __m256i second, __m256i x_first, __m256i x_second) {
   sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(first, x_first));

@@ -3,6 +3,11 @@
 constexpr int kPeakChains = 12;
 constexpr int64_t kPeakOperations = kPeakChains * 64 * 2;
 
+K2_INLINE void peak_step(__m512i& sum, __m512i values, __m512i x) {
+  sum = _mm512_dpbusd_epi32(sum, values, x);
+  pin(sum);
+}
+
 // vpdpbusd alone: enough independent sums to hide its latency. They are variables of their own, because gcc keeps an
 // array of them in memory, and start differently, because it makes one of equal ones.
 uint64_t peak(int64_t rounds) {
@@ -11,18 +16,18 @@ uint64_t peak(int64_t rounds) {
   __m512i a = i32(0), b = i32(1), c = i32(2), d = i32(3), e = i32(4), f = i32(5);
   __m512i g = i32(6), h = i32(7), i = i32(8), j = i32(9), k = i32(10), l = i32(11);
   for (int64_t round = 0; round < rounds; ++round) {
-    a = _mm512_dpbusd_epi32(a, values, x);
-    b = _mm512_dpbusd_epi32(b, values, x);
-    c = _mm512_dpbusd_epi32(c, values, x);
-    d = _mm512_dpbusd_epi32(d, values, x);
-    e = _mm512_dpbusd_epi32(e, values, x);
-    f = _mm512_dpbusd_epi32(f, values, x);
-    g = _mm512_dpbusd_epi32(g, values, x);
-    h = _mm512_dpbusd_epi32(h, values, x);
-    i = _mm512_dpbusd_epi32(i, values, x);
-    j = _mm512_dpbusd_epi32(j, values, x);
-    k = _mm512_dpbusd_epi32(k, values, x);
-    l = _mm512_dpbusd_epi32(l, values, x);
+    peak_step(a, values, x);
+    peak_step(b, values, x);
+    peak_step(c, values, x);
+    peak_step(d, values, x);
+    peak_step(e, values, x);
+    peak_step(f, values, x);
+    peak_step(g, values, x);
+    peak_step(h, values, x);
+    peak_step(i, values, x);
+    peak_step(j, values, x);
+    peak_step(k, values, x);
+    peak_step(l, values, x);
   }
   const I32x16 first = add(add(add(a, b), add(c, d)), add(e, f));
   const I32x16 second = add(add(add(g, h), add(i, j)), add(k, l));
