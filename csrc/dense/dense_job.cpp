@@ -1,13 +1,12 @@
 #include "dense/dense_job.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
 namespace k2 {
 namespace {
 
-// 64 rows of 7168 inputs are 1.8 MB. A weight that is read once for 64 tokens costs a core below 1 GB/s.
-constexpr int kChunkTokens = 64;
 // Row blocks between two looks at whether the job was cancelled: well below a second, but for the portable kernels.
 constexpr int kCheckBlocks = 128;
 
@@ -18,8 +17,9 @@ int share(int count, int worker, int workers) { return int(int64_t(count) * work
 DenseJob::DenseJob(ThreadPool& pool, const DenseTable& table, std::vector<DenseProduct> products,
                    const DenseInput& input, std::vector<uint8_t>& scratch)
     : Job(pool), table_(table), products_(std::move(products)), input_(input), packed_(scratch) {
-  if (!int8()) return;
-  packed_.resize(std::max(packed_.size(), size_t(std::min(kChunkTokens, input.tokens) * packed_bytes())));
+  if (!packs()) return;
+  const size_t bytes = size_t(std::min(kDenseTokens, input.tokens)) * groups() * group_bytes();
+  packed_.resize(std::max(packed_.size(), bytes));
   bad_.reset(new std::atomic<bool>[input.tokens]());
 }
 
@@ -27,9 +27,9 @@ void DenseJob::run(Team& team, int worker) {
   int blocks = 0, round = 0;
   for (const DenseProduct& product : products_) blocks += product.matrix->blocks();
   const int begin = share(blocks, worker, team.workers()), end = share(blocks, worker + 1, team.workers());
-  for (int first = 0; first < input_.tokens; first += kChunkTokens) {
-    const Chunk chunk{first, std::min(kChunkTokens, input_.tokens - first)};
-    if (int8()) {
+  for (int first = 0; first < input_.tokens; first += kDenseTokens) {
+    const Chunk chunk{first, std::min(kDenseTokens, input_.tokens - first)};
+    if (packs()) {
       if (first > 0) team.sync(++round);  // others may still read the packed rows of the chunk before
       pack(chunk, team, worker);
       team.sync(++round);
@@ -47,14 +47,18 @@ void DenseJob::pack(const Chunk& chunk, const Team& team, int worker) {
   const int first = share(groups(), worker, team.workers()), last = share(groups(), worker + 1, team.workers());
   for (int t = 0; t < chunk.tokens; ++t) {
     const float* row = input_.rows + int64_t(chunk.first + t) * inputs() + first * kDenseGroup;
-    uint8_t* packed = packed_.data() + t * packed_bytes() + int64_t(first) * table_.group_bytes;
-    if (!table_.pack(row, last - first, packed)) bad_[chunk.first + t].store(true);
+    const ptrdiff_t stride = ptrdiff_t(chunk.tokens) * group_bytes();
+    uint8_t* packed = packed_.data() + first * stride + t * group_bytes();
+    if (int8()) {
+      if (!table_.pack(row, last - first, packed, stride)) bad_[chunk.first + t].store(true);
+      continue;
+    }
+    for (int g = first; g < last; ++g, row += kDenseGroup, packed += stride) std::memcpy(packed, row, group_bytes());
   }
 }
 
 void DenseJob::multiply(const Chunk& chunk, const DenseProduct& product, const Team& team, int first, int last) {
   const DenseMatrix& matrix = *product.matrix;
-  const float* rows = input_.rows + int64_t(chunk.first) * inputs();
   float* output = product.output + int64_t(chunk.first) * matrix.rows();
   for (int block = first; block < last; block += kCheckBlocks) {
     team.check_cancelled();
@@ -63,8 +67,7 @@ void DenseJob::multiply(const Chunk& chunk, const DenseProduct& product, const T
         .groups = groups(),
         .blocks = std::min(kCheckBlocks, last - block),
         .tokens = chunk.tokens,
-        .input = int8() ? packed_.data() : reinterpret_cast<const uint8_t*>(rows),
-        .input_stride = int8() ? packed_bytes() : inputs() * ptrdiff_t(sizeof(float)),
+        .input = packs() ? packed_.data() : reinterpret_cast<const uint8_t*>(input_.rows),
         .output = output + block * kDenseRows,
         .output_stride = matrix.rows(),
     });

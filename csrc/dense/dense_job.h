@@ -2,7 +2,8 @@
 //
 // Each worker owns a contiguous range of row blocks and with it columns of the outputs: nothing is reduced, so results do
 // not depend on the number of workers. Batches run in chunks of tokens, so that a chunk's rows stay in the caches while
-// every row block meets them. For int8 the workers first pack a chunk's rows, each some groups.
+// every row block meets them. The workers first bring a chunk's rows into the order that the kernels read, each some
+// groups; one row in fp32 has it.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -31,7 +32,7 @@ struct DenseProduct {
 // Several matrices, of equal inputs and all bf16 or all int8, over the same rows.
 class DenseJob final : public Job {
  public:
-  // `scratch` keeps the packed rows of int8; it may be used for the next job when this one has ended.
+  // `scratch` keeps the packed rows; it may be used for the next job when this one has ended.
   DenseJob(ThreadPool& pool, const DenseTable& table, std::vector<DenseProduct> products, const DenseInput& input,
            std::vector<uint8_t>& scratch);
 
@@ -48,12 +49,13 @@ class DenseJob final : public Job {
   int inputs() const { return products_.front().matrix->inputs(); }
   int groups() const { return products_.front().matrix->groups(); }
   bool int8() const { return products_.front().matrix->int8(); }
-  int64_t packed_bytes() const { return int64_t(groups()) * table_.group_bytes; }
+  bool packs() const { return int8() || input_.tokens > 1; }
+  int group_bytes() const { return int8() ? table_.group_bytes : kDenseGroup * int(sizeof(float)); }
 
   const DenseTable& table_;
   const std::vector<DenseProduct> products_;
   const DenseInput input_;
-  std::vector<uint8_t>& packed_;            // [chunk, packed row]
+  std::vector<uint8_t>& packed_;              // [groups, tokens of the chunk, group_bytes]
   std::unique_ptr<std::atomic<bool>[]> bad_;  // [tokens] the row has no packed form
 };
 

@@ -3,15 +3,16 @@
 // Included inside the anonymous namespace of each instruction set's file, after its `lanes-inl.h` and its
 // `dense_tile-inl.h`, which defines
 //   kBf16Tiles[T - 1](step)   T tokens times one row block, `step.groups` groups of it; kBf16Tile is the largest T
-//   kInt8Tiles, kInt8Tile     the same for int8, with Int8Group, one token's group of packed activations, and
+//   kBf16Streams(streams)     one token times four row blocks together, or null: one after the other
+//   kInt8Tiles, kInt8Tile, kInt8Streams   the same for int8, with Int8Group, one token's group of packed activations, and
 //   store_group(n, group)     which packs it
 //
-// Sums of a step that is not a row block's last stay in the output, as fp32: nothing is rounded on the way, so results
+// Sums of a step that is not a row block's last wait in fp32, and not in the output, whose rows may all fall into the same sets
+// of a cache. Nothing is rounded on the way, so results
 // do not depend on how a batch is cut.
 
-constexpr int kDenseStreams = 4;  // address streams, as for the experts: the hardware prefetchers follow all of them
-constexpr int kStepGroups = 8;    // groups of a step for several tokens: 16 KB of bf16 weights, which an L1 cache keeps
-constexpr int kOneStepGroups = 2;  // for one tile of tokens, where nothing is used again: streams advance side by side
+// Groups of a step for several tokens: 16 KB of bf16 weights, which an L1 cache keeps beside a tile's rows.
+constexpr int kStepGroups = 8;
 
 // Cuts `tokens` into the fewest tiles of at most `largest`, as equal as they go.
 template <class Run>
@@ -26,58 +27,82 @@ K2_INLINE void for_each_dense_tile(int tokens, int largest, Run run) {
 
 // What differs between the types of weights.
 struct DenseForm {
-  int block_bytes;        // weights of a row block's group
-  int input_bytes;        // a token's group
-  int largest;            // tile
-  const DenseTile* tiles;  // [largest] by tokens
+  int block_bytes;           // weights of a row block's group
+  int input_bytes;           // a token's group
+  int largest;               // tile
+  const DenseTile* tiles;    // [largest] by tokens
+  DenseStreamsTile streams;  // or null
+
+  ptrdiff_t row_block(const DenseTask& task) const { return ptrdiff_t(task.groups) * block_bytes; }
+
+  // The step from `group` on of one row block and of the tokens from `token` on, whose sums are `sums`.
+  DenseStep step(const DenseTask& task, int block, int token, int group, float* sums) const {
+    const ptrdiff_t stride = ptrdiff_t(task.tokens) * input_bytes;
+    return {
+        .weights = task.weights + block * row_block(task) + ptrdiff_t(group) * block_bytes,
+        .groups = task.groups - group < kStepGroups ? task.groups - group : kStepGroups,
+        .begins = group == 0,
+        .ends = group + kStepGroups >= task.groups,
+        .input = task.input + group * stride + ptrdiff_t(token) * input_bytes,
+        .input_stride = stride,
+        .sums = sums,
+        .output = task.output + token * task.output_stride + block * kDenseRows,
+        .output_stride = task.output_stride,
+        .fetch = nullptr,
+        .fetch_lines = 0,
+    };
+  }
 };
 
-// Row blocks `first`, `first + distance`, ...: S streams. A step's weights serve all tiles of tokens before the next
-// step is read.
-template <int S>
-void dense_streams(const DenseForm& form, const DenseTask& task, int first, int distance) {
-  const int groups = task.tokens <= form.largest ? kOneStepGroups : kStepGroups;
-  const ptrdiff_t row_block = ptrdiff_t(task.groups) * form.block_bytes;
-  for (int g = 0; g < task.groups; g += groups) {
+// A step's weights serve all tiles of tokens before the next step is read. The lines of the next are fetched into the L2
+// cache meanwhile, by each tile and group some: all at once would be more than a core can wait for.
+K2_INLINE void run_tiles(const DenseForm& form, const DenseTask& task, int block) {
+  alignas(64) float sums[kDenseTokens * kDenseRows];
+  const int tiles = (task.tokens + form.largest - 1) / form.largest;
+  const int lines = (form.block_bytes / 64 + tiles - 1) / tiles;
+  for (int group = 0; group < task.groups; group += kStepGroups) {
+    int tile = 0;
     for_each_dense_tile(task.tokens, form.largest, [&](int token, int size) {
-      for (int s = 0; s < S; ++s) {
-        const int block = first + s * distance;
-        form.tiles[size - 1]({
-            .weights = task.weights + block * row_block + ptrdiff_t(g) * form.block_bytes,
-            .groups = task.groups - g < groups ? task.groups - g : groups,
-            .begins = g == 0,
-            .ends = g + groups >= task.groups,
-            .input = task.input + token * task.input_stride + ptrdiff_t(g) * form.input_bytes,
-            .input_stride = task.input_stride,
-            .output = task.output + token * task.output_stride + block * kDenseRows,
-            .output_stride = task.output_stride,
-        });
-      }
+      DenseStep step = form.step(task, block, token, group, sums + token * kDenseRows);
+      step.fetch = step.weights + kStepGroups * form.block_bytes + tile++ * step.groups * lines * 64;
+      step.fetch_lines = lines;
+      form.tiles[size - 1](step);
     });
   }
 }
 
+// Row blocks `first`, `first + distance`, ...: four streams.
+K2_INLINE void run_streams(const DenseForm& form, const DenseTask& task, int first, int distance) {
+  form.streams({
+      .weights = task.weights + first * form.row_block(task),
+      .distance = distance * form.row_block(task),
+      .groups = task.groups,
+      .input = task.input,
+      .output = task.output + first * kDenseRows,
+      .output_distance = ptrdiff_t(distance) * kDenseRows,
+  });
+}
+
 K2_INLINE void run_dense(const DenseForm& form, const DenseTask& task) {
-  const int quarter = task.blocks / kDenseStreams;
-  for (int i = 0; i < quarter; ++i) dense_streams<kDenseStreams>(form, task, i, quarter);
-  for (int block = kDenseStreams * quarter; block < task.blocks; ++block) dense_streams<1>(form, task, block, 0);
+  const int quarter = task.tokens == 1 && form.streams ? task.blocks / kDenseStreams : 0;
+  for (int i = 0; i < quarter; ++i) run_streams(form, task, i, quarter);
+  for (int block = kDenseStreams * quarter; block < task.blocks; ++block) run_tiles(form, task, block);
 }
 
 void dense_bf16(const DenseTask& task) {
-  run_dense({kBf16BlockBytes, kDenseGroup * int(sizeof(float)), kBf16Tile, kBf16Tiles}, task);
+  run_dense({kBf16BlockBytes, kDenseGroup * int(sizeof(float)), kBf16Tile, kBf16Tiles, kBf16Streams}, task);
 }
 
 void dense_int8(const DenseTask& task) {
-  run_dense({kInt8BlockBytes, sizeof(Int8Group), kInt8Tile, kInt8Tiles}, task);
+  run_dense({kInt8BlockBytes, sizeof(Int8Group), kInt8Tile, kInt8Tiles, kInt8Streams}, task);
 }
 
-bool pack_int8_input(const float* x, int groups, uint8_t* packed) {
-  Int8Group* group = reinterpret_cast<Int8Group*>(packed);
+bool pack_int8_input(const float* x, int groups, uint8_t* packed, ptrdiff_t stride) {
   bool fits = true;
   for (int g = 0; g < groups; ++g, x += kDenseGroup) {
     const FixedPoint n = fixed_point(load_f32(x), load_f32(x + 16));
     fits &= n.fits;
-    store_group(n, group + g);
+    store_group(n, reinterpret_cast<Int8Group*>(packed + g * stride));
   }
   return fits;
 }

@@ -18,15 +18,17 @@ constexpr int kDenseGroup = 32;  // inputs of a block
 constexpr int kBf16BlockBytes = 2048;
 constexpr int kInt8BlockBytes = 1088;
 constexpr int kInt8ScaleBytes = 64;
+// Tokens of one call: their rows stay in an L2 cache, a step at a time, and a weight that is read once for so many costs a
+// core below 1 GB/s.
+constexpr int kDenseTokens = 64;
 
 // output = W . x for `blocks` consecutive row blocks.
 struct DenseTask {
   const uint8_t* weights;   // first row block, 64-byte aligned
   int groups;               // inputs / 32
   int blocks;               // row blocks
-  int tokens;               // at least 1
-  const uint8_t* input;     // of the first token: fp32 for bf16 weights, packed for int8
-  ptrdiff_t input_stride;   // bytes from one token's input to the next
+  int tokens;               // 1..kDenseTokens
+  const uint8_t* input;     // [groups][tokens]: 32 values in fp32 for bf16 weights, a packed group for int8
   float* output;            // of the first token and row
   ptrdiff_t output_stride;  // floats from one token's output to the next
 };
@@ -46,8 +48,9 @@ struct DenseTable {
   // is below 2^27, so its conversion to fp32 rounds once.
   void (*int8)(const DenseTask& task);
   int group_bytes;  // one token's group of 32 packed activations
-  // Packs `groups` groups of activations. False if a value has no packed form (NaN, infinity, out of range).
-  bool (*pack)(const float* x, int groups, uint8_t* packed);
+  // Packs `groups` groups of activations, `stride` bytes apart. False if a value has no packed form (NaN, infinity, out of
+  // range).
+  bool (*pack)(const float* x, int groups, uint8_t* packed, ptrdiff_t stride);
 
   // Nothing but the instructions that multiply and add, as KernelTable::peak.
   DensePeak bf16_peak, int8_peak;

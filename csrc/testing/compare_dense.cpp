@@ -38,16 +38,16 @@ uint16_t random_bf16(Random& random) {
   return uint16_t(bits >> 16);
 }
 
-// Rows of inputs with gaps between them, as columns of a wider matrix have.
+// Rows of outputs with gaps between them, as columns of a wider matrix have.
 struct Work {
   Work(Random& random, int tokens)
       : groups(pick(random, 1, 21)), blocks(pick(random, 1, 9)), tokens(tokens), gap(pick(random, 0, 40)) {
     std::normal_distribution<float> normal;
-    for (int i = 0; i < tokens * stride(); ++i) {
+    for (int i = 0; i < tokens * inputs(); ++i) {
       input.push_back(pick(random, 0, 999) == 0 ? std::ldexp(normal(random), pick(random, -140, 120)) : normal(random));
     }
   }
-  int stride() const { return groups * kDenseGroup + gap; }
+  int inputs() const { return groups * kDenseGroup; }
   int output_stride() const { return blocks * kDenseRows + gap; }
 
   int groups, blocks, tokens, gap;
@@ -58,8 +58,8 @@ struct Work {
 std::vector<float> compute(const Work& work, const DenseTable& table, bool int8, const uint8_t* weights,
                            const std::vector<uint8_t>& input) {
   std::vector<float> out(size_t(work.tokens) * work.output_stride(), 0.25f);
-  (int8 ? table.int8 : table.bf16)({weights, work.groups, work.blocks, work.tokens, input.data(),
-                                    ptrdiff_t(input.size()) / work.tokens, out.data(), work.output_stride()});
+  (int8 ? table.int8 : table.bf16)(
+      {weights, work.groups, work.blocks, work.tokens, input.data(), out.data(), work.output_stride()});
   for (int t = 0; t < work.tokens; ++t) {
     for (int i = work.blocks * kDenseRows; i < work.output_stride(); ++i) {
       K2_EXPECT(out[size_t(t) * work.output_stride() + i] == 0.25f);
@@ -79,8 +79,15 @@ void compare_bf16(Random& random, const DenseTable& a, const DenseTable& b, int 
     const uint16_t value = random_bf16(random);
     std::memcpy(weights.data() + i, &value, sizeof(value));
   }
-  std::vector<uint8_t> input(work.input.size() * sizeof(float));
-  std::memcpy(input.data(), work.input.data(), input.size());
+  constexpr size_t kGroupBytes = kDenseGroup * sizeof(float);
+  std::vector<uint8_t> input;
+  for (int g = 0; g < work.groups; ++g) {
+    for (int t = 0; t < tokens; ++t) {
+      const float* group = work.input.data() + size_t(t) * work.inputs() + g * kDenseGroup;
+      const uint8_t* bytes = reinterpret_cast<const uint8_t*>(group);
+      input.insert(input.end(), bytes, bytes + kGroupBytes);
+    }
+  }
   expect_equal(compute(work, a, false, weights.data(), input), compute(work, b, false, weights.data(), input));
 }
 
@@ -94,11 +101,11 @@ uint16_t random_scale(Random& random) {
 
 // The tokens' activations in the table's packed form; `bad` gets those that have none.
 std::vector<uint8_t> pack(const Work& work, const DenseTable& table, std::vector<bool>& bad) {
-  const size_t row_bytes = size_t(work.groups) * table.group_bytes;
-  std::vector<uint8_t> packed(row_bytes * work.tokens, 1);
+  const ptrdiff_t stride = ptrdiff_t(work.tokens) * table.group_bytes;
+  std::vector<uint8_t> packed(size_t(work.groups) * stride, 1);
   for (int t = 0; t < work.tokens; ++t) {
-    const float* row = work.input.data() + size_t(t) * work.stride();
-    bad.push_back(!table.pack(row, work.groups, packed.data() + t * row_bytes));
+    const float* row = work.input.data() + size_t(t) * work.inputs();
+    bad.push_back(!table.pack(row, work.groups, packed.data() + t * table.group_bytes, stride));
   }
   return packed;
 }
@@ -132,7 +139,7 @@ int main(int argc, char** argv) {
   Random random(std::stoull(argv[3]));
   const int cases = std::stoi(argv[4]);
   for (int i = 0; i < cases; ++i) {
-    const int tokens = i < 30 ? i + 1 : pick(random, 1, 80);  // every tile and split, then more steps
+    const int tokens = i < 30 ? i + 1 : pick(random, 1, kDenseTokens);  // every tile and split, then more of them
     compare_bf16(random, a, b, tokens);
     compare_int8(random, a, b, tokens);
   }

@@ -11,6 +11,8 @@ namespace {
 // each on those before:
 #include "kernels/a16-inl.h"
 
+#include "kernels/dense_fetch-inl.h"
+
 #include "kernels/avx2/dense_probes-inl.h"
 #include "kernels/avx2/dense_tile-inl.h"
 

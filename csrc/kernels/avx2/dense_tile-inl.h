@@ -19,6 +19,11 @@ K2_INLINE __m256 high_bf16(const uint8_t* p) {
   return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int32_t(0xffff0000))));
 }
 
+// sum += w * x, in the register of the sum: left to choose, gcc overwrites a weight or value with the sum, and spills.
+K2_INLINE void add_product(__m256& sum, __m256 w, __m256 x) {
+  __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
+}
+
 // Calls add(s, t, weight(s), value(t)) for all pairs; the fewer of both stay in registers meanwhile.
 template <int S, int T, class Weight, class Value, class Add>
 K2_INLINE void cross(Weight weight, Value value, Add add) {
@@ -53,37 +58,36 @@ K2_INLINE void bf16_strips(const DenseStep& step, int first) {
   for (int s = 0; s < S; ++s) {
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) {
-      const float* out = step.output + t * step.output_stride + 8 * (first + s);
-      sums[s][t] = step.begins ? _mm256_setzero_ps() : _mm256_loadu_ps(out);
+      const float* sum = step.sums + t * kDenseRows + 8 * (first + s);
+      sums[s][t] = step.begins ? _mm256_setzero_ps() : _mm256_loadu_ps(sum);
     }
   }
   const uint8_t* weights = step.weights + 32 * first;
-  const uint8_t* input = step.input;
-  for (int pair = 0; pair < step.groups * kDenseGroup / 2; ++pair, weights += 128, input += 2 * sizeof(float)) {
+  Fetch fetch(step, first / S, 4 / S);
+  for (int g = 0; g < step.groups; ++g) {
+    fetch.with_group();
+    const float* input = reinterpret_cast<const float*>(step.input + g * step.input_stride);
+    for (int pair = 0; pair < kDenseGroup / 2; ++pair, weights += 128, input += 2) {
 #pragma GCC unroll 2
-    for (int odd = 0; odd < 2; ++odd) {
-      const auto weight = [&](int s) { return odd ? high_bf16(weights + 32 * s) : low_bf16(weights + 32 * s); };
-      const auto value = [&](int t) {
-        return _mm256_broadcast_ss(reinterpret_cast<const float*>(input + t * step.input_stride) + odd);
-      };
-      cross<S, T>(weight, value, [&](int s, int t, __m256 w, __m256 x) {
-        sums[s][t] = _mm256_fmadd_ps(w, x, sums[s][t]);
-        pin(sums[s][t]);
-      });
+      for (int odd = 0; odd < 2; ++odd) {
+        const auto weight = [&](int s) { return odd ? high_bf16(weights + 32 * s) : low_bf16(weights + 32 * s); };
+        const auto value = [&](int t) { return _mm256_broadcast_ss(input + t * kDenseGroup + odd); };
+        cross<S, T>(weight, value, [&](int s, int t, __m256 w, __m256 x) { add_product(sums[s][t], w, x); });
+      }
     }
   }
+  float* out = (step.ends ? step.output : step.sums) + 8 * first;
+  const ptrdiff_t stride = step.ends ? step.output_stride : kDenseRows;
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s) {
 #pragma GCC unroll 6
-    for (int t = 0; t < T; ++t) {
-      _mm256_storeu_ps(step.output + t * step.output_stride + 8 * (first + s), sums[s][t]);
-    }
+    for (int t = 0; t < T; ++t) _mm256_storeu_ps(out + t * stride + 8 * s, sums[s][t]);
   }
 }
 
 template <int T>
 void bf16_tile(const DenseStep& step) {
-  if constexpr (T <= 3) {
+  if constexpr (T <= 2) {
     bf16_strips<4, T>(step, 0);
   } else {
     bf16_strips<2, T>(step, 0);
@@ -93,6 +97,55 @@ void bf16_tile(const DenseStep& step) {
 
 constexpr DenseTile kBf16Tiles[kBf16Tile] = {bf16_tile<1>, bf16_tile<2>, bf16_tile<3>,
                                              bf16_tile<4>, bf16_tile<5>, bf16_tile<6>};
+
+// One token times a group of R row blocks: 4 R sums at once, where those of one block would wait for each other.
+template <int R>
+K2_INLINE void bf16_group(const uint8_t* weights, ptrdiff_t distance, const float* input, float* out,
+                          ptrdiff_t out_distance) {
+  __m256 sums[R][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) sums[r][s] = _mm256_loadu_ps(out + r * out_distance + 8 * s);
+  }
+  for (int pair = 0; pair < kDenseGroup / 2; ++pair, weights += 128, input += 2) {
+    const __m256 even = _mm256_broadcast_ss(input), odd = _mm256_broadcast_ss(input + 1);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* lanes = weights + r * distance;
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; ++s) {
+        add_product(sums[r][s], low_bf16(lanes + 32 * s), even);
+        add_product(sums[r][s], high_bf16(lanes + 32 * s), odd);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) _mm256_storeu_ps(out + r * out_distance + 8 * s, sums[r][s]);
+  }
+}
+
+K2_INLINE void clear_rows(const DenseStreams& streams) {
+  for (int s = 0; s < kDenseStreams; ++s) {
+    float* out = streams.output + s * streams.output_distance;
+    for (int i = 0; i < kDenseRows; i += 8) _mm256_storeu_ps(out + i, _mm256_setzero_ps());
+  }
+}
+
+void bf16_streams(const DenseStreams& streams) {
+  clear_rows(streams);
+  const float* input = reinterpret_cast<const float*>(streams.input);
+  for (int g = 0; g < streams.groups; ++g, input += kDenseGroup) {
+    for (int s = 0; s < kDenseStreams; s += 2) {
+      bf16_group<2>(streams.weights + s * streams.distance + ptrdiff_t(g) * kBf16BlockBytes, streams.distance, input,
+                    streams.output + s * streams.output_distance, streams.output_distance);
+    }
+  }
+}
+
+constexpr DenseStreamsTile kBf16Streams = bf16_streams;
 
 constexpr int kInt8Tile = 4;
 
@@ -136,19 +189,20 @@ K2_INLINE __m256i strip_scales(const uint8_t* block, int strip) {
 // Strips first..first+S-1 of the row block.
 template <int S, int T>
 K2_INLINE void int8_strips(const DenseStep& step, int first) {
-  const Int8Group* x[T];
   __m256 totals[S][T];
 #pragma GCC unroll 6
   for (int t = 0; t < T; ++t) {
-    x[t] = reinterpret_cast<const Int8Group*>(step.input + t * step.input_stride);
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {
-      const float* out = step.output + t * step.output_stride + 8 * (first + s);
-      totals[s][t] = step.begins ? _mm256_setzero_ps() : _mm256_loadu_ps(out);
+      const float* total = step.sums + t * kDenseRows + 8 * (first + s);
+      totals[s][t] = step.begins ? _mm256_setzero_ps() : _mm256_loadu_ps(total);
     }
   }
+  Fetch fetch(step, first / S, 4 / S);
   for (int g = 0; g < step.groups; ++g) {
     const uint8_t* block = step.weights + g * kInt8BlockBytes;
+    const Int8Group* x = reinterpret_cast<const Int8Group*>(step.input + g * step.input_stride);
+    fetch.with_group();
     __m256i dot[S][T];
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) {
@@ -163,7 +217,7 @@ K2_INLINE void int8_strips(const DenseStep& step, int first) {
         return Pairs{_mm256_and_si256(values, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(values, 8)};
       };
       const auto value = [&](int t) {
-        const int16_t* n = x[t][g].n + 4 * q;
+        const int16_t* n = x[t].n + 4 * q;
         return Pairs{broadcast_pair(n), broadcast_pair(n + 2)};
       };
       cross<S, T>(weight, value, [&](int s, int t, const Pairs& w, const Pairs& n) {
@@ -177,20 +231,20 @@ K2_INLINE void int8_strips(const DenseStep& step, int first) {
       const __m256i scales = strip_scales(block, first + s);
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
-        const __m256 sum = _mm256_cvtepi32_ps(_mm256_add_epi32(dot[s][t], _mm256_set1_epi32(x[t][g].correction)));
-        const __m256i factor = _mm256_add_epi32(scales, _mm256_set1_epi32(x[t][g].exponent));
+        const __m256 sum = _mm256_cvtepi32_ps(_mm256_add_epi32(dot[s][t], _mm256_set1_epi32(x[t].correction)));
+        const __m256i factor = _mm256_add_epi32(scales, _mm256_set1_epi32(x[t].exponent));
         totals[s][t] = _mm256_fmadd_ps(sum, _mm256_castsi256_ps(factor), totals[s][t]);
       }
     }
   }
   const __m256 unit = step.ends ? _mm256_castsi256_ps(_mm256_set1_epi32((127 - kExponentBase) << 23))
                                 : _mm256_set1_ps(1.0f);
+  float* out = (step.ends ? step.output : step.sums) + 8 * first;
+  const ptrdiff_t stride = step.ends ? step.output_stride : kDenseRows;
 #pragma GCC unroll 6
   for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) {
-      _mm256_storeu_ps(step.output + t * step.output_stride + 8 * (first + s), _mm256_mul_ps(totals[s][t], unit));
-    }
+    for (int s = 0; s < S; ++s) _mm256_storeu_ps(out + t * stride + 8 * s, _mm256_mul_ps(totals[s][t], unit));
   }
 }
 
@@ -205,3 +259,59 @@ void int8_tile(const DenseStep& step) {
 }
 
 constexpr DenseTile kInt8Tiles[kInt8Tile] = {int8_tile<1>, int8_tile<2>, int8_tile<3>, int8_tile<4>};
+
+// One token times a group of R row blocks.
+template <int R>
+K2_INLINE void int8_group(const uint8_t* block, ptrdiff_t distance, const Int8Group& x, float* out,
+                          ptrdiff_t out_distance) {
+  __m256i dot[R][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) dot[r][s] = _mm256_set1_epi32(x.correction);
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < 8; ++q) {
+    const __m256i even = broadcast_pair(x.n + 4 * q), odd = broadcast_pair(x.n + 4 * q + 2);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int s = 0; s < 4; ++s) {
+        const uint8_t* lanes = block + r * distance + kInt8ScaleBytes + q * 128 + s * 32;
+        const __m256i values = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
+        const __m256i low = _mm256_and_si256(values, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(values, 8);
+        dot[r][s] = _mm256_add_epi32(dot[r][s], _mm256_madd_epi16(low, even));
+        dot[r][s] = _mm256_add_epi32(dot[r][s], _mm256_madd_epi16(high, odd));
+        pin(dot[r][s]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int s = 0; s < 4; ++s) {
+      float* sum = out + r * out_distance + 8 * s;
+      const __m256i factor = _mm256_add_epi32(strip_scales(block + r * distance, s), _mm256_set1_epi32(x.exponent));
+      _mm256_storeu_ps(sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[r][s]), _mm256_castsi256_ps(factor),
+                                            _mm256_loadu_ps(sum)));
+    }
+  }
+}
+
+void int8_streams(const DenseStreams& streams) {
+  clear_rows(streams);
+  const Int8Group* x = reinterpret_cast<const Int8Group*>(streams.input);
+  for (int g = 0; g < streams.groups; ++g) {
+    for (int s = 0; s < kDenseStreams; s += 2) {
+      int8_group<2>(streams.weights + s * streams.distance + ptrdiff_t(g) * kInt8BlockBytes, streams.distance, x[g],
+                    streams.output + s * streams.output_distance, streams.output_distance);
+    }
+  }
+  const __m256 unit = _mm256_castsi256_ps(_mm256_set1_epi32((127 - kExponentBase) << 23));
+  for (int s = 0; s < kDenseStreams; ++s) {
+    float* out = streams.output + s * streams.output_distance;
+    for (int i = 0; i < kDenseRows; i += 8) _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_loadu_ps(out + i), unit));
+  }
+}
+
+constexpr DenseStreamsTile kInt8Streams = int8_streams;

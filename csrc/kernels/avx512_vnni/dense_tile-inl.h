@@ -8,49 +8,90 @@
 
 constexpr int kBf16Tile = 12;
 
+K2_INLINE __m512 low_bf16(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+K2_INLINE __m512 high_bf16(__m512i pairs) {
+  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000))));
+}
+
 template <int T>
 void bf16_tile(const DenseStep& step) {
-  const __m512i high = _mm512_set1_epi32(int32_t(0xffff0000));
   __m512 sums[2][T];
 #pragma GCC unroll 12
   for (int t = 0; t < T; ++t) {
-    const float* out = step.output + t * step.output_stride;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      sums[half][t] = step.begins ? _mm512_setzero_ps() : _mm512_loadu_ps(out + 16 * half);
+      const float* sum = step.sums + t * kDenseRows + 16 * half;
+      sums[half][t] = step.begins ? _mm512_setzero_ps() : _mm512_loadu_ps(sum);
     }
   }
   const uint8_t* weights = step.weights;
-  const uint8_t* input = step.input;
-  for (int pair = 0; pair < step.groups * kDenseGroup / 2; ++pair, weights += 128, input += 2 * sizeof(float)) {
-    const __m512i first = _mm512_load_si512(weights);
-    const __m512i second = _mm512_load_si512(weights + 64);
+  Fetch fetch(step, 0, 1);
+  for (int g = 0; g < step.groups; ++g) {
+    fetch.with_group();
+    const float* input = reinterpret_cast<const float*>(step.input + g * step.input_stride);
+    for (int pair = 0; pair < kDenseGroup / 2; ++pair, weights += 128, input += 2) {
+      const __m512i first = _mm512_load_si512(weights);
+      const __m512i second = _mm512_load_si512(weights + 64);
 #pragma GCC unroll 2
-    for (int odd = 0; odd < 2; ++odd) {
-      const __m512 w0 =
-          _mm512_castsi512_ps(odd ? _mm512_and_si512(first, high) : _mm512_slli_epi32(first, 16));
-      const __m512 w1 =
-          _mm512_castsi512_ps(odd ? _mm512_and_si512(second, high) : _mm512_slli_epi32(second, 16));
+      for (int odd = 0; odd < 2; ++odd) {
+        const __m512 w0 = odd ? high_bf16(first) : low_bf16(first), w1 = odd ? high_bf16(second) : low_bf16(second);
 #pragma GCC unroll 12
-      for (int t = 0; t < T; ++t) {
-        const float* x = reinterpret_cast<const float*>(input + t * step.input_stride) + odd;
-        const __m512 value = _mm512_set1_ps(*x);
-        sums[0][t] = _mm512_fmadd_ps(w0, value, sums[0][t]);
-        sums[1][t] = _mm512_fmadd_ps(w1, value, sums[1][t]);
+        for (int t = 0; t < T; ++t) {
+          const __m512 value = _mm512_set1_ps(input[t * kDenseGroup + odd]);
+          sums[0][t] = _mm512_fmadd_ps(w0, value, sums[0][t]);
+          sums[1][t] = _mm512_fmadd_ps(w1, value, sums[1][t]);
+        }
       }
     }
   }
+  float* out = step.ends ? step.output : step.sums;
+  const ptrdiff_t stride = step.ends ? step.output_stride : kDenseRows;
 #pragma GCC unroll 12
   for (int t = 0; t < T; ++t) {
-    float* out = step.output + t * step.output_stride;
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) _mm512_storeu_ps(out + 16 * half, sums[half][t]);
+    for (int half = 0; half < 2; ++half) _mm512_storeu_ps(out + t * stride + 16 * half, sums[half][t]);
   }
 }
 
 constexpr DenseTile kBf16Tiles[kBf16Tile] = {bf16_tile<1>, bf16_tile<2>,  bf16_tile<3>,  bf16_tile<4>,
                                              bf16_tile<5>, bf16_tile<6>,  bf16_tile<7>,  bf16_tile<8>,
                                              bf16_tile<9>, bf16_tile<10>, bf16_tile<11>, bf16_tile<12>};
+
+K2_INLINE void clear_rows(const DenseStreams& streams) {
+  for (int s = 0; s < kDenseStreams; ++s) {
+    float* out = streams.output + s * streams.output_distance;
+    _mm512_storeu_ps(out, _mm512_setzero_ps());
+    _mm512_storeu_ps(out + 16, _mm512_setzero_ps());
+  }
+}
+
+// One token: the eight sums of four row blocks at once, where those of one would wait for each other.
+void bf16_streams(const DenseStreams& streams) {
+  __m512 sums[kDenseStreams][2];
+#pragma GCC unroll 4
+  for (int s = 0; s < kDenseStreams; ++s) sums[s][0] = sums[s][1] = _mm512_setzero_ps();
+  const uint8_t* weights = streams.weights;
+  const float* input = reinterpret_cast<const float*>(streams.input);
+  for (int pair = 0; pair < streams.groups * kDenseGroup / 2; ++pair, weights += 128, input += 2) {
+    const __m512 even = _mm512_set1_ps(input[0]), odd = _mm512_set1_ps(input[1]);
+#pragma GCC unroll 4
+    for (int s = 0; s < kDenseStreams; ++s) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const __m512i pairs = _mm512_load_si512(weights + s * streams.distance + 64 * half);
+        sums[s][half] = _mm512_fmadd_ps(low_bf16(pairs), even, sums[s][half]);
+        sums[s][half] = _mm512_fmadd_ps(high_bf16(pairs), odd, sums[s][half]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int s = 0; s < kDenseStreams; ++s) {
+    _mm512_storeu_ps(streams.output + s * streams.output_distance, sums[s][0]);
+    _mm512_storeu_ps(streams.output + s * streams.output_distance + 16, sums[s][1]);
+  }
+}
+
+constexpr DenseStreamsTile kBf16Streams = bf16_streams;
 
 constexpr int kInt8Tile = 6;
 
@@ -80,19 +121,20 @@ K2_INLINE __m512i broadcast4(const int8_t* x) {
 template <int T>
 void int8_tile(const DenseStep& step) {
   const F32x16 unit = as_f32(i32((127 - kExponentBase) << 23));  // takes back the common factor of the exponents
-  const Int8Group* x[T];
   __m512 totals[2][T];
 #pragma GCC unroll 12
   for (int t = 0; t < T; ++t) {
-    x[t] = reinterpret_cast<const Int8Group*>(step.input + t * step.input_stride);
-    const float* out = step.output + t * step.output_stride;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      totals[half][t] = step.begins ? _mm512_setzero_ps() : _mm512_loadu_ps(out + 16 * half);
+      const float* total = step.sums + t * kDenseRows + 16 * half;
+      totals[half][t] = step.begins ? _mm512_setzero_ps() : _mm512_loadu_ps(total);
     }
   }
+  Fetch fetch(step, 0, 1);
   for (int g = 0; g < step.groups; ++g) {
+    fetch.with_group();
     const uint8_t* block = step.weights + g * kInt8BlockBytes;
+    const Int8Group* x = reinterpret_cast<const Int8Group*>(step.input + g * step.input_stride);
     __m512i dot[2][T];
 #pragma GCC unroll 12
     for (int t = 0; t < T; ++t) dot[0][t] = dot[1][t] = _mm512_setzero_si512();
@@ -101,7 +143,7 @@ void int8_tile(const DenseStep& step) {
       if (plane == 1) {
 #pragma GCC unroll 12
         for (int t = 0; t < T; ++t) {
-          const __m512i correction = _mm512_set1_epi32(x[t][g].correction);
+          const __m512i correction = _mm512_set1_epi32(x[t].correction);
           dot[0][t] = _mm512_add_epi32(_mm512_slli_epi32(dot[0][t], 8), correction);
           dot[1][t] = _mm512_add_epi32(_mm512_slli_epi32(dot[1][t], 8), correction);
         }
@@ -112,34 +154,88 @@ void int8_tile(const DenseStep& step) {
         const __m512i second = _mm512_load_si512(block + kInt8ScaleBytes + q * 128 + 64);
 #pragma GCC unroll 6
         for (int t = 0; t < T; ++t) {
-          const __m512i n = broadcast4(x[t][g].plane[plane] + 4 * q);
+          const __m512i n = broadcast4(x[t].plane[plane] + 4 * q);
           dot[0][t] = _mm512_dpbusd_epi32(dot[0][t], first, n);
           dot[1][t] = _mm512_dpbusd_epi32(dot[1][t], second, n);
         }
       }
     }
     const __m512i pairs = _mm512_load_si512(block);
-    const __m512i scales[2] = {_mm512_slli_epi32(pairs, 16),
-                               _mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000)))};
+    const __m512i scales[2] = {as_i32(low_bf16(pairs)), as_i32(high_bf16(pairs))};
 #pragma GCC unroll 12
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        const __m512i factor = _mm512_add_epi32(scales[half], _mm512_set1_epi32(x[t][g].exponent));
+        const __m512i factor = _mm512_add_epi32(scales[half], _mm512_set1_epi32(x[t].exponent));
         totals[half][t] =
             _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[half][t]), _mm512_castsi512_ps(factor), totals[half][t]);
       }
     }
   }
+  float* out = step.ends ? step.output : step.sums;
+  const ptrdiff_t stride = step.ends ? step.output_stride : kDenseRows;
 #pragma GCC unroll 12
   for (int t = 0; t < T; ++t) {
-    float* out = step.output + t * step.output_stride;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      _mm512_storeu_ps(out + 16 * half, step.ends ? mul(totals[half][t], unit) : totals[half][t]);
+      _mm512_storeu_ps(out + t * stride + 16 * half, step.ends ? mul(totals[half][t], unit) : totals[half][t]);
     }
   }
 }
 
 constexpr DenseTile kInt8Tiles[kInt8Tile] = {int8_tile<1>, int8_tile<2>, int8_tile<3>,
                                              int8_tile<4>, int8_tile<5>, int8_tile<6>};
+
+// One token times a group of two row blocks: the weights meet both planes at once, in eight sums.
+K2_INLINE void int8_group(const uint8_t* block, ptrdiff_t distance, const Int8Group& x, float* out,
+                          ptrdiff_t out_distance) {
+  __m512i dot[2][2][2];  // [plane][row block][half]
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; ++r) {
+    dot[0][r][0] = dot[0][r][1] = _mm512_setzero_si512();
+    dot[1][r][0] = dot[1][r][1] = _mm512_set1_epi32(x.correction);
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < 8; ++q) {
+    const __m512i high = broadcast4(x.plane[0] + 4 * q), low = broadcast4(x.plane[1] + 4 * q);
+#pragma GCC unroll 2
+    for (int r = 0; r < 2; ++r) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const __m512i values = _mm512_load_si512(block + r * distance + kInt8ScaleBytes + q * 128 + 64 * half);
+        dot[0][r][half] = _mm512_dpbusd_epi32(dot[0][r][half], values, high);
+        dot[1][r][half] = _mm512_dpbusd_epi32(dot[1][r][half], values, low);
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; ++r) {
+    const __m512i pairs = _mm512_load_si512(block + r * distance);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      float* sum = out + r * out_distance + 16 * half;
+      const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(dot[0][r][half], 8), dot[1][r][half]);
+      const __m512i scales = as_i32(half ? high_bf16(pairs) : low_bf16(pairs));
+      const __m512i factor = _mm512_add_epi32(scales, _mm512_set1_epi32(x.exponent));
+      _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), _mm512_castsi512_ps(factor), _mm512_loadu_ps(sum)));
+    }
+  }
+}
+
+void int8_streams(const DenseStreams& streams) {
+  clear_rows(streams);
+  const Int8Group* x = reinterpret_cast<const Int8Group*>(streams.input);
+  for (int g = 0; g < streams.groups; ++g) {
+    for (int s = 0; s < kDenseStreams; s += 2) {
+      int8_group(streams.weights + s * streams.distance + ptrdiff_t(g) * kInt8BlockBytes, streams.distance, x[g],
+                 streams.output + s * streams.output_distance, streams.output_distance);
+    }
+  }
+  const F32x16 unit = as_f32(i32((127 - kExponentBase) << 23));
+  for (int i = 0; i < 2 * kDenseStreams; ++i) {
+    float* out = streams.output + i / 2 * streams.output_distance + i % 2 * 16;
+    store_f32(mul(load_f32(out), unit), out);
+  }
+}
+
+constexpr DenseStreamsTile kInt8Streams = int8_streams;

@@ -1,0 +1,14 @@
+// Fetching later weights while a dense tile computes, on x86; included before the tiles.
+
+// The pass'th of the passes over a step's groups fetches its share of the lines, some with each group.
+struct Fetch {
+  Fetch(const DenseStep& step, int pass, int passes)
+      : lines((step.fetch_lines + passes - 1) / passes), next(step.fetch + ptrdiff_t(64) * pass * step.groups * lines) {}
+
+  K2_INLINE void with_group() {
+    for (int i = 0; i < lines; ++i, next += 64) _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+  }
+
+  const int lines;
+  const uint8_t* next;
+};
