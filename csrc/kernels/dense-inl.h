@@ -7,9 +7,8 @@
 //   kInt8Tiles, kInt8Tile, kInt8Streams   the same for int8, with Int8Group, one token's group of packed activations, and
 //   store_group(n, group)     which packs it
 //
-// Sums of a step that is not a row block's last wait in fp32, and not in the output, whose rows may all fall into the same sets
-// of a cache. Nothing is rounded on the way, so results
-// do not depend on how a batch is cut.
+// Sums of a step that is not a row block's last wait in fp32, and not in the output, whose rows may all fall into the same
+// sets of a cache. Nothing is rounded on the way, so results do not depend on how a batch is cut.
 
 // Groups of a step for several tokens: 16 KB of bf16 weights, which an L1 cache keeps beside a tile's rows.
 constexpr int kStepGroups = 8;
