@@ -1,6 +1,6 @@
 """Measure the dense layers of one MoE layer on the host at the widths of K2.6, against the machine's limits.
 
-    python bench/dense.py [--tokens 1,4,16,64,256] [--dtypes bf16,int8] [--threads N] [--rounds 7] [--json]
+    python bench/dense.py [--tokens 1,2,3,4,6,8,12,16,64] [--dtypes bf16,int8] [--threads N] [--rounds 7] [--json]
 
 The attention projections and the shared expert are 137 million weights: 274 MB in bf16, 145 MB in int8, more than a
 cache, so that each pass over them finds them cold. Rounds of all cases are interleaved with probes of the raw read
@@ -127,7 +127,7 @@ def run(runtime: ExpertsRuntime, cases: list[Case], rounds: int) -> dict[str, An
 def main() -> None:
     """Print the table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default="1,4,16,64,256")
+    parser.add_argument("--tokens", default="1,2,3,4,6,8,12,16,64")
     parser.add_argument("--dtypes", default="bf16,int8")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=7)

@@ -1,12 +1,13 @@
 // The dense tiles on AVX2: strips of 8 rows, one FMA per strip, token and input.
 //
 // bf16: per input, a strip's weights are one shift or mask away from fp32, and a token's value is broadcast by its load.
-// Up to three tokens take all four strips at once (12 sums); four to six take two strips at a time, so that 12 sums, a
-// strip's weights and a broadcast fit the 16 registers.
+// Up to two tokens take all four strips at once; more take two strips at a time, so that at six 12 sums, the weights of two
+// strips, a broadcast and the mask fit the 16 registers.
 //   Bound: two FMAs per cycle on Zen 3 and later = 32 operations: 104 GFLOP/s at 3.24 GHz.
 // int8: `vpmaddubsw` would saturate with 8-bit weights, so weights are widened to 16 bits (a mask for even inputs, a
 // shift for odd ones) and `vpmaddwd` multiplies them with the 16-bit activations as they are: one plane.
-//   Bound: two vpmaddwd per cycle = 64 operations: 207 GOPS at 3.24 GHz; the additions run on other ports.
+//   Bound: two vpmaddwd per cycle = 64 operations: 207 GOPS at 3.24 GHz. With the addition that each needs Zen 3 issues
+//   1.53 per cycle: 160 GOPS, which the probe measures.
 
 constexpr int kBf16Tile = 6;
 
