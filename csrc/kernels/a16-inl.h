@@ -12,8 +12,9 @@ struct FixedPoint {
 K2_INLINE FixedPoint fixed_point(F32x16 x0, F32x16 x1) {
   const I32x16 magnitude = i32(0x7fffffff);
   const int32_t largest = reduce_max(max_i32(bit_and(as_i32(x0), magnitude), bit_and(as_i32(x1), magnitude)));
-  // 32512 = 1.984375 * 2^14 and 0x1ffff carries into the exponent where the mantissa is above 1.984375.
-  int32_t k = ((largest + 0x1ffff) >> 23) - (127 + 14);
+  // 32512 = 1.984375 * 2^14 and 0x1ffff carries into the exponent where the mantissa is above 1.984375. Unsigned: the
+  // largest NaN carries into the sign.
+  int32_t k = int32_t((uint32_t(largest) + 0x1ffff) >> 23) - (127 + 14);
   const bool fits = k <= kExponentBase;
   k = k < -kExponentBase ? -kExponentBase : k;
   if (!fits) {

@@ -1,6 +1,7 @@
 // Compares two dense tables bit for bit on random work of ragged sizes: compare_dense REFERENCE OTHER SEED CASES
 //
 // The CPU is not asked whether it supports them: a table may be built on a model of its instructions.
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -106,14 +107,16 @@ std::vector<uint8_t> pack(const Work& work, const DenseTable& table, std::vector
   for (int t = 0; t < work.tokens; ++t) {
     const float* row = work.input.data() + size_t(t) * work.inputs();
     bad.push_back(!table.pack(row, work.groups, packed.data() + t * table.group_bytes, stride));
+    for (int i = 0; i < work.groups * kDenseGroup; ++i) K2_EXPECT(std::isfinite(row[i]) || bad.back());
   }
   return packed;
 }
 
 void compare_int8(Random& random, const DenseTable& a, const DenseTable& b, int tokens) {
   Work work(random, tokens);
-  const float special[] = {NAN, INFINITY, -INFINITY, 32512.0f * 0x1p60f, 32513.0f * 0x1p60f, 1.0e-40f};
-  if (pick(random, 0, 3) == 0) work.input[size_t(pick(random, 0, int(work.input.size()) - 1))] = special[pick(random, 0, 5)];
+  const float special[] = {NAN, std::bit_cast<float>(0x7fffffffu), std::bit_cast<float>(0xffffffffu), INFINITY, -INFINITY,
+                           32512.0f * 0x1p60f, 32513.0f * 0x1p60f, 1.0e-40f};
+  if (pick(random, 0, 3) == 0) work.input[size_t(pick(random, 0, int(work.input.size()) - 1))] = special[pick(random, 0, 7)];
   const HugeBuffer weights(size_t(work.blocks) * work.groups * kInt8BlockBytes);
   for (size_t i = 0; i < weights.bytes(); ++i) weights.data()[i] = uint8_t(random());
   for (int block = 0; block < work.blocks * work.groups; ++block) {

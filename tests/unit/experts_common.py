@@ -98,3 +98,14 @@ ACTIVATIONS: dict[str, Callable[[int, int], Tensor]] = {
     "student-t 3": _heavy_tailed,
     "outlier channels": _outlier_channels,
 }
+
+
+# Infinities, and NaNs of both signs from the smallest to the largest as an integer; the upper half is a bf16 number.
+NOT_FINITE = (0x7F800000, 0xFF800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FFF8001)
+
+
+def set_bits(x: Tensor, row: int, column: int, bits: int) -> None:
+    """Write the bits of a float32 number, or their upper half, which a conversion might have changed."""
+    half = x.dtype == torch.bfloat16
+    signed = torch.tensor(bits >> 16 if half else bits)
+    x.view(torch.int16 if half else torch.int32)[row, column] = signed.to(torch.int16 if half else torch.int32)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hybrid_k2.dense import GROUP, HostMatrix, Int8Weight, fits_blocks, multiply_all, quantize_int8
 from hybrid_k2.errors import CheckpointError, EngineError
 from hybrid_k2.experts import ExpertsRuntime
-from tests.unit.experts_common import ACTIVATIONS, native_runtime, usable_isas
+from tests.unit.experts_common import ACTIVATIONS, NOT_FINITE, native_runtime, set_bits, usable_isas
 
 EPS = torch.finfo(torch.float32).eps
 DTYPES = ("bf16", "int8")
@@ -164,6 +164,17 @@ def test_bf16_follows_ieee_and_int8_gives_nan_rows(runtime: ExpertsRuntime) -> N
         assert torch.equal(got[[0, 2, 5]], plain[dtype][[0, 2, 5]])
         assert (got[3] == float("inf")).all() if dtype == "bf16" else got[3].isnan().all()
         assert got[4].isfinite().all() if dtype == "bf16" else got[4].isnan().all()
+
+
+@pytest.mark.parametrize("bits", NOT_FINITE)
+@pytest.mark.parametrize("isa", usable_isas())
+def test_int8_gives_nan_for_every_row_that_is_not_finite(isa: str, bits: int) -> None:
+    runtime = native_runtime(isa)
+    weight, x = random_weight(64, 64), torch.randn(4, 64)
+    set_bits(x, 2, 37, bits)
+    got = matrix(runtime, weight, "int8")(x)
+    assert got.isnan().all(dim=1).tolist() == [False, False, True, False]
+    runtime.close()
 
 
 def test_gives_the_dtype_of_the_rows(runtime: ExpertsRuntime) -> None:

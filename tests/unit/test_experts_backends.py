@@ -16,6 +16,7 @@ from hybrid_k2.experts.numba_backend import NumbaRuntime
 from hybrid_k2.experts.reference import ReferenceRuntime, expert_ffn
 from tests.unit.experts_common import (
     ACTIVATIONS,
+    NOT_FINITE,
     error,
     float64_layer,
     load_random_experts,
@@ -23,6 +24,7 @@ from tests.unit.experts_common import (
     random_expert,
     random_routing,
     random_weight,
+    set_bits,
     token_errors,
     usable_isas,
 )
@@ -160,13 +162,13 @@ def test_more_tokens_than_a_chunk_of_scratch_memory() -> None:
     assert torch.equal(layer.forward(hidden[rows], ids[rows], weights[rows]), whole[rows])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_token_that_is_not_finite_becomes_nan_and_touches_no_other(runtime: ExpertsRuntime, value: float) -> None:
+@pytest.mark.parametrize("bits", NOT_FINITE)
+def test_a_token_that_is_not_finite_becomes_nan_and_touches_no_other(runtime: ExpertsRuntime, bits: int) -> None:
     layer, _ = make(runtime, *ODD_LAYER)
     hidden, (ids, weights) = torch.randn(20, 160), random_routing(20, 24, 6)
     clean = layer.forward(hidden, ids, weights)
     for x in (hidden, hidden.to(torch.bfloat16)):
-        x[7, 93] = value
+        set_bits(x, 7, 93, bits)
         result = layer.forward(x, ids, weights)
         assert bool(result[7].isnan().all())
         assert bool(result[torch.arange(20) != 7].isfinite().all())

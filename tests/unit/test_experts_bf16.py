@@ -6,18 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 from hybrid_k2.experts import ExpertsRuntime
 from hybrid_k2.experts.cpu import NativeRuntime
 from tests.unit.bf16_oracle import bf16_layer
 from tests.unit.experts_common import (
     ACTIVATIONS,
+    NOT_FINITE,
     error,
     float64_layer,
     load_random_experts,
     native_runtime,
     random_routing,
+    set_bits,
     token_errors,
     usable_isas,
 )
@@ -105,17 +106,16 @@ def test_a_row_depends_on_its_token_alone(runtime: ExpertsRuntime) -> None:
             other.close()
 
 
-def _from_bits(bits: int) -> Tensor:
-    return torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
-
-
-@pytest.mark.parametrize("bits", [0x7F800000, 0xFF800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FFF8001])
-def test_a_token_that_is_not_finite_becomes_nan_and_touches_no_other(runtime: ExpertsRuntime, bits: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", NOT_FINITE)
+def test_a_token_that_is_not_finite_becomes_nan_and_touches_no_other(
+    runtime: ExpertsRuntime, bits: int, dtype: torch.dtype
+) -> None:
     layer = runtime.make_layer(*ODD_LAYER)
     load_random_experts(layer)
-    hidden, (ids, weights) = torch.randn(20, 160), random_routing(20, 24, 6)
+    hidden, (ids, weights) = torch.randn(20, 160).to(dtype), random_routing(20, 24, 6)
     clean = layer.forward(hidden, ids, weights)
-    hidden[7, 93] = _from_bits(bits)
+    set_bits(hidden, 7, 93, bits)
     result = layer.forward(hidden, ids, weights)
     assert result.isnan().all(dim=1).tolist() == [token == 7 for token in range(20)]
     others = torch.arange(20) != 7

@@ -46,8 +46,9 @@ K2_INLINE F32x16 to_f32(I32x16 x) { K2_LANES(F32x16, float(x.v[i])); }
 // To the nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves the integer in the low mantissa bits.
 K2_INLINE I32x16 to_i32(F32x16 x) { K2_LANES(I32x16, bit_cast<int32_t>(x.v[i] + 12582912.0f) - 0x4b400000); }
 
-K2_INLINE I32x16 add(I32x16 a, I32x16 b) { K2_LANES(I32x16, a.v[i] + b.v[i]); }
-K2_INLINE I32x16 sub(I32x16 a, I32x16 b) { K2_LANES(I32x16, a.v[i] - b.v[i]); }
+// Both wrap around.
+K2_INLINE I32x16 add(I32x16 a, I32x16 b) { K2_LANES(I32x16, int32_t(uint32_t(a.v[i]) + uint32_t(b.v[i]))); }
+K2_INLINE I32x16 sub(I32x16 a, I32x16 b) { K2_LANES(I32x16, int32_t(uint32_t(a.v[i]) - uint32_t(b.v[i]))); }
 K2_INLINE I32x16 max_i32(I32x16 a, I32x16 b) { K2_LANES(I32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 K2_INLINE I32x16 bit_and(I32x16 a, I32x16 b) { K2_LANES(I32x16, a.v[i] & b.v[i]); }
 template <int N>
