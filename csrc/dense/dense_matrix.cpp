@@ -9,7 +9,7 @@
 namespace k2 {
 namespace {
 
-constexpr float kLargestWeight = 127.0f * 256.0f;  // a16.h: scales are below 256
+constexpr float kTooLarge = 127.0f * 255.5f;  // its scale rounds to 256 in bf16, and scales are below that (a16.h)
 constexpr float kSmallestScale = 0x1p-126f;        // below it, exponents cannot be added
 
 uint16_t round_to_bf16(float x) {
@@ -45,10 +45,10 @@ uint16_t quantise(const float* values, uint8_t* out) {
   bool finite = true;
   for (int i = 0; i < kDenseGroup; ++i) {
     const float magnitude = std::fabs(values[i]);
-    finite &= magnitude < kLargestWeight;  // false for NaN
+    finite &= magnitude < kTooLarge;  // false for NaN
     largest = magnitude > largest ? magnitude : largest;
   }
-  if (!finite) throw WeightError("weight: expected finite values below 32512 for int8, got others");
+  if (!finite) throw WeightError("weight: expected finite values below 32448.5 for int8, got others");
   const uint16_t scale = round_to_bf16(largest / 127.0f);
   if (widen(scale) < kSmallestScale) {
     std::memset(out, 128, kDenseGroup);

@@ -16,7 +16,7 @@ from hybrid_k2.errors import CheckpointError
 GROUP = 32
 BLOCK_ROWS = 32  # the native kernels compute so many rows at once
 LARGEST = 127
-TOO_LARGE = 127 * 256.0  # scales must be below 256, see csrc/kernels/a16.h
+TOO_LARGE = 127 * 255.5  # its scale rounds to 256 in bf16, and scales are below that, see csrc/kernels/a16.h
 SMALLEST_SCALE = 2.0**-126  # below it, a group counts as zero: at most 1.5e-36
 
 
@@ -66,7 +66,7 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
     groups = weight.float().view(rows, inputs // GROUP, GROUP)
     largest = groups.abs().amax(-1)  # [out, in / 32]; NaN where there is one
     if not bool((largest < TOO_LARGE).all()):
-        raise CheckpointError("weight: expected finite values below 32512 for int8, got others")
+        raise CheckpointError("weight: expected finite values below 32448.5 for int8, got others")
     scale = (largest / LARGEST).bfloat16()
     scale = torch.where(scale.float() < SMALLEST_SCALE, torch.zeros_like(scale), scale)
     divisor = torch.where(scale == 0, torch.full_like(largest, torch.inf), scale.float())

@@ -64,14 +64,29 @@ def test_int8_costs_half_a_percent_of_gaussian_weights() -> None:
     assert 0.003 < error < 0.007
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 32512.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 32448.5, -32500.0])
 def test_int8_refuses_what_it_cannot_hold(value: float, runtime: ExpertsRuntime) -> None:
     weight = torch.randn(32, 64)
     weight[5, 40] = value
-    with pytest.raises(CheckpointError, match="weight: expected finite values below 32512"):
+    with pytest.raises(CheckpointError, match=r"weight: expected finite values below 32448\.5"):
         quantize_int8(weight)
-    with pytest.raises(CheckpointError, match="weight: expected finite values below 32512"):
+    with pytest.raises(CheckpointError, match=r"weight: expected finite values below 32448\.5"):
         HostMatrix(runtime.native, 32, 64, "int8").load_rows(0, weight)
+
+
+def test_int8_computes_with_the_largest_weights_and_activations(runtime: ExpertsRuntime) -> None:
+    weight, x = torch.zeros(32, 64), torch.zeros(3, 64)
+    weight[3, 40] = 32448.498
+    assert quantize_int8(weight).scale[3, 1] == 255
+    loaded = matrix(runtime, weight, "int8")
+    assert torch.equal(loaded.read().values, quantize_int8(weight).values)
+    x[0, 41] = 3.7e22  # where the weight is zero
+    x[1, 40], x[2, 40] = 8e15, 1e16  # on both sides of the largest sum
+    got, expected = loaded(x), x.double() @ widened(loaded.read()).T
+    assert not got[0].any()
+    assert torch.allclose(got[1].double(), expected[1], rtol=1e-4)
+    assert expected[1, 3] < 2.0**68 < expected[2, 3]
+    assert got[2, 3] == torch.inf
 
 
 def test_int8_needs_whole_groups() -> None:
