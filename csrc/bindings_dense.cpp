@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -14,6 +15,22 @@ namespace k2 {
 namespace {
 
 constexpr int64_t kMaxRows = 1 << 20;  // of one call
+
+// Memory of one call, kept by its thread for the next one. A signal handler that multiplies while its thread is inside a
+// call finds none and gets its own.
+struct Scratch {
+  Scratch() : bytes(std::exchange(kept(), {})) {}
+  ~Scratch() { kept() = std::move(bytes); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  static std::vector<uint8_t>& kept() {
+    thread_local std::vector<uint8_t> bytes;
+    return bytes;
+  }
+
+  std::vector<uint8_t> bytes;
+};
 
 // A matrix that Python can close while other threads are inside a call: each call holds what it uses.
 class PyDense {
@@ -63,19 +80,14 @@ class PyDense {
     const std::shared_ptr<DenseMatrix> m = open();
     const DenseInput in = input(x, m->inputs());
     float* out = mutable_matrix<float>("output", output, in.tokens, m->rows());
-    run(DenseJob(runtime_->pool, table_, {{m.get(), out}}, in, scratch()));
+    Scratch scratch;
+    run(DenseJob(runtime_->pool, table_, {{m.get(), out}}, in, scratch.bytes));
   }
 
   static DenseInput input(const py::array& x, int inputs) {
     const int64_t tokens = x.ndim() == 2 ? x.shape(0) : 0;
     if (tokens > kMaxRows) check_argument(false, "x", text("at most ", kMaxRows, " rows"), tokens);
     return {matrix<float>("x", x, tokens, inputs), int(tokens)};
-  }
-
-  // A call waits for its job, so a thread needs one.
-  static std::vector<uint8_t>& scratch() {
-    thread_local std::vector<uint8_t> bytes;
-    return bytes;
   }
 
   template <class AnyJob>
@@ -110,7 +122,8 @@ void multiply_all(const std::vector<PyDense*>& matrices, const py::array& x, con
     products.push_back({open.back().get(), mutable_matrix<float>("output", outputs[i], in.tokens, open.back()->rows())});
   }
   const PyDense& first = *matrices.front();
-  first.run(DenseJob(first.runtime().pool, first.table(), std::move(products), in, PyDense::scratch()));
+  Scratch scratch;
+  first.run(DenseJob(first.runtime().pool, first.table(), std::move(products), in, scratch.bytes));
 }
 
 double measure_dense_peak(Runtime& runtime, bool int8, double seconds) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -189,6 +190,24 @@ def test_int8_gives_nan_for_every_row_that_is_not_finite(isa: str, bits: int) ->
     set_bits(x, 2, 37, bits)
     got = matrix(runtime, weight, "int8")(x)
     assert got.isnan().all(dim=1).tolist() == [False, False, True, False]
+    runtime.close()
+
+
+def test_a_signal_handler_may_multiply_while_its_thread_waits_for_a_product() -> None:
+    runtime = native_runtime("portable")
+    long, wide = (matrix(runtime, random_weight(2048, inputs), "int8") for inputs in (512, 1024))
+    x, y = torch.randn(1200, 512), torch.randn(64, 1024)
+    expected = long(x), wide(y)
+    got: list[Tensor] = []
+    before = signal.signal(signal.SIGALRM, lambda *_: got.append(wide(y)))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        assert torch.equal(long(x), expected[0])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(got) == 1
+    assert torch.equal(got[0], expected[1])
     runtime.close()
 
 
