@@ -39,16 +39,24 @@ void load_group(const PlainRows& source, int64_t at, float* out) {
   }
 }
 
+// Refuses a group of one row for its first value that int8 cannot hold.
+[[noreturn]] void refuse(const float* values, int row, int first_input) {
+  int i = 0;
+  while (std::fabs(values[i]) < kTooLarge) ++i;
+  throw WeightError(text("weight: expected finite values below ", kTooLarge, " for int8, got ", values[i], " at row ", row,
+                         ", input ", first_input + i));
+}
+
 // One group of one row: its scale, and its values + 128.
-uint16_t quantise(const float* values, uint8_t* out) {
+uint16_t quantise(const float* values, int row, int first_input, uint8_t* out) {
   float largest = 0;
-  bool finite = true;
+  bool fits = true;
   for (int i = 0; i < kDenseGroup; ++i) {
     const float magnitude = std::fabs(values[i]);
-    finite &= magnitude < kTooLarge;  // false for NaN
+    fits &= magnitude < kTooLarge;  // false for NaN
     largest = magnitude > largest ? magnitude : largest;
   }
-  if (!finite) throw WeightError("weight: expected finite values below 32448.5 for int8, got others");
+  if (!fits) refuse(values, row, first_input);
   const uint16_t scale = round_to_bf16(largest / 127.0f);
   if (widen(scale) < kSmallestScale) {
     std::memset(out, 128, kDenseGroup);
@@ -73,12 +81,13 @@ void pack_bf16(const PlainRows& source, int64_t at, int inputs, uint8_t* block) 
   std::memcpy(block, pairs, kBf16BlockBytes);
 }
 
-void pack_int8(const PlainRows& source, int64_t at, int inputs, uint8_t* block) {
+// `first_row` is the first row's number in the matrix.
+void pack_int8(const PlainRows& source, int64_t at, int inputs, int first_row, uint8_t* block) {
   for (int row = 0; row < kDenseRows; ++row) {
     float values[kDenseGroup];
     uint8_t packed[kDenseGroup];
     load_group(source, at + int64_t(row) * inputs, values);
-    const uint16_t scale = quantise(values, packed);
+    const uint16_t scale = quantise(values, first_row + row, int(at % inputs), packed);
     std::memcpy(block + 4 * (row % 16) + 2 * (row / 16), &scale, sizeof(scale));
     for (int q = 0; q < 8; ++q) std::memcpy(block + kInt8ScaleBytes + 128 * q + 4 * row, packed + 4 * q, 4);
   }
@@ -98,7 +107,11 @@ void DenseMatrix::pack(int first, int last, const PlainRows& source) {
     uint8_t* target = memory_.data() + block * row_block_bytes();
     const int64_t at = int64_t(block - first) * kDenseRows * inputs_;
     for (int g = 0; g < groups(); ++g, target += block_bytes) {
-      (int8_ ? pack_int8 : pack_bf16)(source, at + g * kDenseGroup, inputs_, target);
+      if (int8_) {
+        pack_int8(source, at + g * kDenseGroup, inputs_, block * kDenseRows, target);
+      } else {
+        pack_bf16(source, at + g * kDenseGroup, inputs_, target);
+      }
     }
   }
 }

@@ -35,7 +35,8 @@ class DenseMatrix {
 
   // Row blocks first..last-1 from their plain rows; different blocks may be packed by different threads at once.
   // bf16: fp32 is rounded to nearest even. int8: a group's scale is its largest magnitude / 127 in bf16, its values are
-  // rounded to nearest even; WeightError for a value that is not finite or at least 32448.5.
+  // rounded to nearest even; WeightError, naming row and input, for a value that is not finite or at least
+  // 32448.5.
   void pack(int first, int last, const PlainRows& source);
 
   // The inverse of each packing.

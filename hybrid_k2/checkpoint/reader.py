@@ -141,6 +141,11 @@ class Checkpoint:
         rows, inputs = self.info(f"{prefix}.weight").shape
         return rows, inputs
 
+    def linear_file(self, prefix: str) -> Path:
+        """Return the file that holds the values of one matrix. Raises: CheckpointError."""
+        packed = f"{prefix}.weight_packed"
+        return self.info(packed if self.has(packed) else f"{prefix}.weight").file
+
     def linear_bytes(self, prefix: str) -> int:
         """Return the bytes that one matrix takes on disk, in whichever form it is stored."""
         return sum(self.infos[name].nbytes for part in LINEAR_PARTS if (name := f"{prefix}.{part}") in self.infos)

@@ -58,7 +58,8 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
     """Bring a matrix into int8.
 
     Shapes: weight [out, in].
-    Raises: ValueError unless inputs come in whole groups; CheckpointError for a value that is not finite or too large.
+    Raises: ValueError unless inputs come in whole groups; CheckpointError, naming its place, for a value that is
+    not finite or too large.
     """
     rows, inputs = weight.shape
     if inputs % GROUP:
@@ -66,7 +67,11 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
     groups = weight.float().view(rows, inputs // GROUP, GROUP)
     largest = groups.abs().amax(-1)  # [out, in / 32]; NaN where there is one
     if not bool((largest < TOO_LARGE).all()):
-        raise CheckpointError("weight: expected finite values below 32448.5 for int8, got others")
+        row, column = (~(weight.abs() < TOO_LARGE)).nonzero()[0].tolist()
+        raise CheckpointError(
+            f"weight: expected finite values below {TOO_LARGE} for int8, "
+            f"got {float(weight[row, column])} at row {row}, input {column}"
+        )
     scale = (largest / LARGEST).bfloat16()
     scale = torch.where(scale.float() < SMALLEST_SCALE, torch.zeros_like(scale), scale)
     divisor = torch.where(scale == 0, torch.full_like(largest, torch.inf), scale.float())

@@ -25,7 +25,7 @@ def load_host_matrix(
 
     That is so on a GPU, in fp32, for sizes that are not multiples of 32, and for bf16 without the native kernels.
     Effects: calls `count` with the bytes on disk of each piece.
-    Raises: CheckpointError naming the tensor; MemoryBudgetError.
+    Raises: CheckpointError naming tensor and file; MemoryBudgetError.
     """
     rows, inputs = checkpoint.linear_shape(prefix)
     if placement.device != "host" or placement.dtype not in ("bf16", "int8") or not fits_blocks(rows, inputs):
@@ -50,7 +50,9 @@ def load_host_matrix(
     except CheckpointError as error:
         if prefix in error.message:
             raise
-        raise CheckpointError(f"{prefix}.{error.message}", hint=error.hint) from None  # quantising knows no names
+        # Quantising knows no names.
+        file = checkpoint.linear_file(prefix)
+        raise CheckpointError(f"{prefix}.{error.message} (in {file.name})", hint=error.hint) from None
 
 
 def _pieces(checkpoint: Checkpoint, prefix: str, rows: int) -> Iterator[tuple[int, Tensor, int]]:

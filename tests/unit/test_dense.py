@@ -67,12 +67,16 @@ def test_int8_costs_half_a_percent_of_gaussian_weights() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 32448.5, -32500.0])
 def test_int8_refuses_what_it_cannot_hold(value: float, runtime: ExpertsRuntime) -> None:
-    weight = torch.randn(32, 64)
-    weight[5, 40] = value
-    with pytest.raises(CheckpointError, match=r"weight: expected finite values below 32448\.5"):
+    weight = torch.randn(160, 64)
+    weight[101, 40] = value
+    message = rf"^weight: expected finite values below 32448\.5 for int8, got {value:g}(\.0)? at row 101, input 40$"
+    with pytest.raises(CheckpointError, match=message):
         quantize_int8(weight)
-    with pytest.raises(CheckpointError, match=r"weight: expected finite values below 32448\.5"):
-        HostMatrix(runtime.native, 32, 64, "int8").load_rows(0, weight)
+    loaded = HostMatrix(runtime.native, 160, 64, "int8")
+    with pytest.raises(CheckpointError, match=message):
+        loaded.load_rows(0, weight)
+    with pytest.raises(CheckpointError, match=message):
+        loaded.load_rows(64, weight[64:])
 
 
 def test_int8_computes_with_the_largest_weights_and_activations(runtime: ExpertsRuntime) -> None:
@@ -196,7 +200,7 @@ def test_int8_gives_nan_for_every_row_that_is_not_finite(isa: str, bits: int) ->
 def test_a_signal_handler_may_multiply_while_its_thread_waits_for_a_product() -> None:
     runtime = native_runtime("portable")
     long, wide = (matrix(runtime, random_weight(2048, inputs), "int8") for inputs in (512, 1024))
-    x, y = torch.randn(1200, 512), torch.randn(64, 1024)
+    x, y = torch.randn(600, 512), torch.randn(64, 1024)
     expected = long(x), wide(y)
     got: list[Tensor] = []
     before = signal.signal(signal.SIGALRM, lambda *_: got.append(wide(y)))
