@@ -19,8 +19,8 @@ using Array = py::array_t<T, py::array::c_style>;
 
 std::string shape_text(const py::array& array);
 
-// A C-contiguous array of exactly this element type and shape. Texts are made for errors only: this is on the path of
-// every decode step.
+// A C-contiguous, aligned array of exactly this element type and shape. Texts are made for errors only: this is on the
+// path of every decode step.
 template <class T>
 const T* array_data(const char* name, const py::array& array, std::initializer_list<int64_t> shape) {
   const bool fits = array.ndim() == py::ssize_t(shape.size()) && std::equal(shape.begin(), shape.end(), array.shape());
@@ -32,6 +32,9 @@ const T* array_data(const char* name, const py::array& array, std::initializer_l
   if (!py::isinstance<Array<T>>(array)) {
     check_argument(false, name, text("contiguous ", std::string(py::str(py::dtype::of<T>()))),
                    std::string(py::str(array.dtype())));
+  }
+  if (!(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_)) {
+    check_argument(false, name, "an aligned array", "a misaligned one");
   }
   return static_cast<const T*>(array.data());
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -236,6 +237,9 @@ def test_wrong_arguments_are_named(runtime: ExpertsRuntime) -> None:
         loaded.load_rows(0, torch.randn(20, 64))
     with pytest.raises(ValueError, match="matrices: expected equal inputs, got 32"):
         multiply_all([loaded, matrix(runtime, random_weight(64, 32), "bf16")], torch.randn(1, 64))
+    misaligned = np.zeros(3 * 64 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(3, 64)
+    with pytest.raises(ValueError, match="x: expected an aligned array, got a misaligned one"):
+        loaded(torch.from_numpy(misaligned))
     loaded.close()
     with pytest.raises(EngineError, match="dense matrix: expected an open one, got a closed one"):
         loaded(torch.randn(1, 64))
