@@ -13,7 +13,10 @@ from hybrid_k2.errors import CheckpointError
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """Tell whether a name still means the same file with the same content."""
+    """Tell whether a name still means the same file with the same content.
+
+    changed_ns: when content, owner or permissions changed last. Unlike the time of the last write nobody can set it.
+    """
 
     device: int
     inode: int
@@ -23,7 +26,7 @@ class FileIdentity:
     @classmethod
     def of(cls, status: os.stat_result) -> FileIdentity:
         """Take what the system says about a file."""
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
 
     def difference(self, now: FileIdentity) -> str:
         """Say what has happened to the file since."""
@@ -31,7 +34,7 @@ class FileIdentity:
             return "another file of that name"
         if now.nbytes != self.nbytes:
             return f"{now.nbytes} bytes instead of {self.nbytes}"
-        return "one that was written to"
+        return "one that was changed"
 
 
 class OpenedFile:
