@@ -1,5 +1,7 @@
 // Buffers: what is asked of the system, and what is found out about what it gave.
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <sstream>
@@ -68,6 +70,30 @@ void an_empty_buffer_counts_nothing() {
   K2_EXPECT(count.resident == 0 && count.huge == 0 && HugeBuffer().bound());
 }
 
+constexpr int kBind = 2;  // MPOL_BIND
+
+struct Policy {
+  int mode;
+  unsigned long nodes;  // of the first 64
+};
+
+// What the kernel says about the memory policy at this address.
+Policy policy_of(const uint8_t* address) {
+  constexpr unsigned long kAtAddress = 2;  // MPOL_F_ADDR
+  unsigned long nodes[16] = {};            // as many as the kernel may know
+  int mode = -1;
+  K2_EXPECT(syscall(SYS_get_mempolicy, &mode, nodes, 8 * sizeof(nodes), address, kAtAddress) == 0);
+  return {mode, nodes[0]};
+}
+
+// The node that the page at this address lies on.
+int node_of(const uint8_t* address) {
+  constexpr unsigned long kNode = 1, kAtAddress = 2;  // MPOL_F_NODE, MPOL_F_ADDR
+  int node = -1;
+  K2_EXPECT(syscall(SYS_get_mempolicy, &node, nullptr, 0, address, kNode | kAtAddress) == 0);
+  return node;
+}
+
 void memory_is_bound_where_the_system_allows_it() {
   const HugeBuffer anywhere(4 * kMiB);
   K2_EXPECT(anywhere.bound());
@@ -77,6 +103,13 @@ void memory_is_bound_where_the_system_allows_it() {
   HugeBuffer first(4 * kMiB, 0);  // may be refused in a container
   std::memset(first.data(), 1, first.bytes());
   const bool bound = first.bound();
+  if (bound) {
+    for (const uint8_t* page : {first.data(), first.data() + first.bytes() - 1}) {
+      K2_EXPECT(policy_of(page).mode == kBind && policy_of(page).nodes == 1);
+      K2_EXPECT(node_of(page) == 0);
+    }
+    K2_EXPECT(policy_of(anywhere.data()).mode != kBind && policy_of(nowhere.data()).mode != kBind);
+  }
   const HugeBuffer moved = std::move(first);
   K2_EXPECT(moved.bound() == bound && moved.data()[4 * kMiB - 1] == 1);
 }
