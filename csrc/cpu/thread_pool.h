@@ -141,11 +141,12 @@ class ThreadPool {
 
   // In a child process after `fork`: the workers do not exist here.
   bool forked() const;
+  // EngineError there.
+  void check_process() const;
 
  private:
   friend class Job;
   struct State;
-  void check_process() const;
 
   // Leaked in a child process after `fork`: its threads do not exist there and its locks may be held.
   State* state_;

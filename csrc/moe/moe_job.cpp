@@ -16,7 +16,8 @@ constexpr int kChunkTokens = 1024;
 
 MoeJob::MoeJob(ThreadPool& pool, const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer,
                WorkspaceStore& store, const MoeInput& input)
-    : Job(pool), layer_(layer), store_(store), tokens_(input.tokens) {
+    : Job(pool), pool_(pool), layer_(layer), store_(store), tokens_(input.tokens) {
+  pool.check_process();
   check_argument(layer.nodes() == pool.map().nodes(), "nodes", text(pool.map().nodes()), layer.nodes());
   check_ids(input);
   const LayerShape& shape = layer.shape();
@@ -38,7 +39,7 @@ MoeJob::MoeJob(ThreadPool& pool, const KernelTable& table, const Tuning& tuning,
 
 MoeJob::~MoeJob() {
   parts_.clear();  // they refer to the workspace
-  if (workspace_) store_.give(std::move(workspace_));
+  if (workspace_ && !pool_.forked()) store_.give(std::move(workspace_));
 }
 
 void MoeJob::copy_output(float* out) const {

@@ -29,7 +29,7 @@ struct MoeInput {
 class MoeJob final : public Job {
  public:
   // The layer has as many nodes as the pool. ArgumentError for an id out of range, EngineError for an expert that was
-  // not loaded.
+  // not loaded, and in a forked child.
   MoeJob(ThreadPool& pool, const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer,
          WorkspaceStore& store, const MoeInput& input);
   ~MoeJob() override;
@@ -43,6 +43,7 @@ class MoeJob final : public Job {
   void run(Team& team, int worker) override;
   void add_partial_sums(int worker, int workers);
 
+  const ThreadPool& pool_;
   const ExpertLayer& layer_;
   WorkspaceStore& store_;
   const int tokens_;

@@ -25,13 +25,23 @@ std::shared_ptr<MoeJob> Layer::start(const MoeInput& input) {
 }
 
 void Layer::submit(int slot, const MoeInput& input) {
+  runtime_->pool.check_process();
   Slots::Reservation reserved(slots_, slot);
   reserved.fill(start(input));
 }
 
+std::shared_ptr<MoeJob> Layer::in_flight(int slot) const {
+  runtime_->pool.check_process();
+  return slots_.in_flight(slot);
+}
+
+void Layer::release(int slot, const std::shared_ptr<MoeJob>& job) {
+  if (!runtime_->pool.forked()) slots_.release(slot, job);
+}
+
 void Layer::end() {
+  if (runtime_->pool.forked()) return slots_.leak();
   const Slots::Jobs jobs = slots_.take();
-  if (runtime_->pool.forked()) return;  // nobody runs them here, and the pool's locks may be held for ever
   for (const std::shared_ptr<MoeJob>& job : jobs) {
     if (!job) continue;
     job->cancel();

@@ -41,7 +41,8 @@ class Runtime {
   Tuning tuning_;  // the table's, until it is tuned
 };
 
-// Thread-safe.
+// Thread-safe. In a child process after `fork` nothing takes a lock, for other threads may have held it; computing is an
+// EngineError there.
 class Layer {
  public:
   Layer(std::shared_ptr<Runtime> runtime, const LayerShape& shape)
@@ -56,10 +57,10 @@ class Layer {
 
   // Starts a computation in a slot. ArgumentError as well unless the slot exists and is free.
   void submit(int slot, const MoeInput& input);
-  std::shared_ptr<MoeJob> in_flight(int slot) const { return slots_.in_flight(slot); }
-  void release(int slot, const std::shared_ptr<MoeJob>& job) { slots_.release(slot, job); }
+  std::shared_ptr<MoeJob> in_flight(int slot) const;
+  void release(int slot, const std::shared_ptr<MoeJob>& job);
 
-  // Cancels what is in flight and waits for it to end.
+  // Cancels what is in flight and waits for it to end. In a forked child what was in flight leaks.
   void end();
 
  private:

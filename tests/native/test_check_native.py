@@ -65,7 +65,7 @@ PROGRAMS: dict[str, Program] = {
     "features_test": once(),
     "l32_pack_test": once(seed()),
     "memory_test": once(),
-    "moe_job_test": once(),
+    "moe_job_test": once("under-a-tool"),
     "thread_pool_test": once("under-a-tool"),  # leaves out what the tools cannot follow
 }
 

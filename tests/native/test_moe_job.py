@@ -1,4 +1,4 @@
-"""A layer's computation under the sanitizers: the same result for every number of workers, no race, no bad access."""
+"""A layer's computation: the same result for every number of workers, fork; under the sanitizers no race or bad access."""
 
 from __future__ import annotations
 
@@ -7,15 +7,24 @@ import pytest
 from tests.native.conftest import MOE_SOURCES, Compiler, require_sanitizer, run_program
 
 
+TABLES = tuple(f"kernels/portable/{form}_portable.cpp" for form in ("a16", "a8"))
+
+
+def test_moe_job_and_fork(compiler: Compiler) -> None:
+    program = compiler.program(
+        "moe_job_test", compiler.objects(("testing/moe_job_test.cpp", *MOE_SOURCES, *TABLES), "-O1")
+    )
+    assert run_program(program) == "ok\n"
+
+
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
-def test_moe_job(sanitizer: str, compiler: Compiler) -> None:
+def test_moe_job_under(sanitizer: str, compiler: Compiler) -> None:
     require_sanitizer(compiler, sanitizer)
     flags = (f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
     objects = compiler.objects(("testing/moe_job_test.cpp", *MOE_SOURCES), "-O0", "-g1", *flags)
     # The kernels' unrolled code takes minutes to compile with the address sanitizer; they run on guarded buffers in
     # test_kernel_tables.
     kernel_flags = ("-fsanitize=thread",) if sanitizer == "thread" else ()
-    tables = [f"kernels/portable/{form}_portable.cpp" for form in ("a16", "a8")]
-    portable = compiler.objects(tables, "-O1", *kernel_flags)
+    portable = compiler.objects(TABLES, "-O1", *kernel_flags)
     program = compiler.program(f"moe_job_test_{sanitizer[:6]}", [*objects, *portable], *flags)
-    assert run_program(program) == "ok\n"
+    assert run_program(program, "without-fork") == "ok\n"
