@@ -40,15 +40,34 @@ def spread_threads(
 ) -> tuple[NodeThreads, ...]:
     """Divide threads among the real nodes; each stays on its node, and on a core of its own where there are enough.
 
-    cores: all that the process may use. nodes: theirs; none or one means there is nothing to divide.
+    cores: all that the process may use. nodes: theirs; none or one means there is nothing to divide. Nodes that cannot
+    do equal parts of the work (`node_shares`) are not told apart.
     own: nobody else is given these cores, as far as the process can know (no quota on its CPU time).
     """
-    if len(nodes) <= 1 or threads < len(nodes):
+    counts = node_shares(threads, nodes) if 1 < len(nodes) <= threads else None
+    if counts is None:
         return (NodeThreads(threads, cpus=_own_cores(threads, cores) if own else ()),)
     return tuple(
         NodeThreads(count, node.number, (_own_cores(count, node.cores) if own else ()) or _anywhere(count, node))
-        for node, count in zip(nodes, shares(threads, len(nodes)), strict=True)
+        for node, count in zip(nodes, counts, strict=True)
     )
+
+
+def node_shares(threads: int, nodes: Sequence[HostNode]) -> list[int] | None:
+    """Cut a number of threads into one number per node: as equal as they go, but no more than a node has cores.
+
+    Threads beyond all cores are spread equally on top. None where a node would get less than half of an equal share:
+    every node computes an equal part of each expert, so all would wait for that one, longer than for far memory.
+    """
+    counts = [min(count, len(node.cores)) for count, node in zip(shares(threads, len(nodes)), nodes, strict=True)]
+    left = threads - sum(counts)
+    for i, node in enumerate(nodes):
+        more = min(left, len(node.cores) - counts[i])
+        counts[i] += more
+        left -= more
+    if 2 * min(counts) * len(nodes) < sum(counts):
+        return None
+    return [count + more for count, more in zip(counts, shares(left, len(nodes)), strict=True)]
 
 
 def shares(threads: int, nodes: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hybrid_k2.host.threads import NodeThreads, spread_threads, virtual_nodes
+from hybrid_k2.host.threads import NodeThreads, node_shares, spread_threads, virtual_nodes
 from hybrid_k2.placement.form import Rules
 from hybrid_k2.placement.machine import Machine
 from hybrid_k2.placement.sizes import format_bytes
@@ -51,6 +51,12 @@ def plan_threads(rules: Rules, machine: Machine, *, bytes_per_token: int, expert
             f"is {format_bytes(share)}, so the nodes are not told apart (slower)",
         )
         nodes = ()
+    if 1 < len(nodes) <= threads and node_shares(threads, nodes) is None:
+        least = min(nodes, key=lambda node: len(node.cores))
+        notes = (
+            f"numa: node {least.number} has {len(least.cores)} of {machine.cores} cores, too few for an equal part of "
+            "the routed experts, so the nodes are not told apart (slower)",
+        )
     spread = spread_threads(threads, machine.core_cpus, nodes, own=not machine.cpu_quota)
     if len(spread) > 1 and machine.numa_balancing:
         notes = ("numa: kernel.numa_balancing is on and may move weights between nodes; turn it off while this runs",)

@@ -112,6 +112,18 @@ def test_a_kernel_that_moves_pages_is_noted() -> None:
     assert not any("numa" in note for note in make_plan(shipped_rules("host"), K2_6, one).notes)
 
 
+def test_nodes_are_left_together_where_one_lacks_the_cores() -> None:
+    on = two_nodes(384)
+    cores = on.core_cpus
+    uneven = replace(on, nodes=(replace(on.nodes[0], cores=cores[:14]), replace(on.nodes[1], cores=cores[14:])))
+    plan = make_plan(shipped_rules("host"), K2_6, uneven)
+    assert plan.nodes == (NodeThreads(15, None, cores[1:]),)
+    assert plan.notes[-1] == (
+        "numa: node 1 has 2 of 16 cores, too few for an equal part of the routed experts, so the nodes are not told "
+        "apart (slower)"
+    )
+
+
 def test_numa_by_rule() -> None:
     def nodes(numa: str, on: Machine) -> tuple[NodeThreads, ...]:
         text = rules_text().replace("{gpu: cuda:0}", f"{{host: {{{numa}}}}}")

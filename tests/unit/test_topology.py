@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_k2.host.threads import NodeThreads, shares, spread_threads, virtual_nodes
+from hybrid_k2.host.threads import NodeThreads, node_shares, shares, spread_threads, virtual_nodes
 from hybrid_k2.host.topology import HostNode, host_nodes, numa_balancing, parse_list, physical_cores
 
 GIB = 1 << 30
@@ -127,6 +127,36 @@ def test_on_one_node_nothing_is_bound_and_few_threads_go_anywhere() -> None:
         NodeThreads(1),
     )  # one thread cannot be on two nodes
     assert spread_threads(2, (), (), own=True) == (NodeThreads(2),)
+
+
+def nodes_of(*cores: int) -> tuple[HostNode, ...]:
+    """Nodes with so many cores each."""
+    return tuple(
+        HostNode(n, tuple((100 * n + core,) for core in range(count)), GIB) for n, count in enumerate(cores)
+    )
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "counts"),
+    [
+        (23, (14, 10), [13, 10]),
+        (24, (14, 10), [14, 10]),
+        (20, (4, 8, 8), [4, 8, 8]),
+        (13, (8, 8), [6, 7]),
+        (18, (8, 8), [9, 9]),
+        (15, (14, 2), None),
+        (30, (14, 2), None),
+        (4, (14, 2), [2, 2]),
+    ],
+)
+def test_a_node_gets_no_more_threads_than_cores(threads: int, cores: tuple[int, ...], counts: list[int] | None) -> None:
+    nodes = nodes_of(*cores)
+    everything = tuple(core for node in nodes for core in node.cores)
+    assert node_shares(threads, nodes) == counts
+    spread = spread_threads(threads, everything, nodes, own=True)
+    assert [node.threads for node in spread] == (counts or [threads])
+    if counts is None:
+        assert spread == spread_threads(threads, everything, (), own=True)
 
 
 def test_virtual_nodes() -> None:
