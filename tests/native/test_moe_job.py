@@ -1,11 +1,10 @@
-"""A layer's computation: the same result for every number of workers, fork; under the sanitizers no race or bad access."""
+"""A layer's computation: equal results for every number of workers, fork; no race or bad access under the sanitizers."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.native.conftest import MOE_SOURCES, Compiler, require_sanitizer, run_program
-
 
 TABLES = tuple(f"kernels/portable/{form}_portable.cpp" for form in ("a16", "a8"))
 

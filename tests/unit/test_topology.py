@@ -131,9 +131,7 @@ def test_on_one_node_nothing_is_bound_and_few_threads_go_anywhere() -> None:
 
 def nodes_of(*cores: int) -> tuple[HostNode, ...]:
     """Nodes with so many cores each."""
-    return tuple(
-        HostNode(n, tuple((100 * n + core,) for core in range(count)), GIB) for n, count in enumerate(cores)
-    )
+    return tuple(HostNode(n, tuple((100 * n + core,) for core in range(count)), GIB) for n, count in enumerate(cores))
 
 
 @pytest.mark.parametrize(
