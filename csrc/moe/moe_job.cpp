@@ -17,7 +17,6 @@ constexpr int kChunkTokens = 1024;
 MoeJob::MoeJob(ThreadPool& pool, const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer,
                WorkspaceStore& store, const MoeInput& input)
     : Job(pool), pool_(pool), layer_(layer), store_(store), tokens_(input.tokens) {
-  pool.check_process();
   check_argument(layer.nodes() == pool.map().nodes(), "nodes", text(pool.map().nodes()), layer.nodes());
   check_ids(input);
   const LayerShape& shape = layer.shape();

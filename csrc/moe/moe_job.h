@@ -29,7 +29,7 @@ struct MoeInput {
 class MoeJob final : public Job {
  public:
   // The layer has as many nodes as the pool. ArgumentError for an id out of range, EngineError for an expert that was
-  // not loaded, and in a forked child.
+  // not loaded.
   MoeJob(ThreadPool& pool, const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer,
          WorkspaceStore& store, const MoeInput& input);
   ~MoeJob() override;

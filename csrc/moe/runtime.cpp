@@ -18,6 +18,7 @@ Runtime::Runtime(const std::string& isa, Numerics numerics, const PoolLayout& la
     : table(find_table(isa, numerics)), memory_nodes(nodes_of(layout)), pool(layout), tuning_(table.tuning) {}
 
 std::shared_ptr<MoeJob> Layer::start(const MoeInput& input) {
+  runtime_->pool.check_process();
   auto job = std::make_shared<MoeJob>(runtime_->pool, runtime_->table, runtime_->tuning(), experts_, runtime_->workspaces,
                                       input);
   runtime_->pool.submit(*job);

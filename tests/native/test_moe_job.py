@@ -1,4 +1,4 @@
-"""A layer's computation: equal results for every number of workers, fork; no race or bad access under the sanitizers."""
+"""A layer's computation: equal results for any number of workers, fork; no race or bad access under the sanitizers."""
 
 from __future__ import annotations
 
