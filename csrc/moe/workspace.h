@@ -52,15 +52,16 @@ class WorkspaceStore {
     return workspace;
   }
 
-  // Keeps decode-sized workspaces; the large ones of a long prefill go back to the system.
+  // Keeps what a chunk of tokens needs on each node, for the next layer; what more a long prefill took goes back to the
+  // system.
   void give(std::unique_ptr<Workspace> workspace) {
-    if (workspace->bytes() > kKeepBytes) return;
+    if (workspace->bytes() > kKeepBytes * workspace->parts.size()) return;
     std::lock_guard lock(mutex_);
     free_.push_back(std::move(workspace));
   }
 
  private:
-  static constexpr size_t kKeepBytes = size_t(64) << 20;
+  static constexpr size_t kKeepBytes = size_t(64) << 20;  // per node
 
   std::mutex mutex_;
   std::vector<std::unique_ptr<Workspace>> free_;

@@ -212,6 +212,23 @@ void a_failed_submit_leaves_the_slot_free() {
   }
 }
 
+// What is kept after a use of so many bytes by each of the parts.
+size_t kept(int parts, size_t bytes) {
+  WorkspaceStore store;
+  std::unique_ptr<Workspace> workspace = store.take(parts);
+  for (PartMemory& part : workspace->parts) reserve(part.packed, bytes);
+  store.give(std::move(workspace));
+  return store.take(parts)->bytes();
+}
+
+void scratch_is_kept_up_to_a_limit_per_node() {
+  constexpr size_t kMiB = size_t(1) << 20;
+  for (const int parts : {1, 2, 3}) {
+    K2_EXPECT(kept(parts, 60 * kMiB) == 60 * kMiB * parts);
+    K2_EXPECT(kept(parts, 70 * kMiB) == 0);
+  }
+}
+
 template <class Call>
 bool is_engine_error(Call call) {
   try {
@@ -288,6 +305,7 @@ int main(int argc, char**) {
   k2::closing_with_work_in_flight_ends_it();
   k2::a_slot_has_one_owner();
   k2::a_failed_submit_leaves_the_slot_free();
+  k2::scratch_is_kept_up_to_a_limit_per_node();
   if (argc == 1) k2::a_forked_child_computes_nothing_and_ends();  // any argument leaves it out: tools cannot follow a fork
   std::puts("ok");
 }
