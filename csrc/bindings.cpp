@@ -80,9 +80,9 @@ MoeInput moe_input(const LayerShape& shape, const py::array& hidden, const py::a
           matrix<float>("weights", weights, tokens, shape.experts_per_token), int(tokens)};
 }
 
-std::shared_ptr<MoeJob> start(Layer& layer, const MoeInput& input) {
+std::shared_ptr<MoeJob> start(Layer& layer, const MoeInput& input, float* output) {
   const py::gil_scoped_release nogil;
-  return layer.start(input);
+  return layer.start(input, output);
 }
 
 void copy_output(const MoeJob& job, float* out) {
@@ -172,9 +172,8 @@ class PyLayer {
     const LayerShape& shape = layer->experts().shape();
     const MoeInput in = moe_input(shape, hidden, ids, weights);
     float* out = mutable_matrix<float>("output", output, in.tokens, shape.hidden);
-    const std::shared_ptr<MoeJob> job = start(*layer, in);
+    const std::shared_ptr<MoeJob> job = start(*layer, in, out);
     finish(layer->runtime().pool, *job, std::nullopt);
-    copy_output(*job, out);
   }
 
   void submit(int slot, const py::array& hidden, const py::array& ids, const py::array& weights) {

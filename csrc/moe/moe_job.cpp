@@ -15,7 +15,7 @@ constexpr int kChunkTokens = 1024;
 }  // namespace
 
 MoeJob::MoeJob(ThreadPool& pool, const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer,
-               WorkspaceStore& store, const MoeInput& input)
+               WorkspaceStore& store, const MoeInput& input, float* output)
     : Job(pool), pool_(pool), layer_(layer), store_(store), tokens_(input.tokens) {
   check_argument(layer.nodes() == pool.map().nodes(), "nodes", text(pool.map().nodes()), layer.nodes());
   check_ids(input);
@@ -27,13 +27,18 @@ MoeJob::MoeJob(ThreadPool& pool, const KernelTable& table, const Tuning& tuning,
         route(input.ids + at, input.weights + at, first, count, shape.experts_per_token, shape.experts));
   }
   workspace_ = store_.take(layer.nodes());
-  const size_t hidden_bytes = size_t(tokens_) * shape.hidden * (input.bf16 ? 2 : 4);
-  reserve(workspace_->hidden, hidden_bytes);
-  if (tokens_ > 0) std::memcpy(workspace_->hidden.data(), input.hidden, hidden_bytes);
-  const HiddenRows hidden{workspace_->hidden.data(), input.bf16};
+  const HiddenRows hidden{output ? static_cast<const uint8_t*>(input.hidden) : copy_hidden(input), input.bf16};
   for (int node = 0; node < layer.nodes(); ++node) {
-    parts_.push_back(std::make_unique<MoePart>(table, tuning, layer, node, chunks_, hidden, workspace_->parts[node]));
+    parts_.push_back(std::make_unique<MoePart>(table, tuning, layer, node, chunks_, hidden, workspace_->parts[node],
+                                               node == 0 ? output : nullptr));
   }
+}
+
+const uint8_t* MoeJob::copy_hidden(const MoeInput& input) {
+  const size_t bytes = size_t(tokens_) * layer_.shape().hidden * (input.bf16 ? 2 : 4);
+  reserve(workspace_->hidden, bytes);
+  if (bytes > 0) std::memcpy(workspace_->hidden.data(), input.hidden, bytes);
+  return workspace_->hidden.data();
 }
 
 MoeJob::~MoeJob() {

@@ -17,7 +17,7 @@
 
 namespace k2 {
 
-// The arguments, checked for shape; the memory is the caller's and is copied by the constructor of MoeJob.
+// The arguments, checked for shape; the memory is the caller's.
 struct MoeInput {
   const void* hidden;  // [tokens, H]
   bool bf16;           // else fp32
@@ -28,18 +28,21 @@ struct MoeInput {
 
 class MoeJob final : public Job {
  public:
+  // `output` [tokens, H] is the caller's, as are the hidden rows until the job has ended. Without an output the rows are
+  // copied here, and the results wait for `copy_output`. ids and weights are not needed any more after this.
   // The layer has as many nodes as the pool. ArgumentError for an id out of range, EngineError for an expert that was
   // not loaded.
   MoeJob(ThreadPool& pool, const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer,
-         WorkspaceStore& store, const MoeInput& input);
+         WorkspaceStore& store, const MoeInput& input, float* output = nullptr);
   ~MoeJob() override;
 
-  // Writes [tokens, H]; only after completion.
+  // Writes [tokens, H], of a job without an output of the caller; only after completion.
   void copy_output(float* out) const;
   int tokens() const { return tokens_; }
 
  private:
   void check_ids(const MoeInput& input) const;
+  const uint8_t* copy_hidden(const MoeInput& input);
   void run(Team& team, int worker) override;
   void add_partial_sums(int worker, int workers);
 

@@ -17,7 +17,8 @@ int64_t packed_row_bytes(const KernelTable& table, int groups) {
 }  // namespace
 
 MoePart::MoePart(const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer, int node,
-                 const std::vector<RoutedChunk>& chunks, HiddenRows hidden, PartMemory& memory)
+                 const std::vector<RoutedChunk>& chunks, HiddenRows hidden, PartMemory& memory,
+                 float* output)
     : table_(table),
       tuning_(tuning),
       layer_(layer),
@@ -26,6 +27,7 @@ MoePart::MoePart(const KernelTable& table, const Tuning& tuning, const ExpertLay
       chunks_(chunks),
       hidden_(hidden),
       memory_(memory),
+      output_(output),
       packed_bytes_(packed_row_bytes(table, layer.shape().hidden_groups())),
       activated_bytes_(packed_row_bytes(table, pairs_)) {
   size_t tokens = 0, most_tokens = 0, most_rows = 0;
@@ -39,7 +41,10 @@ MoePart::MoePart(const KernelTable& table, const Tuning& tuning, const ExpertLay
     state.token_bad.reset(new std::atomic<bool>[chunk.tokens]());
     states_.push_back(std::move(state));
   }
-  reserve(memory.output, tokens * size_t(layer.shape().hidden) * sizeof(float));
+  if (!output_) {
+    reserve(memory.output, tokens * size_t(layer.shape().hidden) * sizeof(float));
+    output_ = reinterpret_cast<float*>(memory.output.data());
+  }
   reserve(memory.packed, most_tokens * size_t(packed_bytes_));
   reserve(memory.activated, most_rows * size_t(activated_bytes_));
 }

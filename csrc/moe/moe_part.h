@@ -30,17 +30,17 @@ struct HiddenRows {
 
 class MoePart {
  public:
-  // `memory` is of this part alone. What the references name must outlive the part.
+  // `memory` is of this part alone. The partial sums go to `output` [tokens, H], or to `memory` where that is null. What
+  // is named here must outlive the part.
   MoePart(const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer, int node,
-          const std::vector<RoutedChunk>& chunks, HiddenRows hidden, PartMemory& memory);
+          const std::vector<RoutedChunk>& chunks, HiddenRows hidden, PartMemory& memory,
+          float* output);
 
   // On each worker of the node. Throws Cancelled.
   void run(Team& team, int worker);
 
   // The partial sums [tokens, H]; only after all workers of the node have left `run`.
-  float* output_row(int token) const {
-    return reinterpret_cast<float*>(memory_.output.data()) + int64_t(token) * layer_.shape().hidden;
-  }
+  float* output_row(int token) const { return output_ + int64_t(token) * layer_.shape().hidden; }
 
  private:
   struct ChunkState {
@@ -76,6 +76,7 @@ class MoePart {
   const std::vector<RoutedChunk>& chunks_;
   const HiddenRows hidden_;
   PartMemory& memory_;
+  float* output_;
   const int64_t packed_bytes_;     // of one token's hidden
   const int64_t activated_bytes_;  // of one row's slice of the intermediate
   std::atomic<int> arrived_{0};    // workers of the node, at its barriers

@@ -17,10 +17,10 @@ std::vector<int> nodes_of(const PoolLayout& layout) {
 Runtime::Runtime(const std::string& isa, Numerics numerics, const PoolLayout& layout)
     : table(find_table(isa, numerics)), memory_nodes(nodes_of(layout)), pool(layout), tuning_(table.tuning) {}
 
-std::shared_ptr<MoeJob> Layer::start(const MoeInput& input) {
+std::shared_ptr<MoeJob> Layer::start(const MoeInput& input, float* output) {
   runtime_->pool.check_process();
   auto job = std::make_shared<MoeJob>(runtime_->pool, runtime_->table, runtime_->tuning(), experts_, runtime_->workspaces,
-                                      input);
+                                      input, output);
   runtime_->pool.submit(*job);
   return job;
 }

@@ -52,8 +52,8 @@ class Layer {
   ExpertLayer& experts() { return experts_; }
   Runtime& runtime() { return *runtime_; }
 
-  // A started computation. EngineError, ArgumentError as MoeJob.
-  std::shared_ptr<MoeJob> start(const MoeInput& input);
+  // A started computation, with or without an output of the caller. EngineError, ArgumentError as MoeJob.
+  std::shared_ptr<MoeJob> start(const MoeInput& input, float* output = nullptr);
 
   // Starts a computation in a slot. ArgumentError as well unless the slot exists and is free.
   void submit(int slot, const MoeInput& input);

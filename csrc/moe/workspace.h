@@ -11,7 +11,7 @@ namespace k2 {
 
 // Of one node's part: touched first by the node's workers, so it lies on their node.
 struct PartMemory {
-  HugeBuffer output;     // [T, H] fp32 partial sums
+  HugeBuffer output;     // [T, H] fp32 partial sums, unless the caller has the place for them
   HugeBuffer packed;     // [chunk, packed hidden]
   HugeBuffer activated;  // [chunk * K, packed slice of the intermediate]
 
@@ -19,7 +19,7 @@ struct PartMemory {
 };
 
 struct Workspace {
-  HugeBuffer hidden;  // [T, H] fp32 or bf16: the copied input
+  HugeBuffer hidden;  // [T, H] fp32 or bf16: the input, where it is copied
   std::vector<PartMemory> parts;
 
   size_t bytes() const {
