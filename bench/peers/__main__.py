@@ -4,7 +4,8 @@
 
 Each contender is a process of its own, on the interpreter that has its package (see requirements.txt). In every round
 each computes the same calls; the others are stopped meanwhile. Times are medians over rounds, ratios medians of the
-ratios within a round. A contender that is absent, fails, or does not support this CPU is skipped, with the reason.
+ratios within a round. On a machine that others use, `--clock cpu --threads 1` counts processor time.
+A contender that is absent, fails, or does not support this CPU is skipped, with the reason.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ SPARE_BYTES = 2 << 30  # interpreters, activations, an expert in float64
 class Comparison:
     """Run the contenders in turns."""
 
-    def __init__(self, folder: Path, sizes: Sizes, threads: int, seed: int) -> None:
+    def __init__(self, folder: Path, sizes: Sizes, threads: int, seed: int, clock: str) -> None:
+        self.clock = clock
         self.sizes = sizes
         self.threads = threads
         self.folder = folder
@@ -89,9 +91,9 @@ class Comparison:
         seconds: dict[str, float] = {}
         for name in names[number % len(names) :] + names[: number % len(names)]:
             try:
-                if name in OURS:
+                if name in OURS and self.clock == "wall":
                     samples.read_gbps.append(self.ask(name, "limits", seconds=PROBE_SECONDS)["read_gbps"])
-                seconds[name] = median(self.ask(name, "run", tokens=samples.tokens)["seconds"])
+                seconds[name] = median(self.ask(name, "run", tokens=samples.tokens)[self.clock])
             except AbsentError as error:
                 self.skip(name, error)
                 continue
@@ -114,10 +116,12 @@ class Comparison:
             contender.close()
 
 
-def compare(sizes: Sizes, tokens: list[int], rounds: int, threads: int, pythons: dict[str, str], seed: int) -> Report:
+def compare(
+    sizes: Sizes, tokens: list[int], rounds: int, threads: int, pythons: dict[str, str], seed: int, clock: str
+) -> Report:
     """Measure all contenders. Raises: AbsentError: none of ours is there to compare with."""
     with tempfile.TemporaryDirectory(prefix="hybrid-k2-peers-") as folder:
-        comparison = Comparison(Path(folder), sizes, threads, seed)
+        comparison = Comparison(Path(folder), sizes, threads, seed, clock)
         try:
             comparison.load(pythons)
             samples = comparison.measure(tokens, rounds)
@@ -127,7 +131,8 @@ def compare(sizes: Sizes, tokens: list[int], rounds: int, threads: int, pythons:
         machine=describe_machine(threads),
         sizes=asdict(sizes),
         rounds=rounds,
-        raw_read_gbps=median(gbps for each in samples for gbps in each.read_gbps),
+        clock=clock,
+        raw_read_gbps=median([gbps for each in samples for gbps in each.read_gbps]) if clock == "wall" else None,
         contenders=comparison.about,
         skipped=comparison.skipped,
         results=tuple(result for each in samples for result in each.results()),
@@ -162,6 +167,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--numerics", default="exact,fast", help="ours: exact, fast, or both")
     for name in ("kt", "ggml", "ik"):
         parser.add_argument(f"--{name}-python", help=f"interpreter that has the package of {name}")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: of the busiest thread; on a busy machine, one thread",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--output", type=Path, help="also write JSON to this file")
@@ -183,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"error: expected {needed >> 20} MiB of memory, got {machine.host_available_bytes >> 20}; fewer --experts"
         )
     try:
-        report = compare(sizes, tokens, args.rounds, args.threads or machine.cores, pythons, args.seed)
+        report = compare(sizes, tokens, args.rounds, args.threads or machine.cores, pythons, args.seed, args.clock)
     except AbsentError as error:
         sys.exit(f"error: {error}")
     text = json.dumps(report.to_json(), indent=1)

@@ -17,6 +17,7 @@ class Result:
 
     Units: ms per layer; 10^9 operations, or bytes of the touched experts as the checkpoint stores them, per second;
     shares of 1.
+    share_of_read: None where times are processor time, for the bandwidth is not.
     times_exact, times_fast: its time over ours in the same round; None where ours is missing.
     """
 
@@ -26,7 +27,7 @@ class Result:
     gbps: float
     gops: float
     distinct_experts: int
-    share_of_read: float
+    share_of_read: float | None
     error: float
     times_exact: float | None
     times_fast: float | None
@@ -50,7 +51,7 @@ class Samples:
 
     def _result(self, name: str) -> Result:
         took = [seconds[name] for seconds in self.rounds if name in seconds]
-        seconds, distinct, read = median(took), round(median(self.distinct)), median(self.read_gbps)
+        seconds, distinct = median(took), round(median(self.distinct))
         gbps = distinct * self.expert_bytes / seconds / 1e9
         return Result(
             tokens=self.tokens,
@@ -59,7 +60,7 @@ class Samples:
             gbps=gbps,
             gops=self.operations / seconds / 1e9,
             distinct_experts=distinct,
-            share_of_read=gbps / read,
+            share_of_read=gbps / median(self.read_gbps) if self.read_gbps else None,
             error=self.errors[name],
             times_exact=self._over(name, "exact"),
             times_fast=self._over(name, "fast"),
@@ -77,7 +78,8 @@ class Report:
     machine: Mapping[str, Any]
     sizes: Mapping[str, Any]
     rounds: int
-    raw_read_gbps: float
+    clock: str
+    raw_read_gbps: float | None
     contenders: Mapping[str, Mapping[str, Any]]
     skipped: Mapping[str, str]
     results: tuple[Result, ...]
@@ -89,13 +91,13 @@ class Report:
     def table(self) -> str:
         """Write the figures as aligned text."""
         lines = [
-            f"{self.machine['cpu']}, {self.machine['threads']} threads; raw read {self.raw_read_gbps:.1f} GB/s",
+            f"{self.machine['cpu']}, {self.machine['threads']} threads; {self._limit()}",
             "tokens  experts  contender          ms    GB/s  of the read    GOPS  over exact  over fast    error",
         ]
         for r in self.results:
             lines.append(
                 f"{r.tokens:>6} {r.distinct_experts:>8}  {r.contender:<10} {r.ms:>10.2f} {r.gbps:>7.1f}"
-                f" {r.share_of_read:>12.0%} {r.gops:>7.0f} {_times(r.times_exact):>11} {_times(r.times_fast):>10}"
+                f" {_share(r.share_of_read):>12} {r.gops:>7.0f} {_times(r.times_exact):>11} {_times(r.times_fast):>10}"
                 f"  {r.error:.1e}"
             )
         return "\n".join(lines + self.verdicts() + [f"skipped {name}: {why}" for name, why in self.skipped.items()])
@@ -104,12 +106,21 @@ class Report:
         """Say for each number of tokens who is fastest, and how ours stand beside the fastest peer."""
         return [_verdict([r for r in self.results if r.tokens == tokens]) for tokens in self._tokens()]
 
+    def _limit(self) -> str:
+        if self.raw_read_gbps is None:
+            return "times are processor time"
+        return f"raw read {self.raw_read_gbps:.1f} GB/s"
+
     def _tokens(self) -> list[int]:
         return list(dict.fromkeys(r.tokens for r in self.results))
 
 
 def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def _verdict(results: list[Result]) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from bench.peers.inputs import Inputs
 from bench.peers.process import AbsentError, Contender
 from bench.peers.q4_0 import to_q4_0
 from bench.peers.report import Report, Samples
+from bench.peers.worker import Session
 from hybrid_k2.checkpoint import PackedWeight
 from hybrid_k2.experts.cpu import native_isas
 
@@ -57,7 +61,7 @@ def samples(**seconds: list[float]) -> Samples:
 
 def report(each: Samples, **skipped: str) -> Report:
     """Make a report of one number of tokens."""
-    return Report({"cpu": "Some CPU", "threads": 2}, {}, 3, 10.0, {}, skipped, tuple(each.results()))
+    return Report({"cpu": "Some CPU", "threads": 2}, {}, 3, "wall", 10.0, {}, skipped, tuple(each.results()))
 
 
 def test_ratios_are_medians_within_rounds() -> None:
@@ -203,6 +207,50 @@ def test_a_package_that_is_not_installed(tmp_path: Path) -> None:
     sizes = {"hidden": 32, "intermediate": 32, "experts": 1, "top_k": 1, "most_tokens": 1, "distinct": 1}
     said = reason(sys.executable, tmp_path, sizes=sizes)
     assert said == f"ModuleNotFoundError: No module named 'libggml' ({sys.executable})"
+
+
+class TwoThreads:
+    """A layer whose second thread works while the first one waits."""
+
+    about: dict[str, Any] = {}  # noqa: RUF012
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.pool = pool
+
+    def prepare(self, *arguments: Any) -> None:
+        pass
+
+    def run(self) -> None:
+        self.pool.submit(self.work).result()
+
+    def work(self) -> None:
+        end = time.thread_time() + 0.03
+        while time.thread_time() < end:
+            pass
+
+    def output(self) -> np.ndarray:
+        return np.zeros((1, 4), np.float32)
+
+
+def test_processor_time_is_that_of_the_busiest_thread(tmp_path: Path) -> None:
+    session = Session("two", tmp_path)
+    session.hidden = np.zeros((2, 4), np.uint16)
+    np.save(tmp_path / "ids.npy", np.zeros((2, 1, 1), np.int32))
+    np.save(tmp_path / "weights.npy", np.zeros((2, 1, 1), np.float32))
+    with ThreadPoolExecutor(1) as pool:
+        session.layer = TwoThreads(pool)
+        answer = session.run(1)
+    assert all(0.03 <= seconds < 0.06 for seconds in answer["cpu"])
+    assert all(wall >= cpu - 0.01 for wall, cpu in zip(answer["wall"], answer["cpu"], strict=True))
+    assert len(answer["wall"]) == 2
+
+
+def test_processor_time_has_no_share_of_the_bandwidth() -> None:
+    each = samples(exact=[1.0], peer=[4.0])
+    each.read_gbps.clear()
+    found = Report({"cpu": "Some CPU", "threads": 1}, {}, 1, "cpu", None, {}, {}, tuple(each.results()))
+    assert [r.share_of_read for r in found.results] == [None, None]
+    assert "1 threads; times are processor time" in found.table()
 
 
 @needs_native
