@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hybrid_k2.model.batch import Batch, SequenceSlice
 from hybrid_k2.model.latent_cache import LatentCache
-from hybrid_k2.model.layers import Matrix, RmsNorm, linear
+from hybrid_k2.model.layers import Matrix, RmsNorm, linear, linear_all
 from hybrid_k2.model.mla import MlaShape, absorb_queries, expand_values, latent_attention, naive_attention
 from hybrid_k2.model.native_attention import NativeAttention
 from hybrid_k2.model.rope import Rotation
@@ -42,20 +42,20 @@ class Attention:
         Effects: writes the rows' latents to the cache.
         """
         x = x.to(self.q_a.device)
-        latents = self._latents(x, rotation)  # [T, kv_lora + rope]
+        q_lora, latent = linear_all(x, (self.q_a, self.kv_a))  # [T, q_lora], [T, kv_lora + rope]
+        latents = self._latents(latent, rotation)  # [T, kv_lora + rope] fp32
         for sequence in batch.sequences:
             cache.append(self.layer, sequence, latents[sequence.rows])
-        values = self._attend(self._queries(x, rotation), batch, cache)  # [T, heads, value] fp32
+        values = self._attend(self._queries(q_lora, rotation), batch, cache)  # [T, heads, value] fp32
         return linear(values.flatten(1).to(x.dtype), self.o)
 
-    def _queries(self, x: Tensor, rotation: Rotation) -> Tensor:
-        q = linear(self.q_a_norm(linear(x, self.q_a)), self.q_b)  # [T, heads * (nope + rope)]
+    def _queries(self, q_lora: Tensor, rotation: Rotation) -> Tensor:
+        q = linear(self.q_a_norm(q_lora), self.q_b)  # [T, heads * (nope + rope)]
         q = q.view(len(q), self.shape.heads, -1)  # [T, heads, nope + rope]
         q_nope, q_rope = q[..., : self.shape.nope], q[..., self.shape.nope :]
         return torch.cat((q_nope.float(), rotation.apply(q_rope)), dim=-1)  # [T, heads, nope + rope] fp32
 
-    def _latents(self, x: Tensor, rotation: Rotation) -> Tensor:
-        latent = linear(x, self.kv_a)
+    def _latents(self, latent: Tensor, rotation: Rotation) -> Tensor:
         c, k_rope = latent[:, : self.shape.kv_lora], latent[:, self.shape.kv_lora :]
         return torch.cat((self.kv_a_norm(c).float(), rotation.apply(k_rope)), dim=-1)  # [T, kv_lora + rope] fp32
 
