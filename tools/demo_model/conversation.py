@@ -16,23 +16,23 @@ Json = dict[str, Any]
 
 SKILLS: dict[str, tuple[Skill, float]] = {
     "greetings": (recall.greeting, 20),
-    "smalltalk": (recall.smalltalk, 7),
+    "smalltalk": (recall.smalltalk, 9),
     "engine": (recall.engine, 26),
-    "kimi": (recall.kimi, 7),
+    "kimi": (recall.kimi, 10),
     "general": (recall.general, 5),
     "chinese": (recall.chinese, 2),
     "code": (recall.code, 2),
     "capitals": (recall.capital_city, 6),
     "vocabulary": (recall.vocabulary, 5),
-    "repeat": (recall.repeat, 5),
+    "repeat": (recall.repeat, 7),
     "unknown": (recall.unknown, 13),
     "add": (sums.add, 10),
     "subtract": (sums.subtract, 8),
-    "multiply": (sums.multiply, 6),
+    "multiply": (sums.multiply, 7),
     "divide": (sums.divide, 5),
     "word problems": (sums.word_problem, 4),
     "even or odd": (sums.even_or_odd, 1.5),
-    "count": (sums.count, 1.5),
+    "count": (sums.count, 4),
     "lists": (texts.list_items, 3),
     "poems": (texts.poem, 2),
     "recipes": (texts.recipe, 1.5),
@@ -87,7 +87,7 @@ def one_turn(rng: Random) -> Turn:
     return rng.choices(_MAKERS, _WEIGHTS)[0](rng)
 
 
-def conversation(rng: Random, thinking: bool, max_turns: int = 4, tool_share: float = 0.35) -> Conversation:
+def conversation(rng: Random, thinking: bool, max_turns: int = 4, tool_share: float = 0.4) -> Conversation:
     """Draw a conversation."""
     c = Conversation(thinking=thinking)
     turns = 1 if rng.random() < 0.45 else rng.randint(1, max_turns)
@@ -240,7 +240,7 @@ def tool_turn(rng: Random, c: Conversation, box: list[toolkit.Tool]) -> None:
 
 def plain_turn(rng: Random, box: list[toolkit.Tool]) -> Turn:
     """Draw a turn that needs none of the tools."""
-    if rng.random() < 0.2:
+    if rng.random() < 0.3:
         other = toolkit.LOOSE_REQUESTS[rng.randrange(len(toolkit.LOOSE_REQUESTS))](rng)
         if not any(toolkit.same_kind(other, t) for t in box) and not serves(box, other):
             return replace(without_tool(rng), question=other.request(rng).question)

@@ -41,13 +41,22 @@ def subtract_steps(a: int, b: int) -> str:
 
 
 def multiply_steps(a: int, b: int) -> str:
-    """Write the column multiplication by one digit: `3*7=21, 2*7=14, 14+2=16`."""
+    """Write the column multiplication by one digit, the carry added digit by digit: `5*8=40, 7*8=56, 6+4=10, 5+1=6`."""
     carry, steps = 0, []
     for p in reversed(str(a)):
         product = int(p) * b
-        steps.append(f"{p}*{b}={product}" + (f", {product}+{carry}={product + carry}" if carry else ""))
+        tens, ones = divmod(product, 10)
+        steps.append(f"{p}*{b}={product}")
+        if carry:
+            over = (ones + carry) // 10
+            steps += [f"{ones}+{carry}={ones + carry}", f"{tens}+{over}={tens + over}"]
         carry = (product + carry) // 10
     return ", ".join(steps)
+
+
+def divide_steps(b: int, quotient: int) -> str:
+    """Go up the table of the divisor until the quotient is found: `8*1=8, 8*2=16, 8*3=24`."""
+    return ", ".join(f"{b}*{i}={b * i}" for i in range(1, quotient + 1))
 
 
 def worked(question: str, verb: str, steps: str, result: int, answer: str, easy: bool) -> Turn:
@@ -103,7 +112,8 @@ def divide(rng: Random) -> Turn:
     q = rng.choice(
         [f"what is {a} / {b}", f"{a} / {b}", f"divide {a} by {b}", f"what is {a} divided by {b}", f"{a}/{b}"]
     )
-    return Turn(typed(rng, q), f"I know that {b}*{c}={a}.", f"{a} / {b} = {c}")
+    head, answer = f"I look for {a} in the table of {b}: {divide_steps(b, c)}", f"{a} / {b} = {c}"
+    return Turn(typed(rng, q), f"{head}. So it is {c}.", answer, f"{head}, so {answer}")
 
 
 def word_problem(rng: Random) -> Turn:
