@@ -18,6 +18,7 @@ TABLES = {
     "a8": {"fast"},
     "bf16": {"bf16"},
     "attention": {"attention_table"},
+    "tiles": {"exact", "bf16"},
     "dense": {"dense_table"},
 }
 
