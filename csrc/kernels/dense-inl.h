@@ -105,3 +105,16 @@ bool pack_int8_input(const float* x, int groups, uint8_t* packed, ptrdiff_t stri
   }
   return fits;
 }
+
+// The table of a kernel file.
+constexpr DenseTable with_dense_kernels(const char* isa) {
+  return {
+      .name = isa,
+      .bf16 = dense_bf16,
+      .int8 = dense_int8,
+      .group_bytes = sizeof(Int8Group),
+      .pack = pack_int8_input,
+      .bf16_peak = kBf16Peak,
+      .int8_peak = kInt8Peak,
+  };
+}

@@ -21,14 +21,6 @@ namespace {
 }  // namespace
 
 extern const DenseTable dense_table;
-const DenseTable dense_table = {
-    .name = "avx2",
-    .bf16 = dense_bf16,
-    .int8 = dense_int8,
-    .group_bytes = sizeof(Int8Group),
-    .pack = pack_int8_input,
-    .bf16_peak = kBf16Peak,
-    .int8_peak = kInt8Peak,
-};
+constinit const DenseTable dense_table = with_dense_kernels("avx2");
 
 }  // namespace k2::avx2

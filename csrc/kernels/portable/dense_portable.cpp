@@ -17,14 +17,6 @@ namespace {
 }  // namespace
 
 extern const DenseTable dense_table;
-const DenseTable dense_table = {
-    .name = "portable",
-    .bf16 = dense_bf16,
-    .int8 = dense_int8,
-    .group_bytes = sizeof(Int8Group),
-    .pack = pack_int8_input,
-    .bf16_peak = kBf16Peak,
-    .int8_peak = kInt8Peak,
-};
+constinit const DenseTable dense_table = with_dense_kernels("portable");
 
 }  // namespace k2::portable
