@@ -41,12 +41,10 @@ constinit const KernelTable exact = with_kernels<A16Group, A16Group>({
     .numerics = kExact,
     .activations = "A16",
     .max_tokens = kMaxTokens,
-    .gate_up = gate_up_any<A16Group>,
-    .down = down_any,
     .peak_operations = kPeakOperations / 2,  // two planes
     .has_tiles = true,
     .tuning = {.policy = kTilePolicy, .token_cost = 0.25f},
-});
+}, pack_rows<A16Group, float>, gate_up_any<A16Group>, down_any);
 
 extern const KernelTable bf16;
 constinit const KernelTable bf16 = with_kernels<Bf16Group, A16Group>({
@@ -54,12 +52,9 @@ constinit const KernelTable bf16 = with_kernels<Bf16Group, A16Group>({
     .numerics = kBf16,
     .activations = "bf16, then A16",
     .max_tokens = kMaxTokens,
-    .pack_fp32 = pack_hidden_fp32<Bf16Group>,
-    .gate_up = gate_up_any<Bf16Group>,
-    .down = down_any,
     .peak_operations = kPeakOperations * 3 / 4,  // one plane for gate and up, two for down
     .has_tiles = true,
     .tuning = {.policy = kTilePolicy, .token_cost = 0.2f},
-});
+}, pack_hidden_fp32<Bf16Group>, gate_up_any<Bf16Group>, down_any);
 
 }  // namespace k2::amx_bf16

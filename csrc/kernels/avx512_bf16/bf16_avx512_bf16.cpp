@@ -29,9 +29,8 @@ constinit const KernelTable bf16 = with_kernels<Bf16Group, A16Group>({
     .name = "avx512_bf16",
     .numerics = kBf16,
     .activations = "bf16, then A16",
-    .pack_fp32 = pack_hidden_fp32<Bf16Group>,
     .peak_operations = kPeakOperations,
     .tuning = {.token_cost = 0.47f},
-});
+}, pack_hidden_fp32<Bf16Group>);
 
 }  // namespace k2::avx512_bf16

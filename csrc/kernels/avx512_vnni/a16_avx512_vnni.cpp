@@ -35,9 +35,8 @@ constinit const KernelTable bf16 = with_kernels<A16Group, A16Group>({
     .name = "avx512_vnni",
     .numerics = kBf16,
     .activations = "A16 of bf16",
-    .pack_fp32 = pack_hidden_fp32<A16Group>,
     .peak_operations = kPeakOperations / 2,  // two planes
     .tuning = {.token_cost = 0.47f},
-});
+}, pack_hidden_fp32<A16Group>);
 
 }  // namespace k2::avx512_vnni

@@ -32,9 +32,8 @@ constinit const KernelTable bf16 = with_kernels<A16Group, A16Group>({
     .name = "portable",
     .numerics = kBf16,
     .activations = "A16 of bf16",
-    .pack_fp32 = pack_hidden_fp32<A16Group>,
     .peak_operations = kPeakOperations,
     .tuning = {.token_cost = 25},
-});
+}, pack_hidden_fp32<A16Group>);
 
 }  // namespace k2::portable
