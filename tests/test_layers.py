@@ -18,6 +18,7 @@ LAYERS = [
     {"bench"},
     {"engine"},
     {"model"},
+    {"accelerator"},
     {"dense", "experts", "placement", "protocol", "demo"},
     {"checkpoint"},
     {"config", "native"},

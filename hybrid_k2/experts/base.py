@@ -131,10 +131,15 @@ class ExpertsBackend(ABC):
         whatever the computation raised; ValueError for a slot that is not in flight.
         """
 
-    def abandon(self, slot: int) -> None:
-        """Free a slot whose result, or error, nobody wants any more; one that is not in flight stays as it is."""
+    def abandon(self, slot: int, timeout_s: float | None = None) -> None:
+        """Free a slot whose result, or error, nobody wants any more; one that is not in flight stays as it is.
+
+        Raises: EngineError if it takes longer than `timeout_s`; the slot stays in flight.
+        """
         with suppress(Exception):
-            self.wait(slot)
+            self.wait(slot, timeout_s)
+        with suppress(ValueError):  # it is not in flight, as it should be
+            self.wait(slot, 0.0)
 
     @abstractmethod
     def close(self) -> None:
@@ -228,6 +233,6 @@ class QueuedBackend(ExpertsBackend):
         del self._slots[slot]
         return result
 
-    def abandon(self, slot: int) -> None:
+    def abandon(self, slot: int, timeout_s: float | None = None) -> None:
         """See ExpertsBackend; what comes next queues behind the computation."""
         self._slots.pop(slot, None)
