@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -91,6 +91,32 @@ class Batch:
             logit_rows=torch.tensor(rows, dtype=torch.int64),
             page_table=torch.cat([sequence.pages for sequence in slices]),
             spans=torch.tensor(spans, dtype=torch.int64),
+        )
+
+    def halves(self) -> list[Batch]:
+        """Cut between two sequences, so that the parts have about as many rows; a lone sequence stays whole.
+
+        The parts' logit rows, one part after the other, are those of the whole.
+        """
+        if len(self.sequences) < 2:
+            return [self]
+        rows = self.sequences[-1].stop
+        first = min(range(1, len(self.sequences)), key=lambda i: abs(2 * self.sequences[i].start - rows))
+        return [self._part(0, first), self._part(first, len(self.sequences))]
+
+    def _part(self, first: int, last: int) -> Batch:
+        """Return the batch of sequences first..last-1."""
+        sequences = self.sequences[first:last]
+        start, stop = sequences[0].start, sequences[-1].stop
+        page, end_page = int(self.spans[first, 3]), int(self.spans[last - 1, 3]) + len(sequences[-1].pages)
+        rows = self.logit_rows
+        return Batch(
+            token_ids=self.token_ids[start:stop],
+            positions=self.positions[start:stop],
+            sequences=tuple(replace(s, start=s.start - start, stop=s.stop - start) for s in sequences),
+            logit_rows=rows[(rows >= start) & (rows < stop)] - start,
+            page_table=self.page_table[page:end_page],
+            spans=self.spans[first:last] - torch.tensor([start, 0, 0, page]),
         )
 
 

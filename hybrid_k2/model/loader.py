@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hybrid_k2.accelerator import DirectHandoff, Handoff, InlineAccelerator, SubmitHandoff
 from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, expected_tensors, experts_packed
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import MemoryBudgetError
@@ -17,12 +18,13 @@ from hybrid_k2.model.attention import Attention
 from hybrid_k2.model.dense_loading import load_host_matrix
 from hybrid_k2.model.devices import torch_device, torch_dtype
 from hybrid_k2.model.expert_loading import load_experts, warn_of_small_pages
+from hybrid_k2.model.layer import Layer
 from hybrid_k2.model.layers import Matrix, RmsNorm, SwiGlu
 from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.native_attention import NativeAttention
 from hybrid_k2.model.router import Router
-from hybrid_k2.model.text import Layer, TextModel
+from hybrid_k2.model.text import WATCHDOG_S, TextModel
 
 if TYPE_CHECKING:
     from hybrid_k2.placement.plan import Plan
@@ -80,15 +82,25 @@ class _Builder:
         self.total = sum(checkpoint.info(spec.name).nbytes for spec in expected_tensors(config, checkpoint.has))
 
     def model(self) -> TextModel:
+        embedding = self.weight("model.embed_tokens", "embedding")
+        layers = [self.layer(layer) for layer in range(self.config.num_hidden_layers)]
         return TextModel(
             config=self.config,
             activation_dtype=torch_dtype(self.plan.activation_dtype),
-            embedding=self.weight("model.embed_tokens", "embedding"),
-            layers=[self.layer(layer) for layer in range(self.config.num_hidden_layers)],
+            embedding=embedding,
+            layers=layers,
             final_norm=RmsNorm(self.weight("model.norm", "lm_head"), self.config.rms_norm_eps),
             lm_head=self.matrix("lm_head", "lm_head"),
-            experts_runtime=self.runtime,
+            runtimes=[self.runtime],
+            accelerator=InlineAccelerator(),
+            handoff=self.handoff(layers),
         )
+
+    def handoff(self, layers: Sequence[Layer]) -> Handoff:
+        """Let the experts compute beside the shared expert where that lies elsewhere."""
+        experts = {i: layer.mlp.experts for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)}
+        beside = any(self.plan.where("shared_experts", layer).device != "host" for layer in experts)
+        return SubmitHandoff(experts, WATCHDOG_S) if beside else DirectHandoff(experts)
 
     def layer(self, layer: int) -> Layer:
         name, eps = f"model.layers.{layer}", self.config.rms_norm_eps

@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from hybrid_k2.accelerator import Accelerator, Handoff, Label, Trace
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import EngineError, RequestError
 from hybrid_k2.experts import ExpertsRuntime
-from hybrid_k2.model.attention import Attention
 from hybrid_k2.model.batch import Batch
 from hybrid_k2.model.latent_cache import LatentCache
-from hybrid_k2.model.layers import Matrix, RmsNorm, SwiGlu, linear
+from hybrid_k2.model.layer import Layer
+from hybrid_k2.model.layers import Matrix, RmsNorm
 from hybrid_k2.model.moe import Moe
-from hybrid_k2.model.rope import Rope, Rotation
+from hybrid_k2.model.rope import Rope
+from hybrid_k2.model.schedule import Half, Operation, through_layers
 
-HEAD_ROWS = 256  # rows that lm_head takes at once, so that wide vocabularies do not need the logits twice
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Hold one layer; the residual stream lies on the device of its attention."""
-
-    input_norm: RmsNorm
-    attention: Attention
-    post_norm: RmsNorm
-    mlp: SwiGlu | Moe
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the attention."""
-        return self.attention.q_a.device
-
-    def __call__(self, x: Tensor, batch: Batch, cache: LatentCache, rotation: Rotation) -> Tensor:
-        """Return the residual stream behind the layer.
-
-        Shapes: x [T, hidden] -> [T, hidden].
-        """
-        x = x + self.attention(self.input_norm(x), batch, cache, rotation).to(x)
-        return x + self.mlp(self.post_norm(x)).to(x)
+# No operation of a step takes as long as this on any machine that can run the model at all.
+WATCHDOG_S = 600.0
 
 
 class TextModel:
-    """Compute logits for batches of tokens; owns the weights and the experts' runtime until `close`."""
+    """Compute logits for batches of tokens; owns weights, threads, accelerator and hand-off until `close`.
+
+    `ping_pong`: cut batches of several sequences into two halves that alternate.
+    """
 
     def __init__(
         self,
@@ -56,32 +38,62 @@ class TextModel:
         layers: Sequence[Layer],
         final_norm: RmsNorm,
         lm_head: Matrix,
-        experts_runtime: ExpertsRuntime,
+        runtimes: Sequence[ExpertsRuntime],
+        accelerator: Accelerator,
+        handoff: Handoff,
+        *,
+        ping_pong: bool = False,
+        watchdog_s: float = WATCHDOG_S,
     ) -> None:
+        """Take everything over; `runtimes`: that of the experts first, then any that the accelerator has for itself."""
         self.config = config
-        self.experts_runtime = experts_runtime
+        self.experts_runtime = runtimes[0]
         self.layers = list(layers)
+        self.accelerator = accelerator
+        self._handoff = handoff
+        self._runtimes = list(runtimes)
+        self._ping_pong = ping_pong
+        self._watchdog_s = watchdog_s
         self._activation_dtype = activation_dtype
         self._embedding = embedding
         self._final_norm = final_norm
         self._lm_head: Matrix = lm_head
         self._rope = Rope(config)
+        self._failed = False  # the last step: something may be in flight
         self._closed = False
+
+    @property
+    def trace(self) -> Trace | None:
+        """Where the times of operations go."""
+        return self.accelerator.trace
+
+    @trace.setter
+    def trace(self, trace: Trace | None) -> None:
+        self.accelerator.trace = self._handoff.trace = trace
 
     def forward(self, batch: Batch, cache: LatentCache) -> Tensor:
         """Run the batch through all layers and return the logits of its logit rows.
 
         Shapes: -> [R, vocab] fp32, on lm_head's device.
-        Effects: the new tokens' latents are in the cache afterwards; the caller counts them.
-        Raises: RequestError for a token outside the vocabulary; EngineError for too few pages or a closed model.
+        Effects: the new tokens' latents are in the cache afterwards; the caller counts them. After an error or an
+        interrupt the next call works, or says that it cannot.
+        Raises: RequestError for a token outside the vocabulary; EngineError for too few pages, a closed model, or a
+        part that did not answer in time.
         """
         self._check(batch, cache)
         # An ordinary tensor, written to in inference mode: callers may change it in place.
         logits = torch.empty(len(batch.logit_rows), self.config.vocab_size, device=self._lm_head.device)  # [R, vocab]
-        with torch.inference_mode():
-            hidden = self._run_layers(batch, cache)[batch.logit_rows]  # [R, hidden]
-            for rows, part in zip(torch.split(logits, HEAD_ROWS), torch.split(hidden, HEAD_ROWS), strict=True):
-                rows.copy_(linear(self._final_norm(part), self._lm_head))
+        failed, self._failed = self._failed, True
+        try:
+            if failed:
+                self.accelerator.enqueue(self._handoff.reset, Label("reset"))
+            for op, label in self._operations(self._halves(batch, cache, logits)):
+                self.accelerator.enqueue(op, label)
+            self.accelerator.synchronize(self._watchdog_s)
+        except BaseException:
+            self.accelerator.abandon()
+            raise
+        self._failed = False
         return logits
 
     def close(self) -> None:
@@ -89,22 +101,32 @@ class TextModel:
         if self._closed:
             return
         self._closed = True
+        self._handoff.close()
+        self.accelerator.close()
         for layer in self.layers:
             if isinstance(layer.mlp, Moe):
                 layer.mlp.experts.close()
-        self.experts_runtime.close()
+        for runtime in self._runtimes:
+            runtime.close()
         self.layers.clear()
         self._embedding = torch.empty(0)
         self._lm_head = self._embedding
 
-    def _run_layers(self, batch: Batch, cache: LatentCache) -> Tensor:
-        ids = batch.token_ids.to(self._embedding.device)
-        x = functional.embedding(ids, self._embedding).to(self._activation_dtype)  # [T, hidden]
-        rotation = self._rope.rotation(batch.positions)
-        for layer in self.layers:
-            x, rotation = x.to(layer.device), rotation.to(layer.device)
-            x = layer(x, batch, cache, rotation)  # [T, hidden]
-        return x
+    def _halves(self, batch: Batch, cache: LatentCache, logits: Tensor) -> list[Half]:
+        parts = batch.halves() if self._ping_pong else [batch]
+        places = torch.split(logits, [len(part.logit_rows) for part in parts])
+        return [
+            Half(slot, part, cache, self._handoff, place)
+            for slot, (part, place) in enumerate(zip(parts, places, strict=True))
+        ]
+
+    def _operations(self, halves: Sequence[Half]) -> Iterator[Operation]:
+        for half in halves:
+            embed = partial(half.embed, self._embedding, self._activation_dtype, self._rope)
+            yield embed, Label("embed", half=half.slot)
+        yield from through_layers(self.layers, halves)
+        for half in halves:
+            yield partial(half.head, self._final_norm, self._lm_head), Label("head", half=half.slot)
 
     def _check(self, batch: Batch, cache: LatentCache) -> None:
         if self._closed:

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from hybrid_k2.accelerator import DirectHandoff
 from hybrid_k2.checkpoint import ExpertWeights
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import EngineError
-from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime
+from hybrid_k2.experts import ExpertsRuntime
 from hybrid_k2.experts.reference import ReferenceRuntime
 from hybrid_k2.model.layers import SwiGlu
-from hybrid_k2.model.moe import Moe
+from hybrid_k2.model.moe import Moe, mixed
 from hybrid_k2.model.router import Router
 from tests.generators import config_dict
 from tests.reference import moe as oracle
@@ -59,13 +60,20 @@ def make_moe(config: ModelConfig, runtime: ReferenceRuntime) -> tuple[Moe, dict[
     return Moe(router, backend, shared), weights
 
 
+def output(moe: Moe, x: torch.Tensor) -> torch.Tensor:
+    """Compute the layer as the schedule does."""
+    handoff, routing = DirectHandoff({3: moe.experts}), moe.router(x)
+    handoff.post(1, 3, x, routing.ids, routing.weights)
+    return mixed(handoff.take(1, 3), moe.shared(x), x)
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("tokens", [1, 19])
 def test_equals_the_oracle(sizes: dict[str, int], tokens: int, runtime: ReferenceRuntime) -> None:
     config = ModelConfig.from_dict(config_dict(packed=False, **sizes), "test")
     moe, weights = make_moe(config, runtime)
     x = torch.randn(tokens, config.hidden_size, generator=torch.Generator().manual_seed(tokens))
-    got = moe(x)
+    got = output(moe, x)
     assert got.dtype == torch.float32
     expected = oracle.mixture(x, weights, config)
     # A sum of n fp32 products errs by about sqrt(n) * 2^-24 of its size; 4 follow each other, and n is at most 192.
@@ -78,66 +86,9 @@ def test_adds_in_the_dtype_of_the_residual(runtime: ReferenceRuntime) -> None:
     x = torch.randn(7, config.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
     routing = moe.router(x)
     routed = moe.experts.forward(x, routing.ids, routing.weights)
-    got = moe(x)
+    got = output(moe, x)
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, routed.bfloat16() + moe.shared(x).bfloat16())
-
-
-def test_an_error_beside_the_experts_leaves_no_slot_in_flight(runtime: ReferenceRuntime) -> None:
-    config = ModelConfig.from_dict(config_dict(packed=False), "test")
-    moe, _ = make_moe(config, runtime)
-    x = torch.randn(3, config.hidden_size)
-    # A shared expert that lies elsewhere runs beside the routed ones; this one cannot multiply.
-    broken = SwiGlu(*(torch.empty(5, 7, device="meta") for _ in range(3)))
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match="reduction dim"):
-            Moe(moe.router, moe.experts, broken)(x)
-    routing = moe.router(x)
-    moe.experts.submit(0, x, routing.ids, routing.weights)
-    assert torch.equal(moe.experts.wait(0), moe.experts.forward(x, routing.ids, routing.weights))
-
-
-class Interrupted:
-    """Pass calls on to a backend, and be interrupted as one of them returns (or before it waits)."""
-
-    def __init__(self, backend: ExpertsBackend, method: str) -> None:
-        self._backend = backend
-        self._method = method
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def submit(self, *arguments: Any) -> None:
-        self._backend.submit(*arguments)
-        if self._method == "submit":
-            raise KeyboardInterrupt
-
-    def wait(self, slot: int) -> None:
-        if self._method == "before wait":
-            raise KeyboardInterrupt
-        self._backend.wait(slot)
-        raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("method", ["submit", "before wait", "wait"])
-@pytest.mark.parametrize("open_runtime", [ReferenceRuntime, native_runtime])
-def test_an_interrupt_around_the_experts_leaves_no_slot_in_flight(open_runtime: Any, method: str) -> None:
-    runtime: ExpertsRuntime = open_runtime()
-    backend = runtime.make_layer(64, 32, 4, 2)
-    load_random_experts(backend)
-    router = Router(torch.randn(4, 64), torch.zeros(4), 2, True, 1.0)
-    # A shared expert on another device (one without values) makes the routed ones run beside it.
-    shared = SwiGlu(*(torch.empty(shape, device="meta") for shape in ((32, 64), (32, 64), (64, 32))))
-    x = torch.randn(5, 64)
-    interrupted: Any = Interrupted(backend, method)
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            Moe(router, interrupted, shared)(x)
-    routing = router(x)
-    backend.submit(0, x, routing.ids, routing.weights)
-    assert torch.equal(backend.wait(0), backend.forward(x, routing.ids, routing.weights))
-    backend.close()
-    runtime.close()
 
 
 @pytest.mark.parametrize("open_runtime", [ReferenceRuntime, native_runtime])

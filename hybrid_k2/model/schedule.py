@@ -1,0 +1,112 @@
+"""The forward pass as a list of operations, which an accelerator executes in this order; see docs/overlap.md.
+
+For each half of the batch and each layer:
+
+front    attention; then the dense MLP, or norm and router
+post     hand the rows and their experts over; the host starts to compute
+shared   the shared expert, meanwhile
+take     wait for the routed experts, add all up
+
+With two halves, the front of one runs while the host computes the experts of the other:
+
+    front A, post A, front B, post B, | shared A, take A, front A', post A', | shared B, take B, front B', post B', ...
+
+Nothing in the list depends on data. The result does not depend on the halves: rows meet only in attention, each with
+its own sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hybrid_k2.accelerator import Handoff, Label
+from hybrid_k2.model.batch import Batch
+from hybrid_k2.model.latent_cache import LatentCache
+from hybrid_k2.model.layer import Layer
+from hybrid_k2.model.layers import Matrix, RmsNorm, linear
+from hybrid_k2.model.moe import Moe, mixed
+from hybrid_k2.model.rope import Rope, Rotation
+
+HEAD_ROWS = 256  # rows that lm_head takes at once, so that wide vocabularies do not need the logits twice
+
+Operation = tuple[Callable[[], None], Label]
+
+
+class Half:
+    """Take rows that belong together through the layers; `slot` is the one of the hand-off that they use.
+
+    `logits` gets the result. Shapes: [R, vocab] fp32, R: the batch's logit rows.
+    """
+
+    def __init__(self, slot: int, batch: Batch, cache: LatentCache, handoff: Handoff, logits: Tensor) -> None:
+        self.slot = slot
+        self._batch = batch
+        self._cache = cache
+        self._handoff = handoff
+        self._logits = logits
+        self._x: Tensor  # [T, hidden], the residual stream
+        self._normal: Tensor  # [T, hidden], what router and experts read
+        self._shared: Tensor  # [T, hidden]
+        self._rotation: Rotation
+
+    def embed(self, embedding: Tensor, dtype: torch.dtype, rope: Rope) -> None:
+        """Start the residual stream."""
+        ids = self._batch.token_ids.to(embedding.device)
+        self._x = functional.embedding(ids, embedding).to(dtype)
+        self._rotation = rope.rotation(self._batch.positions)
+
+    def front(self, layer: Layer) -> None:
+        """Attend; compute a dense MLP, or prepare what the experts read."""
+        self._x, self._rotation = self._x.to(layer.device), self._rotation.to(layer.device)
+        self._x = layer.attend(self._x, self._batch, self._cache, self._rotation)
+        self._normal = layer.post_norm(self._x)
+        if not isinstance(layer.mlp, Moe):
+            self._x = self._x + layer.mlp(self._normal).to(self._x)
+
+    def post(self, index: int, moe: Moe) -> None:
+        """Route, and start the routed experts."""
+        routing = moe.router(self._normal)
+        self._handoff.post(self.slot, index, self._normal, routing.ids, routing.weights)
+
+    def shared(self, moe: Moe) -> None:
+        """Compute the shared expert."""
+        self._shared = moe.shared(self._normal)
+
+    def take(self, index: int) -> None:
+        """Wait for the routed experts, and add."""
+        routed = self._handoff.take(self.slot, index)
+        self._x = self._x + mixed(routed, self._shared, self._normal).to(self._x)
+
+    def head(self, norm: RmsNorm, lm_head: Matrix) -> None:
+        """Compute the logits of the wanted rows."""
+        hidden = self._x[self._batch.logit_rows]  # [R, hidden]
+        for rows, part in zip(torch.split(self._logits, HEAD_ROWS), torch.split(hidden, HEAD_ROWS), strict=True):
+            rows.copy_(linear(norm(part), lm_head))
+
+
+def through_layers(layers: Sequence[Layer], halves: Sequence[Half]) -> Iterator[Operation]:
+    """List what takes these halves through all layers."""
+    for index, layer in enumerate(layers):
+        for half in halves:
+            if index:
+                yield from _finish(index - 1, layers[index - 1], half)
+            yield partial(half.front, layer), _label("front", index, half)
+            if isinstance(layer.mlp, Moe):
+                yield partial(half.post, index, layer.mlp), _label("post", index, half)
+    for half in halves:
+        yield from _finish(len(layers) - 1, layers[-1], half)
+
+
+def _finish(index: int, layer: Layer, half: Half) -> Iterator[Operation]:
+    if isinstance(layer.mlp, Moe):
+        yield partial(half.shared, layer.mlp), _label("shared", index, half)
+        yield partial(half.take, index), _label("take", index, half)
+
+
+def _label(name: str, layer: int, half: Half) -> Label:
+    return Label(name, layer, half.slot)
