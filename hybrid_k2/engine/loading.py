@@ -14,7 +14,7 @@ from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.errors import CheckpointError
 from hybrid_k2.model.loader import Progress, load_text_model
 from hybrid_k2.model.text import TextModel
-from hybrid_k2.placement import Machine, Plan, Rules, default_rules, load_rules, make_plan
+from hybrid_k2.placement import Machine, Plan, Rules, check_loadable, default_rules, load_rules, make_plan
 from hybrid_k2.protocol import Tokenizer
 
 DEMO = "demo"  # names the built-in checkpoint; a folder of that name is "./demo"
@@ -78,7 +78,9 @@ def _plan(rules: str | Path | Rules | None, config: ModelConfig, packed: bool) -
         rules = default_rules(machine, config, experts_packed=packed)
     elif not isinstance(rules, Rules):
         rules = load_rules(rules)
-    return make_plan(rules, config, machine, experts_packed=packed)
+    plan = make_plan(rules, config, machine, experts_packed=packed)
+    check_loadable(plan)
+    return plan
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:

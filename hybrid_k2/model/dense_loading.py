@@ -28,7 +28,7 @@ def load_host_matrix(
     Raises: CheckpointError naming tensor and file; MemoryBudgetError.
     """
     rows, inputs = checkpoint.linear_shape(prefix)
-    if placement.device != "host" or placement.dtype not in ("bf16", "int8") or not fits_blocks(rows, inputs):
+    if placement.memory != "host" or placement.dtype not in ("bf16", "int8") or not fits_blocks(rows, inputs):
         return None
     if runtime.native is None and placement.dtype == "bf16":
         return None

@@ -10,11 +10,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def torch_device(name: str) -> torch.device:
-    """Return torch's device for "host" or "cuda:N".
+    """Return torch's device for "host", "twin" (a thread of the host) or "cuda:N".
 
     Raises: HardwareError if this torch has no such device.
     """
-    if name == "host":
+    if name in ("host", "twin"):
         return torch.device("cpu")
     count = torch.cuda.device_count()
     device = torch.device(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,9 +24,7 @@ from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.native_attention import NativeAttention
 from hybrid_k2.model.router import Router
 from hybrid_k2.model.text import WATCHDOG_S, TextModel
-
-if TYPE_CHECKING:
-    from hybrid_k2.placement.plan import Plan
+from hybrid_k2.placement import Plan, check_loadable
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
 
@@ -42,9 +39,10 @@ def load_text_model(
     Beyond what the plan counts, memory holds one dense tensor as it is stored, or a piece of one that the native
     kernels compute, and per reading thread 9 MB, or one expert where the native kernels are missing.
     Effects: torch's thread count becomes the plan's. What was loaded is released if loading fails or is interrupted.
-    Raises: CheckpointError before anything large is read, or if a file changes meanwhile; HardwareError for a device
-    that is not there or is full.
+    Raises: RulesError for a plan that this version cannot load; CheckpointError before anything large is read, or if a
+    file changes meanwhile; HardwareError for a device that is not there or is full.
     """
+    check_loadable(plan)
     check_checkpoint(checkpoint, config)
     torch.set_num_threads(plan.threads)
     with ExitStack() as undo:
@@ -119,7 +117,7 @@ class _Builder:
             return self.matrix(f"{name}.{part}", "attention", layer)
 
         eps = self.config.latent_norm_eps
-        on_host = self.plan.where("attention", layer).device == "host"
+        on_host = self.plan.where("attention", layer).memory == "host"
         return Attention(
             layer=layer,
             shape=MlaShape.of(self.config),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from hybrid_k2.placement.draft import make_plan
+from hybrid_k2.placement.later import check_loadable
 from hybrid_k2.placement.machine import Gpu, Machine
-from hybrid_k2.placement.plan import KvCachePlan, Placement, Plan, PlanRow, make_plan
+from hybrid_k2.placement.plan import KvCachePlan, Placement, Plan, PlanRow
 from hybrid_k2.placement.rules import Rules, default_rules, load_rules, parse_rules, shipped_names, shipped_rules
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "Plan",
     "PlanRow",
     "Rules",
+    "check_loadable",
     "default_rules",
     "load_rules",
     "make_plan",

@@ -11,8 +11,8 @@ FORM_VERSION = 1
 class Devices:
     """Name the devices that rules may use, and how much of the host they may take.
 
-    gpu: "cuda:N", or None when the file names none.
-    host_memory_bytes, host_threads: None means auto, decided by the machine.
+    gpu: "cuda:N"; "twin" for a thread of the host in a GPU's place; None when the file names none.
+    host_memory_bytes, host_threads, twin_threads: None means auto, decided by the machine.
     host_numa: "auto", "off", or a number of virtual nodes.
     """
 
@@ -20,6 +20,7 @@ class Devices:
     host_memory_bytes: int | None = None
     host_threads: int | None = None
     host_numa: str | int = "auto"
+    twin_threads: int | None = None
     gpu_line: int | None = None
     host_memory_line: int | None = None
 
@@ -76,7 +77,8 @@ class Rules:
     devices: Devices = Devices()
     kv_cache: KvCacheRule = KvCacheRule()
     numerics: str = "exact"
-    overlap: str = "off"
+    overlap: str = "auto"
+    overlap_line: int | None = None
     prefill: PrefillRule = PrefillRule()
     version: int = FORM_VERSION
     reason: str = ""

@@ -112,12 +112,19 @@ def group_bytes(config: ModelConfig, what: str, dtype: str) -> int:
     return weight_bytes(parameters, dtype) + bias
 
 
-def decoded_bytes(config: ModelConfig, what: str, dtype: str) -> int:
-    """Return the bytes of a group (per layer) that decoding one token reads: one embedding row, the chosen experts."""
+def decoded_parameters(config: ModelConfig, what: str) -> int:
+    """Count the weights of a group (per layer) that one token meets: one embedding row, the chosen experts."""
     if what == "embedding":
-        return weight_bytes(config.hidden_size, dtype)
+        return config.hidden_size
     if what == "routed_experts":
-        return config.num_experts_per_tok * weight_bytes(expert_parameters(config), dtype)
+        return config.num_experts_per_tok * expert_parameters(config)
+    return group_parameters(config, what)
+
+
+def decoded_bytes(config: ModelConfig, what: str, dtype: str) -> int:
+    """Return the bytes of a group (per layer) that decoding one token reads."""
+    if what in ("embedding", "routed_experts"):
+        return weight_bytes(decoded_parameters(config, what), dtype)
     return group_bytes(config, what, dtype)
 
 

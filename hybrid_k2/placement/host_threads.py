@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybrid_k2.host.threads import NodeThreads, node_shares, spread_threads, virtual_nodes
 from hybrid_k2.placement.form import Rules
@@ -16,26 +16,37 @@ BYTES_PER_THREAD = 4 << 20
 
 @dataclass(frozen=True)
 class ThreadPlan:
-    """Spread the host's threads. nodes: at least one; notes: what the user should know."""
+    """Spread the host's threads. nodes: of the experts, at least one; notes: what the user should know."""
 
     nodes: tuple[NodeThreads, ...]
     notes: tuple[str, ...] = ()
-
-    @property
-    def threads(self) -> int:
-        """Count the threads of all nodes."""
-        return sum(node.threads for node in self.nodes)
+    twin_threads: int = 0
 
 
-def plan_threads(rules: Rules, machine: Machine, *, bytes_per_token: int, expert_bytes: int, gpu: bool) -> ThreadPlan:
+def plan_threads(
+    rules: Rules, machine: Machine, *, bytes_per_token: int, expert_bytes: int, gpu: bool, twin_share: float | None
+) -> ThreadPlan:
     """Choose the threads by the rules, or by the machine where they leave it open.
 
     bytes_per_token: weights that a token reads. expert_bytes: of the routed experts on the host, which the nodes share.
-    gpu: something is on a GPU.
+    gpu: something is on a GPU. twin_share: which part of the multiplications the twin does; None without one.
     """
+    threads = rules.devices.host_threads or _auto_threads(machine.cores, bytes_per_token, gpu)
+    if twin_share is None:
+        return _spread(rules, machine, threads, expert_bytes)
+    twin = rules.devices.twin_threads or _auto_twin_threads(threads, twin_share)
+    return replace(_spread(rules, machine, max(1, threads - twin), expert_bytes), twin_threads=twin)
+
+
+def _auto_twin_threads(threads: int, share: float) -> int:
+    """Let both sides end at the same time: threads by multiplications, but at most half, and one at least."""
+    return max(1, min(round(threads * share), threads // 2))
+
+
+def _spread(rules: Rules, machine: Machine, threads: int, expert_bytes: int) -> ThreadPlan:
+    """Spread the experts' threads over nodes."""
     numa = rules.devices.host_numa
     notes: tuple[str, ...] = ()
-    threads = rules.devices.host_threads or _auto_threads(machine.cores, bytes_per_token, gpu)
     if isinstance(numa, int):
         if numa > threads:
             notes = (f"numa: {numa} virtual nodes take {numa} threads, where {threads} have work",)

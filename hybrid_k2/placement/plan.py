@@ -1,4 +1,4 @@
-"""The plan: rules × model × machine, decided before anything is loaded. The loader obeys it and nothing else."""
+"""The plan: where every tensor lives, decided before anything is loaded. The loader obeys it and nothing else."""
 
 from __future__ import annotations
 
@@ -6,33 +6,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hybrid_k2.config import ModelConfig
-from hybrid_k2.errors import HardwareError
 from hybrid_k2.host.threads import NodeThreads
-from hybrid_k2.placement.budget import check_budget, find_budget
-from hybrid_k2.placement.claims import Claim, Claims, claim_groups, ranges_of
+from hybrid_k2.placement.claims import ranges_of
 from hybrid_k2.placement.form import Rules, format_layers
-from hybrid_k2.placement.groups import LAYERED_GROUPS, decoded_bytes, group_bytes, latent_bytes_per_token
-from hybrid_k2.placement.host_threads import plan_threads
+from hybrid_k2.placement.groups import LAYERED_GROUPS, decoded_bytes
 from hybrid_k2.placement.machine import Machine
+from hybrid_k2.placement.memories import HOST, memory_of
 from hybrid_k2.placement.sizes import format_bytes
 from hybrid_k2.placement.table import format_table
-from hybrid_k2.placement.yaml_tree import fail
-
-PAGE_TOKENS = 64
-AUTO_KV_TOKENS = 65536  # a long chat; 4.3 GiB in bf16 at the size of K2.6
-# Tokens of a prompt that go through the model at a time. At the size of K2.6 each of the 384 experts then serves
-# about 11 of them, so that reading its weights is paid once for many; activations stay within the reserve.
-AUTO_CHUNK_TOKENS = 512
-# The groups whose output is added to the residual stream; the router is always computed in FP32.
-_STREAM_GROUPS = ("attention", "dense_mlp", "shared_experts")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Say where a tensor group lives ("host" or "cuda:N") and in which dtype ("bf16", "fp32", "int8", "int4")."""
+    """Say where a tensor group lives ("host", "twin", "cuda:N") and in which dtype ("bf16", "fp32", "int8", "int4")."""
 
     device: str
     dtype: str
+
+    @property
+    def memory(self) -> str:
+        """Return the device whose memory holds it: the twin's is the host's."""
+        return memory_of(self.device)
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,10 @@ class Plan:
     """Say for every tensor group of a model where it lives, in which dtype and how large it is.
 
     numerics: "exact", "fast" or "bf16" (native INT4 kernels), or "reference" (the readable FP32 experts).
-    nodes: the host's threads by NUMA node; each node holds a slice of the routed experts.
+    nodes: the experts' threads by NUMA node; each node holds a slice of the routed experts.
+    accelerator: what computes beside the experts, "cuda:N" or "twin"; None: the host computes everything.
+    overlap: "off", or "ping_pong": two half batches take turns between accelerator and experts.
+    twin_threads: the host's threads that compute what is on the twin; 0 without one.
     activation_dtype: of the residual stream. chunk_tokens: prompt tokens per forward pass.
     notes: what the user should know.
     """
@@ -92,10 +89,13 @@ class Plan:
     chunk_tokens: int
     rows: tuple[PlanRow, ...]
     notes: tuple[str, ...] = ()
+    accelerator: str | None = None
+    overlap: str = "off"
+    twin_threads: int = 0
 
     @property
     def threads(self) -> int:
-        """Count the host's threads, over all nodes."""
+        """Count the experts' threads, over all nodes."""
         return sum(node.threads for node in self.nodes)
 
     def where(self, what: str, layer: int | None = None) -> Placement:
@@ -107,27 +107,27 @@ class Plan:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """List the devices in use, the host last."""
-        used = {row.device for row in self.rows} | {self.kv_cache.device}
-        return tuple(sorted(used, key=lambda device: (device == "host", device)))
+        """List the devices whose memory is in use, the host last."""
+        used = {memory_of(row.device) for row in self.rows} | {memory_of(self.kv_cache.device)}
+        return tuple(sorted(used, key=lambda device: (device == HOST, device)))
 
     def bytes_on(self, device: str) -> int:
-        """Sum weights and KV cache on a device."""
+        """Sum weights and KV cache in the memory of a device."""
         return sum(nbytes for nbytes, _ in self.items_on(device))
 
     def items_on(self, device: str) -> tuple[tuple[int, str], ...]:
-        """List what stands on a device, as (bytes, description with the line of its rule)."""
+        """List what stands in the memory of a device, as (bytes, description with the line of its rule)."""
         return tuple(_items(self, device))
 
     @property
     def expert_bytes(self) -> int:
         """Sum the routed experts in host memory."""
-        return _expert_bytes(self.rows)
+        return expert_bytes(self.rows)
 
     @property
     def bytes_per_token(self) -> int:
         """Sum the weights that decoding one token reads: dense groups, the chosen experts, one embedding row."""
-        return _bytes_per_token(self.config, self.rows)
+        return bytes_per_token(self.config, self.rows)
 
     def table(self) -> str:
         """Write the plan as aligned text."""
@@ -138,152 +138,22 @@ class Plan:
         return f"Plan({self.rules.source!r}, {self.config.model_type}, {sizes}, numerics={self.numerics!r})"
 
 
-def make_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_packed: bool = True) -> Plan:
-    """Turn rules into a plan that fits the machine.
-
-    experts_packed: the checkpoint stores its routed experts as INT4, as K2.5 and K2.6 do.
-    Raises: RulesError: the rules do not suit the model; HardwareError: no such GPU; MemoryBudgetError: too large.
-    """
-    plan = draft_plan(rules, config, machine, experts_packed=experts_packed)
-    for device in plan.devices:
-        check_budget(device, find_budget(device, rules, machine), plan.items_on(device), rules)
-    return plan
-
-
-def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_packed: bool = True) -> Plan:
-    """Make a plan without comparing it with the memory of the machine. Raises: RulesError, HardwareError."""
-    devices = _resolve_devices(rules, machine)
-    claims = claim_groups(rules, config)
-    stream = _stream_dtype(claims)
-    rows = tuple(_row(claim, rules, config, devices, stream, experts_packed) for claim in claims.all)
-    kv_cache = _plan_kv_cache(rules, config, machine, devices, rows)
-    chunk_tokens = min(rules.prefill.chunk_tokens or AUTO_CHUNK_TOKENS, kv_cache.tokens)
-    activation_dtype = "fp32" if _stream_on_host(claims) else stream
-    numerics = rules.numerics if experts_packed else "reference"
-    threads = plan_threads(
-        rules,
-        machine,
-        bytes_per_token=_bytes_per_token(config, rows),
-        expert_bytes=_expert_bytes(rows),
-        gpu=any(row.device != "host" for row in rows),
-    )
-    return Plan(
-        config=config,
-        rules=rules,
-        machine=machine,
-        kv_cache=kv_cache,
-        numerics=numerics,
-        nodes=threads.nodes,
-        activation_dtype=activation_dtype,
-        chunk_tokens=chunk_tokens,
-        rows=rows,
-        notes=claims.notes + threads.notes + _numerics_notes(rules.numerics, numerics, activation_dtype),
-    )
-
-
-def _numerics_notes(asked: str, numerics: str, activation_dtype: str) -> tuple[str, ...]:
-    """Say what the numerics of the experts cost."""
-    if numerics == "reference" and asked != "reference":
-        return ("routed_experts: stored unpacked, so the reference computes them in FP32 (slow)",)
-    if numerics == "fast":
-        return ("numerics: fast: the experts' inputs are rounded to 8 bits, an error of 1 to 2e-2 (exact: 1e-4)",)
-    if numerics == "bf16" and activation_dtype == "fp32":
-        return ("numerics: bf16: the experts' inputs are rounded to bf16, an error of 2 to 3e-3 where exact has 1e-4",)
-    if numerics == "bf16":
-        return ("numerics: bf16: the activations are bf16 already, so every result is that of exact, bit for bit",)
-    return ()
-
-
-def _resolve_devices(rules: Rules, machine: Machine) -> dict[str, str]:
-    """Map the names that rules use to devices of the machine, and check that a GPU in use is there."""
-    named = rules.devices.gpu
-    used = rules.kv_cache.on == "gpu" or any(rule.on == "gpu" for rule in rules.place)
-    if named is None or not used:
-        return {"host": "host"}
-    if machine.find_gpu(named) is None:
-        found = ", ".join(f"{gpu.device} ({gpu.name})" for gpu in machine.gpus)
-        note = f" ({machine.gpu_note})" if machine.gpu_note else ""
-        raise HardwareError(
-            f"{rules.source}:{rules.devices.gpu_line}: devices: gpu: expected {named}, found {found or 'no GPU'}{note}",
-            hint="use rules/host.yaml to place everything on the host" if not found else "name a GPU that is there",
-        )
-    return {"host": "host", "gpu": named}
-
-
-def _bytes_per_token(config: ModelConfig, rows: tuple[PlanRow, ...]) -> int:
+def bytes_per_token(config: ModelConfig, rows: tuple[PlanRow, ...]) -> int:
+    """Sum the weights that decoding one token reads."""
     return sum(len(row.layers or (0,)) * decoded_bytes(config, row.what, row.dtype) for row in rows)
 
 
-def _expert_bytes(rows: tuple[PlanRow, ...]) -> int:
-    return sum(row.nbytes for row in rows if row.what == "routed_experts" and row.device == "host")
-
-
-def _stream_dtype(claims: Claims) -> str:
-    """Find the widest dtype of the groups that the residual stream passes through."""
-    return "fp32" if any(c.what in _STREAM_GROUPS and c.rule.dtype == "fp32" for c in claims.all) else "bf16"
-
-
-def _stream_on_host(claims: Claims) -> bool:
-    """Say whether the residual stream never meets a GPU; on a CPU, rounding it to bf16 costs time and accuracy."""
-    return all(c.rule.on == "host" for c in claims.all if c.what in _STREAM_GROUPS)
-
-
-def _row(
-    claim: Claim, rules: Rules, config: ModelConfig, devices: dict[str, str], stream: str, experts_packed: bool
-) -> PlanRow:
-    dtype = claim.rule.dtype
-    if claim.what == "routed_experts":
-        dtype = _expert_dtype(claim, rules, stream, experts_packed)
-    elif dtype is None:
-        dtype = "fp32" if claim.what == "router" else "bf16"
-    nbytes = len(claim.layers or (0,)) * group_bytes(config, claim.what, dtype)
-    return PlanRow(claim.what, claim.layers, devices[claim.rule.on], dtype, nbytes, claim.rule.line)
-
-
-def _expert_dtype(claim: Claim, rules: Rules, stream: str, experts_packed: bool) -> str:
-    dtype, rule = claim.rule.dtype, claim.rule
-    if experts_packed:
-        if dtype not in (None, "int4"):
-            hint = "leave dtype out: the experts stay in INT4 as stored"
-            fail(rules.source, rule.line, f"{rule}: expected dtype int4 (the checkpoint's), got {dtype}", hint)
-        return "int4"
-    if dtype == "int4":
-        hint = "this checkpoint stores its experts unpacked; leave dtype out, or write bf16 or fp32"
-        fail(rules.source, rule.line, f"{rule}: expected dtype bf16 or fp32, got int4", hint)
-    return dtype or stream
-
-
-def _plan_kv_cache(
-    rules: Rules, config: ModelConfig, machine: Machine, devices: dict[str, str], rows: tuple[PlanRow, ...]
-) -> KvCachePlan:
-    rule = rules.kv_cache
-    attention = {row.device: row.line for row in rows if row.what == "attention"}
-    device = devices[rule.on] if rule.on else next(iter(attention))
-    for other, line in attention.items():
-        if other != device:
-            message = f"kv_cache: expected on the device of all attention ({other} on line {line}), got {device}"
-            fail(rules.source, rule.line, message, "place kv_cache and all attention layers together")
-    page_bytes = PAGE_TOKENS * latent_bytes_per_token(config, rule.dtype)
-    limit = config.max_position_embeddings
-    if rule.tokens is not None and rule.tokens > limit:
-        fail(
-            rules.source,
-            rule.tokens_line,
-            f"kv_cache: tokens: expected at most {limit} (the model's), got {rule.tokens}",
-        )
-    weights = sum(row.nbytes for row in rows if row.device == device)
-    free = find_budget(device, rules, machine).nbytes - weights
-    affordable = max(1, free // 4 // page_bytes) * PAGE_TOKENS
-    tokens = rule.tokens or min(limit, AUTO_KV_TOKENS, affordable)
-    return KvCachePlan(device, rule.dtype, tokens, PAGE_TOKENS, -(-tokens // PAGE_TOKENS) * page_bytes)
+def expert_bytes(rows: tuple[PlanRow, ...]) -> int:
+    """Sum the routed experts in host memory."""
+    return sum(row.nbytes for row in rows if row.what == "routed_experts" and row.device == HOST)
 
 
 def _items(plan: Plan, device: str) -> Iterator[tuple[int, str]]:
     for row in plan.rows:
-        if row.device == device:
+        if memory_of(row.device) == device:
             layers = f" of layers {row.layer_text}" if row.what in LAYERED_GROUPS else ""
             yield row.nbytes, f"{row.what}{layers} (line {row.line})"
     cache = plan.kv_cache
-    if cache.device == device:
+    if memory_of(cache.device) == device:
         place = f" (line {plan.rules.kv_cache.line})" if plan.rules.kv_cache.line else ""
         yield cache.nbytes, f"kv_cache of {cache.tokens} tokens{place}"

@@ -6,6 +6,7 @@ import re
 
 from hybrid_k2.placement.form import FORM_VERSION, Devices, KvCacheRule, PlaceRule, PrefillRule, Rules
 from hybrid_k2.placement.groups import GROUPS, INT8_GROUPS, LAYERED_GROUPS
+from hybrid_k2.placement.memories import TWIN
 from hybrid_k2.placement.section import HOTTEST, Section, describe
 from hybrid_k2.placement.yaml_tree import Mapping, Node, Sequence, parse_yaml
 
@@ -33,6 +34,7 @@ def parse_rules(text: str, source: str = "rules") -> Rules:
         kv_cache=_kv_cache(top, devices),
         numerics=top.choice("numerics", ("exact", "fast", "bf16", "reference"), default="exact"),
         overlap=_overlap(top),
+        overlap_line=top.line_of("overlap"),
         prefill=_prefill(top),
     )
 
@@ -47,17 +49,24 @@ def _devices(top: Section) -> Devices:
     node = top.get("devices")
     if node is None:
         return Devices()
-    devices = Section(top.source, "devices", node, ("gpu", "host"))
-    gpu = devices.text("gpu", "cuda:N")
-    if gpu is not None and not re.fullmatch(r"cuda:(0|[1-9][0-9]{0,2})", gpu):
-        devices.fail("gpu", f"gpu: expected cuda:N, got {gpu!r}", "cuda:0 is the first GPU")
+    devices = Section(top.source, "devices", node, ("gpu", "twin_threads", "host"))
+    gpu = devices.text("gpu", "cuda:N or twin")
+    if gpu is not None and gpu != TWIN and not re.fullmatch(r"cuda:(0|[1-9][0-9]{0,2})", gpu):
+        devices.fail("gpu", f"gpu: expected cuda:N or twin, got {gpu!r}", "cuda:0 is the first GPU")
+    twin_threads = devices.count("twin_threads", MAX_THREADS)
+    if twin_threads is not None and gpu != TWIN:
+        devices.fail("twin_threads", "twin_threads: expected gpu: twin beside it, got " + (gpu or "none"))
     host_node = devices.get("host")
     if host_node is None:
-        return Devices(gpu=gpu, gpu_line=devices.line_of("gpu"))
+        return Devices(gpu=gpu, twin_threads=twin_threads, gpu_line=devices.line_of("gpu"))
     host = Section(top.source, "devices.host", host_node, ("memory", "threads", "numa"))
     threads = host.count("threads", MAX_THREADS)
+    if threads is not None and twin_threads is not None and twin_threads >= threads:
+        expected = f"fewer than all threads of the host ({threads})"
+        devices.fail("twin_threads", f"twin_threads: expected {expected}, got {twin_threads}")
     return Devices(
         gpu=gpu,
+        twin_threads=twin_threads,
         host_memory_bytes=host.size("memory"),
         host_threads=threads,
         host_numa=_numa(host, threads),
@@ -95,11 +104,13 @@ def _place_rule(source: str, node: Node, number: int, devices: Devices) -> Place
         section.fail("layers", f"layers: expected no layers for {what} (it stands outside them), got some")
     on = _on(section, devices) or section.choice("on", ("host", "gpu"))
     if what == "routed_experts" and on == "gpu":
+        if devices.gpu == TWIN:
+            section.fail("on", "on: expected host (the twin takes no routed experts), got gpu")
         section.unavailable("on", "routed_experts on: gpu", "place routed_experts on the host")
     dtype: str | None = None
     if section.get("dtype") is not None:
         allowed = EXPERT_DTYPES if what == "routed_experts" else DENSE_DTYPES
-        if on == "host" and what in INT8_GROUPS:
+        if (on == "host" or devices.gpu == TWIN) and what in INT8_GROUPS:
             allowed = (*DENSE_DTYPES, "int8")
         dtype = section.choice("dtype", allowed, [later for later in LATER_DTYPES if later not in allowed])
     return PlaceRule(what, layers, on, dtype, section.line, number)
@@ -133,7 +144,7 @@ def _overlap(top: Section) -> str:
     node = top.get("overlap")
     if isinstance(node, Mapping):
         Section(top.source, "overlap", node, ("deferred",), later=("deferred",))
-    return top.choice("overlap", ("off",), ("ping_pong", "deferred"), default="off")
+    return top.choice("overlap", ("auto", "off", "ping_pong"), ("deferred",), default="auto")
 
 
 def _prefill(top: Section) -> PrefillRule:

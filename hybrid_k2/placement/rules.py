@@ -10,9 +10,9 @@ from pathlib import Path
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import RulesError, shown
 from hybrid_k2.placement.budget import find_budget
+from hybrid_k2.placement.draft import draft_plan
 from hybrid_k2.placement.form import Devices, KvCacheRule, PlaceRule, PrefillRule, Rules
 from hybrid_k2.placement.machine import Machine
-from hybrid_k2.placement.plan import draft_plan
 from hybrid_k2.placement.reader import parse_rules
 from hybrid_k2.placement.sizes import format_bytes
 from hybrid_k2.placement.yaml_tree import read_text

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from hybrid_k2.placement.budget import find_budget
+from hybrid_k2.placement.memories import memory_of
 from hybrid_k2.placement.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -22,11 +23,11 @@ def format_table(plan: Plan) -> str:
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, ...]]:
-    budgets = {device: find_budget(device, plan.rules, plan.machine).nbytes for device in plan.devices}
+    budgets = {memory: find_budget(memory, plan.rules, plan.machine).nbytes for memory in plan.devices}
     cache = plan.kv_cache
     lines = [(row.what, row.layer_text, row.device, row.dtype, row.nbytes) for row in plan.rows]
     for what, layers, device, dtype, nbytes in [*lines, ("kv_cache", "", cache.device, cache.dtype, cache.nbytes)]:
-        yield what, layers or "-", device, dtype, format_bytes(nbytes), _share(nbytes, budgets[device])
+        yield what, layers or "-", device, dtype, format_bytes(nbytes), _share(nbytes, budgets[memory_of(device)])
 
 
 def _summary(plan: Plan) -> Iterator[str]:
@@ -35,14 +36,21 @@ def _summary(plan: Plan) -> Iterator[str]:
         needed = plan.bytes_on(device)
         yield f"{device}: {format_bytes(needed)} of {format_bytes(budget.nbytes)} ({budget.origin})"
     yield f"kv cache: {plan.kv_cache.tokens} tokens in pages of {plan.kv_cache.page_tokens}"
-    threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
+    threads = _count_threads(plan.threads)
     if len(plan.nodes) > 1:
         kind = "NUMA" if plan.nodes[0].node is not None else "virtual"
         threads += f" on {len(plan.nodes)} {kind} nodes"
     yield f"experts: {plan.numerics}, {threads}; activations {plan.activation_dtype}"
+    if plan.accelerator is not None:
+        own = f"{_count_threads(plan.twin_threads)}; " if plan.twin_threads else ""
+        yield f"{plan.accelerator}: {own}overlap {plan.overlap}"
     yield f"prefill: chunks of {plan.chunk_tokens} tokens"
     yield f"weights read per decoded token: {format_bytes(plan.bytes_per_token)}"
     yield from (f"note: {note}" for note in plan.notes)
+
+
+def _count_threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _align(lines: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -73,7 +73,7 @@ def test_most_keys_may_be_left_out() -> None:
     rules = parse_rules("version: 1\nplace: [{what: attention, on: host}]")
     assert rules.devices.gpu is rules.devices.host_memory_bytes is rules.devices.host_threads is None
     assert (rules.kv_cache.on, rules.kv_cache.dtype, rules.kv_cache.tokens) == (None, "bf16", None)
-    assert (rules.numerics, rules.overlap, rules.prefill.chunk_tokens) == ("exact", "off", None)
+    assert (rules.numerics, rules.overlap, rules.prefill.chunk_tokens) == ("exact", "auto", None)
 
 
 def test_quotes_comments_and_a_byte_order_mark_change_nothing(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_quotes_comments_and_a_byte_order_mark_change_nothing(tmp_path: Path) ->
         ("threads: 12", "threads: 012", 2, ["'012'"], None),
         ("threads: 12", "threads: \u0661", 2, ["threads"], None),
         ("threads: 12", "threads: " + "9" * 5000, 2, ["threads"], None),
-        ("gpu: cuda:0", "gpu: cuda", 2, ["gpu: expected cuda:N", "'cuda'"], "cuda:0 is the first GPU"),
+        ("gpu: cuda:0", "gpu: cuda", 2, ["gpu: expected cuda:N or twin", "'cuda'"], "cuda:0 is the first GPU"),
         ("gpu: cuda:0, ", "", 5, ["devices names no gpu"], "add devices: {gpu: cuda:0}"),
         ("gpu: cuda:0", "gpu0: cuda:0", 2, ["unknown key 'gpu0'"], "did you mean 'gpu'?"),
         ("layers: 1..60", "layers: 60..1", 5, ["place rule 2", "ascends", "60..1"], "write 1..60"),
@@ -134,7 +134,7 @@ def test_quotes_comments_and_a_byte_order_mark_change_nothing(tmp_path: Path) ->
         ("chunk_tokens: 256", "chunk_tokens: -1", 15, ["prefill: chunk_tokens", "'-1'"], None),
         ("numerics: exact", "numerics: precise", 13, ["numerics: expected one of exact, fast, bf16, reference"], None),
         ("overlap: off", "overlap: {defered: 2}", 14, ["unknown key 'defered'"], "did you mean 'deferred'?"),
-        ("overlap: off", "overlap: on", 14, ["overlap: expected off", "'on'"], None),
+        ("overlap: off", "overlap: on", 14, ["overlap: expected one of auto, off, ping_pong", "'on'"], None),
         ("kv_cache: {on: gpu, dtype: bf16, tokens: 65536}", "kv_cache: gpu", 12, ["kv_cache: expected the keys"], None),
         ("  - {what: lm_head, on: gpu}", "  - lm_head", 11, ["place rule 7: expected the keys", "'lm_head'"], None),
     ],
@@ -175,6 +175,30 @@ def test_dense_groups_may_be_int8_on_the_host_alone(what: str) -> None:
         parse_rules(text % (what, "gpu"))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("gpu: cuda:0", "gpu: cuda:0, twin_threads: 2",
+         "2: devices: twin_threads: expected gpu: twin beside it, got cuda:0"),
+        ("gpu: cuda:0", "gpu: twin, twin_threads: 12",
+         "2: devices: twin_threads: expected fewer than all threads of the host (12), got 12"),
+        ("gpu: cuda:0", "gpu: twin, twin_threads: 0",
+         "2: devices: twin_threads: expected auto or a whole number from 1 to 4096, got '0'"),
+        ("gpu: cuda:0", "gpu: twin0", "2: devices: gpu: expected cuda:N or twin, got 'twin0'"),
+    ],
+)  # fmt: skip
+def test_a_twin_that_is_none(old: str, new: str, message: str) -> None:
+    assert error_of(edited(old, new)).message == f"x.yaml:{message}"
+
+
+def test_the_twin_takes_dense_groups_as_the_host_does_and_no_routed_experts() -> None:
+    text = edited("gpu: cuda:0", "gpu: twin, twin_threads: 3").replace("layers: 1..60}", "layers: 1..60, dtype: int8}")
+    rules = parse_rules(text)
+    assert (rules.devices.gpu, rules.devices.twin_threads, rules.place[1].dtype) == ("twin", 3, "int8")
+    error = error_of(text.replace("on: host, dtype: int4", "on: gpu, dtype: int4"))
+    assert error.message == "x.yaml:10: place rule 6: on: expected host (the twin takes no routed experts), got gpu"
+
+
 @pytest.mark.parametrize("what", ["embedding", "router", "vision", "routed_experts"])
 def test_other_groups_are_not_int8(what: str) -> None:
     with pytest.raises(RulesError, match="dtype: int8 is not available in this version"):
@@ -191,7 +215,6 @@ def test_other_groups_are_not_int8(what: str) -> None:
         ("layers: 1..60", "layers: hottest", 5, "layers: hottest"),
         ("layers: 1..60", "layers: hottest 12", 5, "layers: hottest"),
         ("layers: 1..60", "layers: {hottest: 12}", 5, "layers: hottest"),
-        ("overlap: off", "overlap: ping_pong", 14, "overlap: ping_pong"),
         ("overlap: off", "overlap: {deferred: 2}", 14, "deferred"),
         ("stream: off", "stream: auto", 15, "stream: auto"),
         ("dtype: bf16, tokens", "dtype: fp8, tokens", 12, "dtype: fp8"),
@@ -350,7 +373,7 @@ def test_layers_are_read_in_any_order_and_spelling(layers: set[int], random: Ran
     assert sum(part.count("..") + 1 for part in format_layers(read).split(",")) >= len(parts)
 
 
-@pytest.mark.parametrize("name", ["host", "reference", "gpu"])
+@pytest.mark.parametrize("name", ["host", "reference", "gpu", "twin"])
 @pytest.mark.parametrize(
     "config", [K2_6, small_config(), small_config(first_k_dense_replace=0), small_config(n_shared_experts=0)]
 )
@@ -364,7 +387,7 @@ def test_shipped_rules_place_every_k2_checkpoint(name: str, config: ModelConfig)
 
 def test_shipped_rules_are_the_files_of_the_rules_folder() -> None:
     assert shipped_names() == tuple(sorted(path.stem for path in (REPO / "rules").glob("*.yaml")))
-    assert {"gpu", "host", "reference"} <= set(shipped_names())
+    assert {"gpu", "host", "reference", "twin"} <= set(shipped_names())
 
 
 def test_shipped_names_work_from_any_folder_and_files_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,185 @@
+"""Rules × model × machine → the plan."""
+
+from __future__ import annotations
+
+from hybrid_k2.config import ModelConfig
+from hybrid_k2.errors import HardwareError
+from hybrid_k2.placement.budget import check_budget, find_budget
+from hybrid_k2.placement.claims import Claim, Claims, claim_groups
+from hybrid_k2.placement.form import Rules
+from hybrid_k2.placement.groups import decoded_parameters, group_bytes, latent_bytes_per_token
+from hybrid_k2.placement.host_threads import plan_threads
+from hybrid_k2.placement.machine import Machine
+from hybrid_k2.placement.memories import HOST, TWIN, memory_of
+from hybrid_k2.placement.plan import KvCachePlan, Plan, PlanRow, bytes_per_token, expert_bytes
+from hybrid_k2.placement.yaml_tree import fail
+
+PAGE_TOKENS = 64
+AUTO_KV_TOKENS = 65536  # a long chat; 4.3 GiB in bf16 at the size of K2.6
+# Tokens of a prompt that go through the model at a time. At the size of K2.6 each of the 384 experts then serves
+# about 11 of them, so that reading its weights is paid once for many; activations stay within the reserve.
+AUTO_CHUNK_TOKENS = 512
+# The groups whose output is added to the residual stream; the router is always computed in FP32.
+_STREAM_GROUPS = ("attention", "dense_mlp", "shared_experts")
+
+
+def make_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_packed: bool = True) -> Plan:
+    """Turn rules into a plan that fits the machine.
+
+    experts_packed: the checkpoint stores its routed experts as INT4, as K2.5 and K2.6 do.
+    Raises: RulesError: the rules do not suit the model; HardwareError: no such GPU; MemoryBudgetError: too large.
+    """
+    plan = draft_plan(rules, config, machine, experts_packed=experts_packed)
+    for device in plan.devices:
+        check_budget(device, find_budget(device, rules, machine), plan.items_on(device), rules)
+    return plan
+
+
+def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_packed: bool = True) -> Plan:
+    """Make a plan without comparing it with the memory of the machine. Raises: RulesError, HardwareError."""
+    devices = _resolve_devices(rules, machine)
+    claims = claim_groups(rules, config)
+    stream = _stream_dtype(claims)
+    rows = tuple(_row(claim, rules, config, devices, stream, experts_packed) for claim in claims.all)
+    kv_cache = _plan_kv_cache(rules, config, machine, devices, rows)
+    chunk_tokens = min(rules.prefill.chunk_tokens or AUTO_CHUNK_TOKENS, kv_cache.tokens)
+    activation_dtype = "fp32" if _stream_on_host(rows) else stream
+    numerics = rules.numerics if experts_packed else "reference"
+    threads = plan_threads(
+        rules,
+        machine,
+        bytes_per_token=bytes_per_token(config, rows),
+        expert_bytes=expert_bytes(rows),
+        gpu=any(memory_of(row.device) != HOST for row in rows),
+        twin_share=_twin_share(config, rows),
+    )
+    return Plan(
+        config=config,
+        rules=rules,
+        machine=machine,
+        kv_cache=kv_cache,
+        numerics=numerics,
+        nodes=threads.nodes,
+        activation_dtype=activation_dtype,
+        chunk_tokens=chunk_tokens,
+        rows=rows,
+        notes=claims.notes + threads.notes + _numerics_notes(rules.numerics, numerics, activation_dtype),
+        accelerator=devices.get("gpu"),
+        overlap=_overlap(rules, kv_cache.device),
+        twin_threads=threads.twin_threads,
+    )
+
+
+def _numerics_notes(asked: str, numerics: str, activation_dtype: str) -> tuple[str, ...]:
+    """Say what the numerics of the experts cost."""
+    if numerics == "reference" and asked != "reference":
+        return ("routed_experts: stored unpacked, so the reference computes them in FP32 (slow)",)
+    if numerics == "fast":
+        return ("numerics: fast: the experts' inputs are rounded to 8 bits, an error of 1 to 2e-2 (exact: 1e-4)",)
+    if numerics == "bf16" and activation_dtype == "fp32":
+        return ("numerics: bf16: the experts' inputs are rounded to bf16, an error of 2 to 3e-3 where exact has 1e-4",)
+    if numerics == "bf16":
+        return ("numerics: bf16: the activations are bf16 already, so every result is that of exact, bit for bit",)
+    return ()
+
+
+def _resolve_devices(rules: Rules, machine: Machine) -> dict[str, str]:
+    """Map the names that rules use to devices of the machine, and check that a GPU in use is there."""
+    named = rules.devices.gpu
+    used = rules.kv_cache.on == "gpu" or any(rule.on == "gpu" for rule in rules.place)
+    if named is None or not used:
+        return {"host": HOST}
+    if named != TWIN and machine.find_gpu(named) is None:
+        found = ", ".join(f"{gpu.device} ({gpu.name})" for gpu in machine.gpus)
+        note = f" ({machine.gpu_note})" if machine.gpu_note else ""
+        raise HardwareError(
+            f"{rules.source}:{rules.devices.gpu_line}: devices: gpu: expected {named}, found {found or 'no GPU'}{note}",
+            hint="use rules/host.yaml to place everything on the host" if not found else "name a GPU that is there",
+        )
+    return {"host": HOST, "gpu": named}
+
+
+def _overlap(rules: Rules, attention: str) -> str:
+    """Choose how accelerator and experts share the time: they take turns only where attention is not the experts'."""
+    if rules.overlap == "ping_pong" and attention == HOST:
+        fail(
+            rules.source,
+            rules.overlap_line,
+            "overlap: expected off (the threads of the experts compute attention too), got ping_pong",
+            "place attention on a gpu, which may be the twin: devices: {gpu: twin}",
+        )
+    if rules.overlap != "auto":
+        return rules.overlap
+    return "ping_pong" if attention == TWIN else "off"
+
+
+def _twin_share(config: ModelConfig, rows: tuple[PlanRow, ...]) -> float | None:
+    """Compare the weights that a token meets on the twin with those of its routed experts; None without a twin."""
+    if all(row.device != TWIN for row in rows):
+        return None
+    weights = {TWIN: 0, HOST: 0}
+    for row in rows:
+        if row.device == TWIN or row.what == "routed_experts":
+            weights[row.device] += len(row.layers or (0,)) * decoded_parameters(config, row.what)
+    return weights[TWIN] / max(1, sum(weights.values()))
+
+
+def _stream_dtype(claims: Claims) -> str:
+    """Find the widest dtype of the groups that the residual stream passes through."""
+    return "fp32" if any(c.what in _STREAM_GROUPS and c.rule.dtype == "fp32" for c in claims.all) else "bf16"
+
+
+def _stream_on_host(rows: tuple[PlanRow, ...]) -> bool:
+    """Say whether the residual stream never meets a GPU; on a CPU, rounding it to bf16 costs time and accuracy."""
+    return all(memory_of(row.device) == HOST for row in rows if row.what in _STREAM_GROUPS)
+
+
+def _row(
+    claim: Claim, rules: Rules, config: ModelConfig, devices: dict[str, str], stream: str, experts_packed: bool
+) -> PlanRow:
+    dtype = claim.rule.dtype
+    if claim.what == "routed_experts":
+        dtype = _expert_dtype(claim, rules, stream, experts_packed)
+    elif dtype is None:
+        dtype = "fp32" if claim.what == "router" else "bf16"
+    nbytes = len(claim.layers or (0,)) * group_bytes(config, claim.what, dtype)
+    return PlanRow(claim.what, claim.layers, devices[claim.rule.on], dtype, nbytes, claim.rule.line)
+
+
+def _expert_dtype(claim: Claim, rules: Rules, stream: str, experts_packed: bool) -> str:
+    dtype, rule = claim.rule.dtype, claim.rule
+    if experts_packed:
+        if dtype not in (None, "int4"):
+            hint = "leave dtype out: the experts stay in INT4 as stored"
+            fail(rules.source, rule.line, f"{rule}: expected dtype int4 (the checkpoint's), got {dtype}", hint)
+        return "int4"
+    if dtype == "int4":
+        hint = "this checkpoint stores its experts unpacked; leave dtype out, or write bf16 or fp32"
+        fail(rules.source, rule.line, f"{rule}: expected dtype bf16 or fp32, got int4", hint)
+    return dtype or stream
+
+
+def _plan_kv_cache(
+    rules: Rules, config: ModelConfig, machine: Machine, devices: dict[str, str], rows: tuple[PlanRow, ...]
+) -> KvCachePlan:
+    rule = rules.kv_cache
+    attention = {row.device: row.line for row in rows if row.what == "attention"}
+    device = devices[rule.on] if rule.on else next(iter(attention))
+    for other, line in attention.items():
+        if other != device:
+            message = f"kv_cache: expected on the device of all attention ({other} on line {line}), got {device}"
+            fail(rules.source, rule.line, message, "place kv_cache and all attention layers together")
+    page_bytes = PAGE_TOKENS * latent_bytes_per_token(config, rule.dtype)
+    limit = config.max_position_embeddings
+    if rule.tokens is not None and rule.tokens > limit:
+        fail(
+            rules.source,
+            rule.tokens_line,
+            f"kv_cache: tokens: expected at most {limit} (the model's), got {rule.tokens}",
+        )
+    memory = memory_of(device)
+    weights = sum(row.nbytes for row in rows if memory_of(row.device) == memory)
+    free = find_budget(memory, rules, machine).nbytes - weights
+    affordable = max(1, free // 4 // page_bytes) * PAGE_TOKENS
+    tokens = rule.tokens or min(limit, AUTO_KV_TOKENS, affordable)
+    return KvCachePlan(device, rule.dtype, tokens, PAGE_TOKENS, -(-tokens // PAGE_TOKENS) * page_bytes)

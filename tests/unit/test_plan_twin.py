@@ -1,0 +1,109 @@
+"""The host twin in the plan: its memory is the host's, its threads are taken from the experts'."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hybrid_k2.errors import MemoryBudgetError, RulesError
+from hybrid_k2.placement import Plan, check_loadable, make_plan, parse_rules, shipped_rules
+from tests.unit.placements import GIB, K2_6, machine, plan_of, rules_text, small_config
+
+
+def twin_plan(*lines: str, devices: str = "gpu: twin", tail: str = "", cores: int = 16, kimi: bool = True) -> Plan:
+    text = rules_text(*lines, tail=tail).replace("gpu: cuda:0", devices)
+    return make_plan(parse_rules(text, "x.yaml"), K2_6 if kimi else small_config(), machine(768, cores=cores))
+
+
+def test_the_memory_of_the_twin_is_the_hosts() -> None:
+    twin, host = (make_plan(shipped_rules(name), K2_6, machine(768)) for name in ("twin", "host"))
+    assert twin.devices == host.devices == ("host",)
+    assert twin.bytes_on("host") == host.bytes_on("host")
+    assert [row.nbytes for row in twin.rows] == [row.nbytes for row in host.rows]
+    assert (twin.where("attention", 3).device, twin.where("attention", 3).memory) == ("twin", "host")
+    assert twin.where("routed_experts", 3).device == twin.where("embedding").device == "host"
+    assert twin.kv_cache.device == "twin"
+    assert twin.kv_cache.nbytes == host.kv_cache.nbytes
+    assert (twin.activation_dtype, host.activation_dtype) == ("fp32", "fp32"), "no GPU meets the residual stream"
+    assert repr(twin).startswith("Plan('rules/twin.yaml', kimi_k25, host 557.99 GiB")
+
+
+def test_a_plan_with_the_twin_must_fit_the_host() -> None:
+    with pytest.raises(
+        MemoryBudgetError, match=r"rules/twin.yaml: host: expected a plan of at most .* attention of layers"
+    ):
+        make_plan(shipped_rules("twin"), K2_6, machine(555))
+
+
+def test_threads_follow_the_multiplications_of_both_sides() -> None:
+    """Of K2.6, a third of what a token is multiplied with is dense."""
+    plan = make_plan(shipped_rules("twin"), K2_6, machine(768, cores=2))
+    assert (plan.twin_threads, plan.threads) == (1, 1)
+    for cores, total in ((4, 4), (8, 8), (15, 15), (16, 15), (64, 63)):
+        plan = make_plan(shipped_rules("twin"), K2_6, machine(768, cores=cores))
+        assert plan.twin_threads + plan.threads == total
+        assert plan.twin_threads == pytest.approx(total / 3, abs=0.6)
+    less = twin_plan("lm_head gpu", cores=32)
+    assert less.twin_threads == 2, "5 % of the multiplications, of 31 threads"
+
+
+def test_both_sides_have_a_thread_on_any_machine() -> None:
+    for cores in (1, 2):
+        plan = twin_plan("attention gpu", "dense_mlp gpu", "shared_experts gpu", cores=cores, kimi=False)
+        assert (plan.twin_threads, plan.threads) == (1, 1)
+
+
+def test_threads_by_rule() -> None:
+    plan = twin_plan("attention gpu", devices="gpu: twin, twin_threads: 5, host: {threads: 9}")
+    assert (plan.twin_threads, plan.threads) == (5, 4)
+    plan = twin_plan("attention gpu", devices="gpu: twin, twin_threads: 40")
+    assert (plan.twin_threads, plan.threads) == (40, 1)
+    assert twin_plan(devices="gpu: twin, twin_threads: 5").twin_threads == 0, "nothing is on it"
+
+
+def test_cores_of_their_own_are_those_of_the_experts() -> None:
+    on = replace(machine(768, cores=8), core_cpus=tuple((core,) for core in range(8)))
+    plan = make_plan(shipped_rules("twin"), K2_6, on)
+    assert (plan.twin_threads, plan.nodes[0].cpus) == (3, ((3,), (4,), (5,), (6,), (7,)))
+
+
+def test_overlap_is_chosen_where_the_twin_has_attention() -> None:
+    assert (twin_plan("attention gpu").overlap, twin_plan("attention gpu").accelerator) == ("ping_pong", "twin")
+    assert twin_plan("attention gpu", tail="overlap: off\n").overlap == "off"
+    assert (twin_plan("lm_head gpu").overlap, twin_plan("lm_head gpu").accelerator) == ("off", "twin")
+    assert (twin_plan().overlap, twin_plan().accelerator) == ("off", None)
+    on_gpu = plan_of("attention gpu")
+    assert (on_gpu.overlap, on_gpu.accelerator, on_gpu.twin_threads) == ("off", "cuda:0", 0)
+    assert plan_of("attention gpu", tail="overlap: ping_pong\n").overlap == "ping_pong"
+
+
+def test_overlap_needs_attention_beside_the_experts() -> None:
+    with pytest.raises(RulesError) as caught:
+        twin_plan("lm_head gpu", tail="numerics: exact\noverlap: ping_pong\n")
+    assert caught.value.message == (
+        "x.yaml:11: overlap: expected off (the threads of the experts compute attention too), got ping_pong"
+    )
+    assert "twin" in (caught.value.hint or "")
+
+
+def test_the_table_names_the_twin() -> None:
+    table = make_plan(shipped_rules("twin"), K2_6, machine(768, cores=16)).table()
+    assert "\ntwin: 5 threads; overlap ping_pong\n" in table
+    assert "experts: exact, 10 threads; activations fp32\n" in table
+    assert [line.split()[2] for line in table.splitlines() if line.startswith(("attention", "routed"))] == [
+        "twin",
+        "host",
+    ]
+    assert "\nhost: 557.99 GiB of " in table
+
+
+def test_what_cannot_be_loaded_yet_is_refused_with_its_line() -> None:
+    plan = twin_plan("attention gpu", tail="overlap: off\n")
+    with pytest.raises(RulesError, match=r"^x.yaml:2: devices: gpu: twin is not available in this version$"):
+        check_loadable(plan)
+    with pytest.raises(RulesError, match=r"^x.yaml:10: overlap: ping_pong is not available in this version$"):
+        check_loadable(plan_of("attention gpu", tail="overlap: ping_pong\n"))
+    check_loadable(plan_of("attention gpu"))
+    check_loadable(twin_plan())
+    assert plan.kv_cache.nbytes < 5 * GIB
