@@ -6,9 +6,11 @@ PYTHON ?= python3
 MODEL  ?= demo
 VENV   := .venv
 PIP    := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
-# What an extra of pyproject.toml needs, without building the project once more.
+# What an extra of pyproject.toml needs on this machine, without building the project once more.
 requirements = $(VENV)/bin/python -c 'from importlib.metadata import requires; \
-    print(*(r.split(";")[0] for r in requires("hybrid-k2") if r.endswith("extra == \"$(1)\"")))'
+    from pip._vendor.packaging.requirements import Requirement; \
+    print(*(f"{r.name}{r.specifier}" for r in map(Requirement, requires("hybrid-k2")) \
+            if r.marker and r.marker.evaluate({"extra": "$(1)"}) and not r.marker.evaluate({"extra": ""})))'
 NATIVE := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
 .PHONY: chat test check check-native bench clean install

@@ -1,0 +1,84 @@
+"""Compile every kernel at the widths of K2.6 for one card, without a GPU, and print what the binaries take.
+
+    python -m tests.gpu.compile_kernels 90
+
+prints a JSON list of {name, shared, registers, stack}: bytes of shared memory per block, registers per thread and bytes
+of spilled registers or local arrays per thread. A process of its own, because TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hybrid_k2.accelerator.kernels import int4_experts
+
+HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8
+CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with the types of its arguments and its constants; whole numbers are multiples of 16."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    launch: dict[str, Any] = field(default_factory=lambda: {"num_warps": 4, "enable_fp_fusion": True})
+
+
+def experts_cases(capability: int) -> Iterator[Case]:
+    """Decode and prefill tiles of the grouped INT4 products."""
+    tiles = dict.fromkeys(("order", "tile_slot", "tile_first", "tile_stop"), "*i32")
+    common = {"words": "*i32", "shifts": "*i32", "slot_words": "i32", "weights": "*fp32", "partial": "*fp32", **tiles}
+    sizes = {"HIDDEN": HIDDEN, "INTERMEDIATE": INTERMEDIATE, "K": TOP_K}
+    for form, tiling in (("exact", int4_experts.DECODE), ("rounded", int4_experts.PREFILL)):
+        types = {**common, "x": "*bf16", "inner": "*fp32" if tiling.exact else "*bf16"}
+        for name, rows, inputs in (("gate_up", 2 * INTERMEDIATE, HIDDEN), ("down", HIDDEN, INTERMEDIATE)):
+            arguments = tiling.fit(rows, inputs)[1]
+            launch = {key: arguments.pop(key) for key in ("num_warps", "enable_fp_fusion")}
+            kernel = getattr(int4_experts, f"{name}_kernel")
+            yield Case(f"{name}, {form}", kernel, types, {**sizes, **arguments}, launch)
+    types = {"partial": "*fp32", "slots": "*i32", "out": "*fp32"}
+    yield Case("combine", int4_experts.combine_kernel, types, {**sizes, "COLUMNS": int4_experts.COMBINE_COLUMNS})
+
+
+def cases(capability: int) -> Iterator[Case]:
+    """Everything that this card can run."""
+    yield from experts_cases(capability)
+
+
+def compile_case(case: Case, capability: int) -> dict[str, Any]:
+    """Compile to a binary and read its resources from it."""
+    names = case.kernel.arg_names
+    constants = {name: value for name, value in case.constants.items() if name in names}
+    signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
+    source = ASTSource(case.kernel, signature, constants, aligned)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=case.launch)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
+    return {
+        "name": case.name, "shared": binary.metadata.shared, "registers": int(registers), "stack": int(stack)
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    card = int(sys.argv[1])
+    json.dump([compile_case(case, card) for case in cases(card)], sys.stdout)
