@@ -20,8 +20,7 @@
 namespace k2 {
 namespace {
 
-// How often a waiting call looks whether the user pressed Ctrl-C.
-constexpr std::chrono::milliseconds kSignalCheck{50};
+constexpr int64_t kMaxBatch = 1 << 20;  // tokens of one call
 
 }  // namespace
 
@@ -54,9 +53,19 @@ bool finish(ThreadPool& pool, Job& job, Deadline deadline) {
   return true;
 }
 
+MoeInput moe_input(const LayerShape& shape, const py::array& hidden, const py::array& ids, const py::array& weights) {
+  check_argument(hidden.ndim() == 2, "hidden", text("shape [T, ", shape.hidden, "]"), shape_text(hidden));
+  const int64_t tokens = hidden.shape(0);
+  check_argument(tokens <= kMaxBatch, "hidden", text("at most ", kMaxBatch, " tokens"), tokens);
+  const bool bf16 = py::isinstance<Array<uint16_t>>(hidden);
+  const void* rows = bf16 ? static_cast<const void*>(matrix<uint16_t>("hidden", hidden, tokens, shape.hidden))
+                          : matrix<float>("hidden", hidden, tokens, shape.hidden);
+  return {rows, bf16, matrix<int32_t>("ids", ids, tokens, shape.experts_per_token),
+          matrix<float>("weights", weights, tokens, shape.experts_per_token), int(tokens)};
+}
+
 namespace {
 
-constexpr int64_t kMaxBatch = 1 << 20;  // tokens of one call
 constexpr int kMaxPrefetch = 1 << 16;   // bytes ahead
 constexpr float kMaxTokenCost = 1000;
 
@@ -67,17 +76,6 @@ PackedMatrix packed_matrix(const char* name, const py::array& words, const py::a
           .rows = rows,
           .inputs = inputs,
           .name = name};
-}
-
-MoeInput moe_input(const LayerShape& shape, const py::array& hidden, const py::array& ids, const py::array& weights) {
-  check_argument(hidden.ndim() == 2, "hidden", text("shape [T, ", shape.hidden, "]"), shape_text(hidden));
-  const int64_t tokens = hidden.shape(0);
-  check_argument(tokens <= kMaxBatch, "hidden", text("at most ", kMaxBatch, " tokens"), tokens);
-  const bool bf16 = py::isinstance<Array<uint16_t>>(hidden);
-  const void* rows = bf16 ? static_cast<const void*>(matrix<uint16_t>("hidden", hidden, tokens, shape.hidden))
-                          : matrix<float>("hidden", hidden, tokens, shape.hidden);
-  return {rows, bf16, matrix<int32_t>("ids", ids, tokens, shape.experts_per_token),
-          matrix<float>("weights", weights, tokens, shape.experts_per_token), int(tokens)};
 }
 
 std::shared_ptr<MoeJob> start(Layer& layer, const MoeInput& input, float* output) {
@@ -210,12 +208,12 @@ class PyLayer {
     layer->end();
   }
 
- private:
   std::shared_ptr<Layer> open() const {
     if (!layer_) throw EngineError("experts: expected an open layer, got a closed one");
     return layer_;
   }
 
+ private:
   std::shared_ptr<Layer> layer_;
 };
 
@@ -286,6 +284,9 @@ void translate(std::exception_ptr error) {
 }
 
 }  // namespace
+
+std::shared_ptr<Layer> open_layer(const py::handle& layer) { return layer.cast<const PyLayer&>().open(); }
+
 }  // namespace k2
 
 PYBIND11_MODULE(_native, m) {
@@ -364,4 +365,5 @@ PYBIND11_MODULE(_native, m) {
 
   bind_attention(m);
   bind_dense(m);
+  bind_handoff(m);
 }

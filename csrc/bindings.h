@@ -4,11 +4,14 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <chrono>
 #include <initializer_list>
+#include <memory>
 #include <string>
 
 #include "core/error.h"
 #include "cpu/thread_pool.h"
+#include "moe/runtime.h"
 
 namespace k2 {
 
@@ -56,11 +59,21 @@ T* mutable_matrix(const char* name, const py::array& array, int64_t rows, int64_
   return mutable_array_data<T>(name, array, {rows, columns});
 }
 
+// How often a waiting call looks whether the user pressed Ctrl-C.
+constexpr std::chrono::milliseconds kSignalCheck{50};
+
 // Waits with the GIL released; false if the deadline passes first. After Ctrl-C the job is cancelled and the Python
 // exception is thrown; else throws what the job threw.
 bool finish(ThreadPool& pool, Job& job, Deadline deadline = std::nullopt);
 
+// hidden: float32, or bf16 as uint16, [T, H]; ids int32 and weights float32 [T, K].
+MoeInput moe_input(const LayerShape& shape, const py::array& hidden, const py::array& ids, const py::array& weights);
+
+// The layer behind its Python object. EngineError if it is closed.
+std::shared_ptr<Layer> open_layer(const py::handle& layer);
+
 void bind_attention(py::module_& m);
 void bind_dense(py::module_& m);
+void bind_handoff(py::module_& m);
 
 }  // namespace k2

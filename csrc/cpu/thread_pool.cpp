@@ -1,13 +1,13 @@
 #include "cpu/thread_pool.h"
 
 #include <pthread.h>
-#include <signal.h>
 
 #include <cfenv>
 #include <string>
 
 #include "core/error.h"
 #include "cpu/affinity.h"
+#include "cpu/blocked_signals.h"
 
 namespace k2 {
 namespace {
@@ -23,21 +23,6 @@ void register_fork_handler() {
   static const int registered = pthread_atfork(nullptr, nullptr, [] { fork_generation.fetch_add(1); });
   if (registered != 0) throw EngineError("expert threads: the fork handler cannot be registered");
 }
-
-// Signals go to the program's own threads while this lives; threads started meanwhile inherit the mask.
-class BlockedSignals {
- public:
-  BlockedSignals() {
-    sigset_t mask;
-    sigfillset(&mask);
-    for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&mask, fault);  // a bug stays visible
-    pthread_sigmask(SIG_SETMASK, &mask, &before_);
-  }
-  ~BlockedSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-
- private:
-  sigset_t before_;
-};
 
 }  // namespace
 

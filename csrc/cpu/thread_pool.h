@@ -1,4 +1,4 @@
-// The only place that creates threads.
+// The threads that compute; handoff/expert_server.h has the one other thread.
 //
 // A Job is run by all workers at once, each with its own number; the job splits its work by that number and meets the
 // other workers in its Team. Jobs run in the order of submission; a worker that is done with one starts the next, so

@@ -4,6 +4,7 @@ from hybrid_k2.accelerator.base import Accelerator, Handoff, Label
 from hybrid_k2.accelerator.handoff_direct import DirectHandoff
 from hybrid_k2.accelerator.handoff_submit import SubmitHandoff
 from hybrid_k2.accelerator.inline import InlineAccelerator
+from hybrid_k2.accelerator.mailbox import MailboxHandoff
 from hybrid_k2.accelerator.trace import Trace
 from hybrid_k2.accelerator.twin import HostTwin
 
@@ -14,6 +15,7 @@ __all__ = [
     "HostTwin",
     "InlineAccelerator",
     "Label",
+    "MailboxHandoff",
     "SubmitHandoff",
     "Trace",
 ]

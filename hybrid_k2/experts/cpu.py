@@ -46,7 +46,7 @@ def features_of(
     return list(_native.features_of(leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf7_1_eax, xcr0))
 
 
-def _array(tensor: Tensor) -> Any:
+def as_array(tensor: Tensor) -> Any:
     """Return the tensor as a contiguous numpy array; bf16 becomes its bits as uint16."""
     tensor = tensor.detach().contiguous()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
@@ -64,6 +64,11 @@ class NativeExperts(ExpertsBackend):
             shape.n_routed_experts,
             shape.num_experts_per_tok,
         )
+
+    @property
+    def native(self) -> Any:
+        """The extension's layer."""
+        return self._layer
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +100,7 @@ class NativeExperts(ExpertsBackend):
             weight = getattr(weights, name)
             if not isinstance(weight, PackedWeight):
                 raise ValueError(f"expert {expert}, {name}: expected INT4 weights, got plain {weight.dtype}")
-            arrays += [_array(weight.packed), _array(weight.scale)]
+            arrays += [as_array(weight.packed), as_array(weight.scale)]
         self._layer.load_expert(expert, *arrays)
 
     def load_stored(self, expert: int, stored: StoredExpert, *, mode: ReadMode = "auto") -> None:
@@ -153,14 +158,14 @@ class NativeExperts(ExpertsBackend):
         """See ExpertsBackend."""
         self.shape.check_call(hidden, ids, weights)
         output = torch.empty(hidden.shape, dtype=torch.float32)
-        self._layer.forward(_array(hidden), _array(ids), _array(weights), output.numpy())
+        self._layer.forward(as_array(hidden), as_array(ids), as_array(weights), output.numpy())
         return output
 
     def submit(self, slot: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         """See ExpertsBackend."""
         check_slot(slot)
         self.shape.check_call(hidden, ids, weights)
-        self._layer.submit(slot, _array(hidden), _array(ids), _array(weights))
+        self._layer.submit(slot, as_array(hidden), as_array(ids), as_array(weights))
 
     def wait(self, slot: int, timeout_s: float | None = None) -> Tensor:
         """See ExpertsBackend; an interrupt (Ctrl-C) ends the computation and frees the slot."""

@@ -63,6 +63,7 @@ PROGRAMS: dict[str, Program] = {
     "dense_job_test": once(),
     "expert_reader_test": lambda folder, isas: [((str(folder), seed()), "ok\n")],
     "features_test": once(),
+    "handoff_test": once(seed(), "300", "under-a-tool"),
     "l32_pack_test": once(seed()),
     "memory_test": once(),
     "moe_job_test": once("under-a-tool"),

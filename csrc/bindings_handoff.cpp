@@ -1,0 +1,133 @@
+// The mailbox of the routed experts for Python, whose threads speak its protocol as a GPU would.
+#include <pybind11/stl.h>
+
+#include <map>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bindings.h"
+#include "handoff/expert_server.h"
+
+namespace k2 {
+namespace {
+
+Deadline deadline_in(double seconds) {
+  if (seconds < 0) return std::nullopt;
+  return Clock::now() + std::chrono::nanoseconds(int64_t(std::min(seconds, 1e9) * 1e9));
+}
+
+class PyMailbox {
+ public:
+  PyMailbox(std::shared_ptr<Runtime> runtime, int hidden, int per_token, int tokens,
+            const std::map<int, py::object>& layers)
+      : runtime_(std::move(runtime)), mailbox_(std::make_unique<Mailbox>(hidden, per_token, tokens)) {
+    std::map<int, std::shared_ptr<Layer>> open;
+    for (const auto& [number, object] : layers) {
+      const std::shared_ptr<Layer> layer = open_layer(object);
+      const LayerShape& shape = layer->experts().shape();
+      check_argument(&layer->runtime() == runtime_.get(), "layers", "layers of one runtime", text("layer ", number));
+      check_argument(shape.hidden == hidden && shape.experts_per_token == per_token, "layers",
+                     text(hidden, " channels and ", per_token, " experts per token"), text("layer ", number));
+      open.emplace(number, layer);
+    }
+    auto start = [open = std::move(open)](int number, const MoeInput& input, float* output) -> std::shared_ptr<Job> {
+      const auto found = open.find(number);
+      if (found == open.end()) throw EngineError("expected a layer with experts, got one without");
+      return found->second->start(input, output);
+    };
+    server_.reset(new ExpertServer(runtime_->pool, *mailbox_, std::move(start)));
+  }
+
+  ~PyMailbox() {
+    if (runtime_->pool.forked()) {
+      mailbox_.release();  // the server is leaked, and refers to it
+    } else {
+      const py::gil_scoped_release nogil;
+      server_.reset();
+    }
+  }
+
+  void post(int slot, int layer, const py::array& hidden, const py::array& ids, const py::array& weights) {
+    const MoeInput input = moe_input({mailbox_->hidden, 0, 0, mailbox_->per_token}, hidden, ids, weights);
+    runtime_->pool.check_process();
+    const py::gil_scoped_release nogil;
+    mailbox_->post(slot, layer, input);
+    server_->wake();
+  }
+
+  int tokens(int slot) const { return mailbox_->posted_tokens(slot); }
+
+  // False if the time runs out; EngineError with the reason if the computation failed.
+  bool take(int slot, const py::array& output, double timeout_s) {
+    float* out = mutable_matrix<float>("output", output, tokens(slot), mailbox_->hidden);
+    const auto replied = [&](Deadline deadline) { return server_->wait_reply(slot, deadline); };
+    if (!wait(replied, deadline_in(timeout_s))) return false;
+    const ReplyStatus status = mailbox_->status(slot);
+    if (status == ReplyStatus::kFailed) throw EngineError(server_->failure(slot));
+    if (status == ReplyStatus::kGivenUp) throw EngineError("expected a result, got a computation that was given up");
+    const py::gil_scoped_release nogil;
+    if (tokens(slot) > 0) std::copy_n(mailbox_->output(slot), size_t(tokens(slot)) * size_t(mailbox_->hidden), out);
+    return true;
+  }
+
+  // False if the computation in the slot does not end in time.
+  bool give_up(int slot, double timeout_s) {
+    return wait([&](Deadline deadline) { return server_->give_up(slot, deadline); }, deadline_in(timeout_s));
+  }
+
+  // (layer, slot, tokens, start, stop) of the computations that ended since `keep_times(True)` or the last call.
+  std::vector<std::tuple<int, int, int, int64_t, int64_t>> take_times() {
+    std::vector<std::tuple<int, int, int, int64_t, int64_t>> out;
+    for (const ExpertServer::JobTime& t : server_->take_times()) {
+      out.emplace_back(t.layer, t.slot, t.tokens, t.start, t.stop);
+    }
+    return out;
+  }
+
+  void keep_times(bool keep) { server_->keep_times(keep); }
+
+  void close() {
+    const py::gil_scoped_release nogil;
+    server_->stop();
+  }
+
+ private:
+  // In short pieces with the GIL released; Ctrl-C ends it.
+  template <class Wait>
+  static bool wait(Wait done, Deadline deadline) {
+    for (;;) {
+      {
+        const py::gil_scoped_release nogil;
+        const Clock::time_point slice = Clock::now() + kSignalCheck;
+        if (done(deadline ? std::min(*deadline, slice) : slice)) return true;
+      }
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      if (deadline && Clock::now() >= *deadline) return false;
+    }
+  }
+
+  std::shared_ptr<Runtime> runtime_;
+  std::unique_ptr<Mailbox> mailbox_;
+  ExpertServerPointer server_;
+};
+
+}  // namespace
+
+void bind_handoff(py::module_& m) {
+  py::class_<PyMailbox>(m, "Mailbox")
+      .def(py::init<std::shared_ptr<Runtime>, int, int, int, const std::map<int, py::object>&>(), py::arg("runtime"),
+           py::arg("hidden_size"), py::arg("num_experts_per_tok"), py::arg("tokens"), py::arg("layers"))
+      .def("post", &PyMailbox::post, py::arg("slot"), py::arg("layer"), py::arg("hidden"), py::arg("ids"),
+           py::arg("weights"))
+      .def("tokens", &PyMailbox::tokens, py::arg("slot"))
+      .def("take", &PyMailbox::take, py::arg("slot"), py::arg("output"), py::arg("timeout_s") = -1.0)
+      .def("give_up", &PyMailbox::give_up, py::arg("slot"), py::arg("timeout_s") = -1.0)
+      .def("keep_times", &PyMailbox::keep_times, py::arg("keep"))
+      .def("take_times", &PyMailbox::take_times)
+      .def("close", &PyMailbox::close);
+}
+
+}  // namespace k2
