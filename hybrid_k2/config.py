@@ -184,6 +184,14 @@ class ModelConfig:
         return config
 
 
+def announces_int4(folder: Path) -> bool:
+    """Say whether a checkpoint's configuration announces INT4 weights; its tensors decide. Raises: ConfigError."""
+    path = Path(folder) / CONFIG_NAME
+    top = Fields(_read_config(path), str(path))
+    text = Fields(top.json_object("text_config"), f"{path}: text_config") if "text_config" in top.data else top
+    return _check_quantization(top, text)
+
+
 def read_generation_config(folder: Path) -> dict[str, Any]:
     """Read what a checkpoint states about sampling; it may have no such file. Raises: ConfigError."""
     path = folder / GENERATION_NAME

@@ -9,7 +9,7 @@ from hybrid_k2.checkpoint.int4 import (
     unpack_int4,
 )
 from hybrid_k2.checkpoint.reader import Checkpoint
-from hybrid_k2.checkpoint.resolve import resolve_checkpoint
+from hybrid_k2.checkpoint.resolve import resolve_checkpoint, resolve_configuration
 from hybrid_k2.checkpoint.shard import TensorInfo
 from hybrid_k2.checkpoint.stored import StoredExpert
 from hybrid_k2.checkpoint.tensors import (
@@ -19,6 +19,7 @@ from hybrid_k2.checkpoint.tensors import (
     expected_tensors,
     expert_prefix,
     experts_packed,
+    planned_packed,
     read_expert,
 )
 
@@ -36,8 +37,10 @@ __all__ = [
     "expert_prefix",
     "experts_packed",
     "pack_int4",
+    "planned_packed",
     "quantize_int4",
     "read_expert",
     "resolve_checkpoint",
+    "resolve_configuration",
     "unpack_int4",
 ]

@@ -51,7 +51,7 @@ class Checkpoint:
         Raises: CheckpointError for a missing or truncated file, a bad index, a damaged header.
         """
         folder = Path(folder)
-        weight_map = _weight_map(folder)
+        weight_map = read_weight_map(folder)
         with ExitStack() as opened:
             files: dict[Path, OpenedFile] = {}
             headers: dict[str, dict[str, TensorInfo]] = {}
@@ -164,8 +164,11 @@ class Checkpoint:
         self.close()
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Return the index's tensor-to-file map, or None where a single file holds everything."""
+def read_weight_map(folder: Path) -> dict[str, str] | None:
+    """Return the index's tensor-to-file map, or None where a single file holds everything.
+
+    Raises: CheckpointError: neither is there, or the index is bad.
+    """
     try:
         names = {path.name for path in folder.iterdir()}
     except OSError as error:

@@ -36,6 +36,17 @@ def resolve_checkpoint(path_or_repo_id: str) -> Path:
     return _download(path_or_repo_id)
 
 
+def resolve_configuration(path_or_repo_id: str) -> Path:
+    """Return a folder with the checkpoint's configuration; of a repository only its JSON files are fetched.
+
+    Raises: CheckpointError.
+    """
+    path = Path(os.path.expanduser(path_or_repo_id))
+    if path_or_repo_id and not _exists(path) and _REPO_ID.fullmatch(path_or_repo_id):
+        return _fetch(path_or_repo_id, CONFIG_FILES)
+    return resolve_checkpoint(path_or_repo_id)
+
+
 def _exists(path: Path) -> bool:
     """Say whether there is such a path. Raises: CheckpointError where the system does not let us know."""
     try:

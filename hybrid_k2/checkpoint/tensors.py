@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from hybrid_k2.checkpoint.int4 import GROUP, VALUES_PER_WORD, PackedWeight
-from hybrid_k2.checkpoint.reader import INDEX_NAME, SINGLE_NAME, Checkpoint
-from hybrid_k2.config import ModelConfig
+from hybrid_k2.checkpoint.reader import INDEX_NAME, SINGLE_NAME, Checkpoint, read_weight_map
+from hybrid_k2.config import ModelConfig, announces_int4
 from hybrid_k2.errors import CheckpointError
 
 PLAIN = ("BF16", "F16", "F32")
@@ -87,6 +88,20 @@ def check_checkpoint(checkpoint: Checkpoint, config: ModelConfig) -> None:
 def experts_packed(checkpoint: Checkpoint, config: ModelConfig) -> bool:
     """Say whether the routed experts are INT4 (`.weight_packed`) rather than plain (`.weight`)."""
     return _first_expert_packed(config, checkpoint.has)
+
+
+def planned_packed(folder: Path, config: ModelConfig) -> bool:
+    """Say whether the routed experts are INT4 by the index, and without one by the configuration.
+
+    The files with the weights need not be there. Raises: CheckpointError, ConfigError.
+    """
+    if (folder / INDEX_NAME).exists():
+        weight_map = read_weight_map(folder) or {}
+        return _first_expert_packed(config, weight_map.__contains__)
+    if (folder / SINGLE_NAME).exists():
+        with Checkpoint.open(folder) as checkpoint:
+            return experts_packed(checkpoint, config)
+    return announces_int4(folder)
 
 
 def read_expert(checkpoint: Checkpoint, config: ModelConfig, layer: int, expert: int) -> ExpertWeights:

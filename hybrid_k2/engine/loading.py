@@ -8,13 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, experts_packed, resolve_checkpoint
+from hybrid_k2.checkpoint import (
+    Checkpoint,
+    check_checkpoint,
+    experts_packed,
+    planned_packed,
+    resolve_checkpoint,
+    resolve_configuration,
+)
 from hybrid_k2.config import GENERATION_NAME, ModelConfig, read_generation_config
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.errors import CheckpointError
 from hybrid_k2.model.loader import Progress, load_text_model
 from hybrid_k2.model.text import TextModel
-from hybrid_k2.placement import Machine, Plan, Rules, check_loadable, default_rules, load_rules, make_plan
+from hybrid_k2.placement import (
+    Machine,
+    Plan,
+    Rules,
+    check_loadable,
+    default_rules,
+    described_machine,
+    load_rules,
+    make_plan,
+)
 from hybrid_k2.protocol import Tokenizer
 
 DEMO = "demo"  # names the built-in checkpoint; a folder of that name is "./demo"
@@ -72,13 +88,32 @@ def load_model(
     return LoadedModel(folder, config, plan, tokenizer, generation_config, text)
 
 
+def plan_checkpoint(
+    path: str | Path, rules: str | Path | Rules | None = None, *, host_memory_bytes: int | None = None
+) -> Plan:
+    """Plan a checkpoint without loading it: its configuration is enough, its index is used where there is one.
+
+    A GPU that the rules name and size need not be here (`described_machine`). The plan may hold what this version
+    cannot load (`missing_parts`). host_memory_bytes: plan for a host with so much free memory.
+    Raises: CheckpointError, ConfigError, UnsupportedModelError, RulesError, HardwareError, MemoryBudgetError.
+    """
+    folder = find_checkpoint(path) if str(path) == DEMO else resolve_configuration(str(path))
+    config = ModelConfig.load(folder)
+    packed = planned_packed(folder, config)
+    machine = Machine.probe()
+    chosen = _rules(rules, machine, config, packed)
+    return make_plan(chosen, config, described_machine(machine, chosen, host_memory_bytes), experts_packed=packed)
+
+
+def _rules(rules: str | Path | Rules | None, machine: Machine, config: ModelConfig, packed: bool) -> Rules:
+    if rules is None:
+        return default_rules(machine, config, experts_packed=packed)
+    return rules if isinstance(rules, Rules) else load_rules(rules)
+
+
 def _plan(rules: str | Path | Rules | None, config: ModelConfig, packed: bool) -> Plan:
     machine = Machine.probe()
-    if rules is None:
-        rules = default_rules(machine, config, experts_packed=packed)
-    elif not isinstance(rules, Rules):
-        rules = load_rules(rules)
-    plan = make_plan(rules, config, machine, experts_packed=packed)
+    plan = make_plan(_rules(rules, machine, config, packed), config, machine, experts_packed=packed)
     check_loadable(plan)
     return plan
 

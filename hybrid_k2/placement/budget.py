@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hybrid_k2.errors import MemoryBudgetError
 from hybrid_k2.placement.form import Rules
-from hybrid_k2.placement.machine import Machine
+from hybrid_k2.placement.machine import Gpu, Machine
 from hybrid_k2.placement.sizes import GIB, format_bytes
 
 
@@ -31,13 +31,29 @@ def reserve_bytes(available: int) -> int:
 def find_budget(device: str, rules: Rules, machine: Machine) -> Budget:
     """Return the budget of a device: its free memory less the reserve, and on the host at most what the rules say."""
     gpu = machine.find_gpu(device)
-    available = machine.host_available_bytes if gpu is None else gpu.free_bytes
+    if gpu is not None:
+        return _gpu_budget(gpu, rules)
+    available = machine.host_available_bytes
     reserve = reserve_bytes(available)
     free = Budget(available - reserve, f"{format_bytes(available)} free less {format_bytes(reserve)} in reserve")
-    limit = rules.devices.host_memory_bytes if gpu is None else None
+    limit = rules.devices.host_memory_bytes
     if limit is None or limit >= free.nbytes:
         return free
     return Budget(limit, f"devices.host.memory on line {rules.devices.host_memory_line}")
+
+
+def _gpu_budget(gpu: Gpu, rules: Rules) -> Budget:
+    """Take a card as it is free, or as the rules size it where that is less; the reserve is part of the size."""
+    limit = rules.devices.gpu_memory_bytes
+    if limit is not None and limit <= gpu.free_bytes:
+        available, origin = (
+            limit,
+            f"devices.gpu_memory of {format_bytes(limit)} on line {rules.devices.gpu_memory_line}",
+        )
+    else:
+        available, origin = gpu.free_bytes, f"{format_bytes(gpu.free_bytes)} free"
+    reserve = reserve_bytes(available)
+    return Budget(available - reserve, f"{origin} less {format_bytes(reserve)} in reserve")
 
 
 def check_budget(device: str, budget: Budget, items: Sequence[tuple[int, str]], rules: Rules) -> None:

@@ -63,7 +63,10 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
         activation_dtype=activation_dtype,
         chunk_tokens=chunk_tokens,
         rows=rows,
-        notes=claims.notes + threads.notes + _numerics_notes(rules.numerics, numerics, activation_dtype),
+        notes=machine.notes
+        + claims.notes
+        + threads.notes
+        + _numerics_notes(rules.numerics, numerics, activation_dtype),
         accelerator=devices.get("gpu"),
         overlap=_overlap(rules, kv_cache.device),
         twin_threads=threads.twin_threads,
@@ -94,9 +97,18 @@ def _resolve_devices(rules: Rules, machine: Machine) -> dict[str, str]:
         note = f" ({machine.gpu_note})" if machine.gpu_note else ""
         raise HardwareError(
             f"{rules.source}:{rules.devices.gpu_line}: devices: gpu: expected {named}, found {found or 'no GPU'}{note}",
-            hint="use rules/host.yaml to place everything on the host" if not found else "name a GPU that is there",
+            hint=_missing_gpu_hint(found, rules),
         )
     return {"host": HOST, "gpu": named}
+
+
+def _missing_gpu_hint(found: str, rules: Rules) -> str:
+    if found:
+        return "name a GPU that is there"
+    described = " with devices.gpu_memory" if rules.devices.gpu_memory_bytes is None else ""
+    return (
+        f"use rules/host.yaml to place everything on the host; --dry-run plans for a card that is not here{described}"
+    )
 
 
 def _overlap(rules: Rules, attention: str) -> str:

@@ -12,6 +12,7 @@ class Devices:
     """Name the devices that rules may use, and how much of the host they may take.
 
     gpu: "cuda:N"; "twin" for a thread of the host in a GPU's place; None when the file names none.
+    gpu_memory_bytes: the size of the card; None: what it has.
     host_memory_bytes, host_threads, twin_threads: None means auto, decided by the machine.
     host_numa: "auto", "off", or a number of virtual nodes.
     """
@@ -20,8 +21,10 @@ class Devices:
     host_memory_bytes: int | None = None
     host_threads: int | None = None
     host_numa: str | int = "auto"
+    gpu_memory_bytes: int | None = None
     twin_threads: int | None = None
     gpu_line: int | None = None
+    gpu_memory_line: int | None = None
     host_memory_line: int | None = None
 
 

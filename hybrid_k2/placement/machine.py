@@ -50,6 +50,7 @@ class Machine:
     core_cpus: the logical CPUs of each core; empty when they are not known. nodes: the NUMA nodes; empty as well.
     cpu_quota: the process has a share of the CPUs' time, not CPUs of its own.
     numa_balancing: the kernel moves pages between nodes on its own.
+    notes: what of this is not so here, for a machine that is described and not probed.
     """
 
     host_memory_bytes: int
@@ -61,6 +62,7 @@ class Machine:
     nodes: tuple[HostNode, ...] = ()
     cpu_quota: bool = False
     numa_balancing: bool = False
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.host_available_bytes <= self.host_memory_bytes or self.cores < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from hybrid_k2.placement.form import FORM_VERSION, Devices, KvCacheRule, PlaceRule, PrefillRule, Rules
 from hybrid_k2.placement.groups import GROUPS, INT8_GROUPS, LAYERED_GROUPS
@@ -49,28 +50,36 @@ def _devices(top: Section) -> Devices:
     node = top.get("devices")
     if node is None:
         return Devices()
-    devices = Section(top.source, "devices", node, ("gpu", "twin_threads", "host"))
+    devices = Section(top.source, "devices", node, ("gpu", "gpu_memory", "twin_threads", "host"))
     gpu = devices.text("gpu", "cuda:N or twin")
     if gpu is not None and gpu != TWIN and not re.fullmatch(r"cuda:(0|[1-9][0-9]{0,2})", gpu):
         devices.fail("gpu", f"gpu: expected cuda:N or twin, got {gpu!r}", "cuda:0 is the first GPU")
     twin_threads = devices.count("twin_threads", MAX_THREADS)
     if twin_threads is not None and gpu != TWIN:
         devices.fail("twin_threads", "twin_threads: expected gpu: twin beside it, got " + (gpu or "none"))
+    gpu_memory = devices.size("gpu_memory")
+    if gpu_memory is not None and (gpu is None or gpu == TWIN):
+        devices.fail("gpu_memory", "gpu_memory: expected gpu: cuda:N beside it, got " + (gpu or "none"))
+    named = Devices(
+        gpu=gpu,
+        gpu_memory_bytes=gpu_memory,
+        twin_threads=twin_threads,
+        gpu_line=devices.line_of("gpu"),
+        gpu_memory_line=devices.line_of("gpu_memory"),
+    )
     host_node = devices.get("host")
     if host_node is None:
-        return Devices(gpu=gpu, twin_threads=twin_threads, gpu_line=devices.line_of("gpu"))
+        return named
     host = Section(top.source, "devices.host", host_node, ("memory", "threads", "numa"))
     threads = host.count("threads", MAX_THREADS)
     if threads is not None and twin_threads is not None and twin_threads >= threads:
         expected = f"fewer than all threads of the host ({threads})"
         devices.fail("twin_threads", f"twin_threads: expected {expected}, got {twin_threads}")
-    return Devices(
-        gpu=gpu,
-        twin_threads=twin_threads,
+    return replace(
+        named,
         host_memory_bytes=host.size("memory"),
         host_threads=threads,
         host_numa=_numa(host, threads),
-        gpu_line=devices.line_of("gpu"),
         host_memory_line=host.line_of("memory"),
     )
 

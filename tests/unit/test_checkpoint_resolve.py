@@ -16,21 +16,23 @@ from typing import Any
 
 import pytest
 
-from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, resolve_checkpoint
+from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, planned_packed, resolve_checkpoint, resolve_configuration
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import CheckpointError
 from tests.conftest import REPO
 from tests.generators import write_checkpoint
 
 COMMIT = "c0ffee" + 34 * "0"
-# Resolves every argument and prints one JSON line for each: the folder, or the error's class and text.
+# Resolves every argument ("config:NAME": its configuration alone) and prints one JSON line for each: the folder, or the
+# error's class and text.
 PROGRAM = """
 import json, sys
-from hybrid_k2.checkpoint import resolve_checkpoint
+from hybrid_k2.checkpoint import resolve_checkpoint, resolve_configuration
 from hybrid_k2.errors import HybridK2Error
 for name in sys.argv[1:]:
     try:
-        print(json.dumps(["folder", str(resolve_checkpoint(name))]))
+        resolve = resolve_configuration if name.startswith("config:") else resolve_checkpoint
+        print(json.dumps(["folder", str(resolve(name.removeprefix("config:")))]))
     except HybridK2Error as error:
         print(json.dumps([type(error).__name__, str(error)]))
 """
@@ -125,6 +127,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Downloads]:
     root, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
     write_checkpoint(root / "lab" / "tiny", seed=4, shards=2)
     (root / "lab" / "tiny" / "modeling.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    write_checkpoint(root / "lab" / "large", seed=5, shards=2)
     (root / "lab" / "llama").mkdir()
     (root / "lab" / "llama" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (root / "lab" / "llama" / "model.safetensors").write_bytes(bytes(64))
@@ -170,6 +173,16 @@ def test_repositories(hub: Downloads, resolved: list[tuple[str, str]]) -> None:
     assert not any("lab/llama" in path and "safetensors" in path for path in hub.asked)  # refused before the weights
 
 
+def test_of_a_repository_that_is_planned_no_weights_are_fetched(hub: Downloads) -> None:
+    (large,) = hub.resolve("config:lab/large")
+    assert large[0] == "folder", large
+    folder = Path(large[1])
+    assert planned_packed(folder, ModelConfig.load(folder))
+    assert {"config.json", "model.safetensors.index.json"} <= {path.name for path in folder.iterdir()}
+    assert not list(folder.glob("*.safetensors"))
+    assert not any("lab/large" in path and path.endswith((".safetensors", ".model")) for path in hub.asked)
+
+
 def test_an_unreachable_hub(hub: Downloads, resolved: list[tuple[str, str]]) -> None:
     again, unknown = hub.resolve("lab/tiny", "lab/other", HF_ENDPOINT="http://127.0.0.1:9")  # nobody listens there
     assert again == resolved[0]
@@ -184,6 +197,8 @@ def test_a_folder_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_checkpoint("lab/tiny") == Path("lab/tiny")
     assert resolve_checkpoint(str(folder)) == folder
     assert resolve_checkpoint("~/lab/tiny") == folder
+    assert resolve_configuration("lab/tiny") == Path("lab/tiny")
+    assert resolve_configuration("~/lab/tiny") == folder
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:

@@ -115,6 +115,19 @@ def test_a_plan_over_the_gpu_names_it() -> None:
         plan_of(*lines, config=K2_6, on=machine(768, 24), tail=explicit)
 
 
+def test_the_size_of_a_card_bounds_it_and_its_reserve_is_within() -> None:
+    def budget(size: str, *gpu_gib: float) -> str:
+        text = rules_text("attention gpu").replace("cuda:0", f"cuda:0, gpu_memory: {size}")
+        plan = make_plan(parse_rules(text, "x.yaml"), small_config(), machine(64, *gpu_gib))
+        return next(line for line in plan.table().splitlines() if line.startswith("cuda:0: ") and " of " in line)
+
+    assert budget("24GiB", 80).endswith(
+        "of 22.52 GiB (devices.gpu_memory of 24.00 GiB on line 2 less 1.48 GiB in reserve)"
+    )
+    assert budget("24GiB", 23).endswith("of 21.54 GiB (23.00 GiB free less 1.46 GiB in reserve)")
+    assert budget("auto", 80).endswith("of 77.40 GiB (80.00 GiB free less 2.60 GiB in reserve)")
+
+
 def test_the_budget_is_met_to_the_byte() -> None:
     plan = plan_of(tail="kv_cache: {tokens: 64}\n")
     for spare, fits in ((0, True), (-1, False)):

@@ -184,10 +184,14 @@ def test_dense_groups_may_be_int8_on_the_host_alone(what: str) -> None:
          "2: devices: twin_threads: expected fewer than all threads of the host (12), got 12"),
         ("gpu: cuda:0", "gpu: twin, twin_threads: 0",
          "2: devices: twin_threads: expected auto or a whole number from 1 to 4096, got '0'"),
+        ("gpu: cuda:0", "gpu: twin, gpu_memory: 24GiB",
+         "2: devices: gpu_memory: expected gpu: cuda:N beside it, got twin"),
+        ("gpu: cuda:0", "gpu: cuda:0, gpu_memory: 24",
+         "2: devices: gpu_memory: expected auto or a size with its unit, as 640GiB or 24GB, got '24'"),
         ("gpu: cuda:0", "gpu: twin0", "2: devices: gpu: expected cuda:N or twin, got 'twin0'"),
     ],
 )  # fmt: skip
-def test_a_twin_that_is_none(old: str, new: str, message: str) -> None:
+def test_a_gpu_or_twin_that_is_none(old: str, new: str, message: str) -> None:
     assert error_of(edited(old, new)).message == f"x.yaml:{message}"
 
 

@@ -44,7 +44,16 @@ def chat(
         list[str] | None,
         typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this and exit; - is stdin. Repeat to join texts."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; needs a prompt.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object; needs a prompt or --dry-run.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and exit: nothing is loaded, no weights need be here.")
+    ] = False,
+    host_memory: Annotated[
+        str | None,
+        typer.Option("--host-memory", metavar="SIZE", help="Plan for a host with this much free, with --dry-run."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,
     system: Annotated[str | None, _reply("--system", "TEXT", "The system prompt.")] = None,
     think: Annotated[
@@ -85,10 +94,18 @@ def chat(
 ) -> None:
     """Chat with a model; with --prompt or piped text, answer once and exit."""
     interactive = not prompt and sys.stdin is not None and sys.stdin.isatty()
-    if as_json and interactive:
+    if host_memory is not None and not dry_run:
+        raise typer.BadParameter("expected --dry-run beside it", param_hint="--host-memory")
+    if as_json and interactive and not dry_run:
         raise typer.BadParameter("expected --prompt TEXT or text on standard input", param_hint="--json")
     if rules is not None and not rules.strip():
         raise typer.BadParameter("expected a rule file or a name, got an empty text", param_hint="--rules")
+
+    if dry_run:
+        from hybrid_k2.cli.chat.dry_run import show_plan
+
+        show_plan(model, rules, host_memory, Output(sys.stdout), as_json)
+        return
 
     with leaving_at_once():
         from hybrid_k2.cli.chat.options import ChatOptions, check_text, read_tools

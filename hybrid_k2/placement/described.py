@@ -1,0 +1,34 @@
+"""The machine that a plan is made for without loading: this one, and what is not here as it is described."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hybrid_k2.placement.form import Rules
+from hybrid_k2.placement.machine import Gpu, Machine
+from hybrid_k2.placement.memories import TWIN
+from hybrid_k2.placement.sizes import format_bytes
+
+
+def described_machine(machine: Machine, rules: Rules, host_memory_bytes: int | None = None) -> Machine:
+    """Add the GPU that the rules name and size (`devices.gpu_memory`) where it is missing; its notes say so.
+
+    host_memory_bytes: plan for a host with so much free memory, whatever this one has.
+    """
+    if host_memory_bytes is not None:
+        here = format_bytes(machine.host_available_bytes)
+        note = f"host: planned for {format_bytes(host_memory_bytes)} of free memory; here are {here}"
+        machine = replace(
+            machine,
+            host_memory_bytes=host_memory_bytes,
+            host_available_bytes=host_memory_bytes,
+            nodes=(),  # how that host's memory is divided is not known
+            notes=(*machine.notes, note),
+        )
+    device, size = rules.devices.gpu, rules.devices.gpu_memory_bytes
+    if device is None or device == TWIN or size is None or machine.find_gpu(device) is not None:
+        return machine
+    found = ", ".join(gpu.device for gpu in machine.gpus) or machine.gpu_note or "no GPU"
+    note = f"{device}: no such GPU is here ({found}); planned for a card of {format_bytes(size)}"
+    gpu = Gpu(int(device.removeprefix("cuda:")), "as described", size)
+    return replace(machine, gpus=(*machine.gpus, gpu), notes=(*machine.notes, note))

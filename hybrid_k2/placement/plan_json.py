@@ -1,0 +1,53 @@
+"""The plan as values that JSON has: for programs, where `table` is for people. Sizes are bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybrid_k2.placement.budget import find_budget
+from hybrid_k2.placement.later import missing_parts
+from hybrid_k2.placement.plan import Plan
+
+
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """Return everything that the table says, and what this version cannot load of it."""
+    cache = plan.kv_cache
+    return {
+        "model": plan.config.model_type,
+        "layers": plan.config.num_hidden_layers,
+        "rules": plan.rules.source,
+        "devices": {device: _device(plan, device) for device in plan.devices},
+        "groups": [
+            {
+                "what": row.what,
+                "layers": row.layer_text or None,
+                "device": row.device,
+                "dtype": row.dtype,
+                "bytes": row.nbytes,
+                "line": row.line,
+            }
+            for row in plan.rows
+        ],
+        "kv_cache": {
+            "device": cache.device,
+            "dtype": cache.dtype,
+            "tokens": cache.tokens,
+            "page_tokens": cache.page_tokens,
+            "bytes": cache.nbytes,
+        },
+        "numerics": plan.numerics,
+        "activation_dtype": plan.activation_dtype,
+        "nodes": [{"threads": node.threads, "node": node.node} for node in plan.nodes],
+        "accelerator": plan.accelerator,
+        "twin_threads": plan.twin_threads,
+        "overlap": plan.overlap,
+        "chunk_tokens": plan.chunk_tokens,
+        "bytes_per_token": plan.bytes_per_token,
+        "notes": list(plan.notes),
+        "not_in_this_version": [{"line": line, "what": part} for line, part in missing_parts(plan)],
+    }
+
+
+def _device(plan: Plan, device: str) -> dict[str, Any]:
+    budget = find_budget(device, plan.rules, plan.machine)
+    return {"bytes": plan.bytes_on(device), "budget": budget.nbytes, "budget_is": budget.origin}

@@ -1,0 +1,143 @@
+"""`chat --dry-run`: the plan on stdout, without weights and without the GPU that it is for."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hybrid_k2.placement import Machine
+from tests.cli.conftest import Done
+
+Call = Callable[..., Done]
+
+CARD = """\
+version: 1
+devices: {gpu: cuda:0, gpu_memory: 24GiB}
+place:
+  - {what: embedding, on: host}
+  - {what: attention, on: gpu}
+  - {what: dense_mlp, on: gpu}
+  - {what: shared_experts, on: gpu}
+  - {what: routed_experts, on: host}
+  - {what: lm_head, on: gpu}
+"""
+
+
+@pytest.fixture(autouse=True)
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybrid_k2.placement.machine._probe_gpus", lambda root: ((), "no NVIDIA driver"))
+
+
+@pytest.fixture
+def card(tmp_path: Path) -> Path:
+    path = tmp_path / "card.yaml"
+    path.write_text(CARD)
+    return path
+
+
+def test_the_plan_alone_is_printed(call: Call, babbler: Path) -> None:
+    done = call("chat", babbler, "--rules", "host", "--dry-run")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("rules: rules/host.yaml (as asked)\n")
+    assert re.search(r"^routed_experts +\S+ +host +int4 ", done.out, re.M)
+    assert re.search(r"^host: .* of .* in reserve\)$", done.out, re.M)
+
+
+def test_the_json_says_the_same(call: Call, babbler: Path) -> None:
+    done = call("chat", babbler, "--rules", "host", "--dry-run", "--json")
+    assert (done.code, done.err) == (0, "")
+    plan = json.loads(done.out)
+    host = plan["devices"]["host"]
+    assert (
+        host["bytes"] == sum(group["bytes"] for group in plan["groups"]) + plan["kv_cache"]["bytes"] <= host["budget"]
+    )
+    assert {group["what"] for group in plan["groups"]} >= {"embedding", "attention", "routed_experts", "lm_head"}
+    assert (plan["accelerator"], plan["overlap"], plan["not_in_this_version"]) == (None, "off", [])
+
+
+def test_no_weights_need_be_here(call: Call, babbler: Path, tmp_path: Path) -> None:
+    """With an index it decides how the experts are stored; without one the configuration announces it."""
+
+    def rows(folder: Path) -> list[str]:
+        done = call("chat", folder, "--rules", "host", "--dry-run", "--host-memory", "8GiB")
+        return [line for line in done.out.splitlines() if not line.startswith("note: host: ")]
+
+    whole = rows(babbler)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(babbler / "config.json", bare)
+    assert rows(bare) == whole
+    assert any(row.startswith("routed_experts") for row in whole)
+    expert = "language_model.model.layers.{}.mlp.experts.0.gate_proj.{}"
+    layer = json.loads((bare / "config.json").read_text())["text_config"]["first_k_dense_replace"]
+    for part, dtype in (("weight_packed", "int4"), ("weight", "bf16")):
+        index = {"weight_map": {expert.format(layer, part): "model-00001-of-00064.safetensors"}}
+        (bare / "model.safetensors.index.json").write_text(json.dumps(index))
+        out = call("chat", bare, "--rules", "host", "--dry-run").out
+        assert re.search(rf"^routed_experts +\S+ +host +{dtype} ", out, re.M)
+
+
+def test_a_gpu_that_is_not_here_is_planned_as_the_rules_size_it(call: Call, babbler: Path, card: Path) -> None:
+    done = call("chat", babbler, "--rules", card, "--dry-run")
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"^attention +\S+ +cuda:0 +bf16 ", done.out, re.M)
+    assert re.search(r"^cuda:0: .* \(devices.gpu_memory of 24.00 GiB on line 2 less .* in reserve\)$", done.out, re.M)
+    note = "note: cuda:0: no such GPU is here (no NVIDIA driver); planned for a card of 24.00 GiB\n"
+    assert note in done.out
+    refused = call("chat", babbler, "--rules", card, "-p", "hi")
+    assert (refused.code, refused.out) == (1, "")
+    assert f"error: {card}:2: devices: gpu: expected cuda:0, found no GPU (no NVIDIA driver)\n" in refused.err
+
+
+def test_a_gpu_of_no_size_cannot_be_planned(call: Call, babbler: Path) -> None:
+    done = call("chat", babbler, "--rules", "gpu", "--dry-run")
+    assert (done.code, done.out) == (1, "")
+    assert "found no GPU" in done.err
+    assert "--dry-run plans for a card that is not here with devices.gpu_memory" in done.err
+
+
+def test_a_plan_that_does_not_fit_is_the_error_of_loading(call: Call, babbler: Path, card: Path) -> None:
+    card.write_text(CARD.replace("24GiB", "64KiB"))
+    done = call("chat", babbler, "--rules", card, "--dry-run", "--json")
+    assert (done.code, done.out) == (1, "")
+    assert f"error: {card}: cuda:0: expected a plan of at most 32.00 KiB (devices.gpu_memory of 64.00 KiB" in done.err
+    done = call("chat", babbler, "--rules", "host", "--dry-run", "--host-memory", "64KiB")
+    assert (done.code, done.out) == (1, "")
+    assert "host: expected a plan of at most 32.00 KiB (64.00 KiB free less 32.00 KiB in reserve)" in done.err
+
+
+def test_another_host_is_described(call: Call, kimi_data: Path) -> None:
+    done = call("chat", kimi_data, "--rules", "host", "--dry-run", "--host-memory", "768GiB")
+    assert (done.code, done.err) == (0, "")
+    assert "\nhost: 557.99 GiB of 751.64 GiB (768.00 GiB free less 16.36 GiB in reserve)\n" in done.out
+    here = Machine.probe().host_available_bytes >> 30
+    assert re.search(
+        rf"^note: host: planned for 768.00 GiB of free memory; here are ({here - 1}|{here}|{here + 1})\.",
+        done.out,
+        re.M,
+    )
+    call_error = call("chat", kimi_data, "--dry-run", "--host-memory", "768")
+    assert (call_error.code, call_error.out) == (1, "")
+    assert "--host-memory: expected a size with its unit, as 768GiB, got '768'" in call_error.err
+
+
+def test_a_host_is_described_for_a_dry_run_alone(call: Call, babbler: Path) -> None:
+    done = call("chat", babbler, "--host-memory", "8GiB", "-p", "hi")
+    assert (done.code, done.out) == (2, "")
+    assert "--dry-run" in done.err
+
+
+def test_what_this_version_cannot_load_is_said(call: Call, babbler: Path) -> None:
+    done = call("chat", babbler, "--rules", "twin", "--dry-run")
+    assert done.code == 0
+    assert "\nnot in this version, so loading is refused: rules/twin.yaml:4: devices: gpu: twin\n" in done.out
+    values = json.loads(call("chat", babbler, "--rules", "twin", "--dry-run", "--json").out)
+    assert values["not_in_this_version"][0] == {"line": 4, "what": "devices: gpu: twin"}
+    refused = call("chat", babbler, "--rules", "twin", "-p", "hi")
+    assert (refused.code, refused.out) == (1, "")
+    assert "error: rules/twin.yaml:4: devices: gpu: twin is not available in this version\n" in refused.err
