@@ -3,6 +3,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -87,6 +88,40 @@ class PyMailbox {
     return out;
   }
 
+  // For a GPU. (layer, reason) of the first failure since the last call, or None.
+  std::optional<std::tuple<int, std::string>> take_failure() {
+    const std::optional<ExpertServer::Failure> failure = server_->take_failure();
+    if (!failure) return std::nullopt;
+    return std::tuple(failure->layer, failure->reason);
+  }
+  void keep_awake(bool awake) { server_->keep_awake(awake); }
+  void release() { mailbox_->release(); }
+
+  // (address, bytes) of all memory that an accelerator reads and writes.
+  std::vector<std::tuple<uintptr_t, size_t>> blocks() const {
+    std::vector<std::tuple<uintptr_t, size_t>> out{{uintptr_t(mailbox_->lines_data()), mailbox_->lines_bytes()}};
+    for (int slot = 0; slot < kMailboxSlots; ++slot) {
+      const HugeBuffer& memory = mailbox_->payload(slot).memory;
+      out.emplace_back(uintptr_t(memory.data()), memory.bytes());
+    }
+    return out;
+  }
+
+  // A slot's areas as arrays over that memory, valid until a larger batch is posted by a thread: (request [4], reply [2],
+  // hidden [room, H], ids [room, K], weights [room, K], output [room, H]).
+  static py::tuple areas(const py::object& self, int slot) {
+    const Mailbox& m = *self.cast<PyMailbox&>().mailbox_;
+    check_argument(slot >= 0 && slot < kMailboxSlots, "slot", text("0..", kMailboxSlots - 1), slot);
+    const Mailbox::Payload& p = m.payload(slot);
+    SlotLines* lines = reinterpret_cast<SlotLines*>(m.lines_data()) + slot;
+    return py::make_tuple(py::array_t<int32_t>({4}, reinterpret_cast<int32_t*>(&lines->request), self),
+                          py::array_t<int32_t>({2}, reinterpret_cast<int32_t*>(&lines->reply), self),
+                          py::array_t<float>({p.tokens, m.hidden}, reinterpret_cast<float*>(p.hidden), self),
+                          py::array_t<int32_t>({p.tokens, m.per_token}, p.ids, self),
+                          py::array_t<float>({p.tokens, m.per_token}, p.weights, self),
+                          py::array_t<float>({p.tokens, m.hidden}, p.output, self));
+  }
+
   void keep_times(bool keep) { server_->keep_times(keep); }
 
   void close() {
@@ -125,6 +160,11 @@ void bind_handoff(py::module_& m) {
       .def("tokens", &PyMailbox::tokens, py::arg("slot"))
       .def("take", &PyMailbox::take, py::arg("slot"), py::arg("output"), py::arg("timeout_s") = -1.0)
       .def("give_up", &PyMailbox::give_up, py::arg("slot"), py::arg("timeout_s") = -1.0)
+      .def("take_failure", &PyMailbox::take_failure)
+      .def("keep_awake", &PyMailbox::keep_awake, py::arg("awake"))
+      .def("release", &PyMailbox::release)
+      .def("blocks", &PyMailbox::blocks)
+      .def("areas", &PyMailbox::areas, py::arg("slot"))
       .def("keep_times", &PyMailbox::keep_times, py::arg("keep"))
       .def("take_times", &PyMailbox::take_times)
       .def("close", &PyMailbox::close);

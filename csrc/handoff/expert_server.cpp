@@ -70,8 +70,13 @@ bool ExpertServer::give_up(int slot, Deadline deadline) {
 }
 
 std::vector<ExpertServer::JobTime> ExpertServer::take_times() {
-  const std::lock_guard lock(times_mutex_);
+  const std::lock_guard lock(record_mutex_);
   return std::exchange(times_, {});
+}
+
+std::optional<ExpertServer::Failure> ExpertServer::take_failure() {
+  const std::lock_guard lock(record_mutex_);
+  return std::exchange(first_failure_, std::nullopt);
 }
 
 void ExpertServer::stop() {
@@ -126,7 +131,7 @@ bool ExpertServer::begin(int slot) {
     s.job = start_(request->layer, request->input, request->output);
     s.order = ++started_;
   } catch (...) {
-    s.failure = reason();
+    fail(s);
     answer(s, slot, ReplyStatus::kFailed);
   }
   return true;
@@ -140,8 +145,8 @@ void ExpertServer::end(Slot& s, int slot) {
   try {
     s.job->rethrow();
   } catch (...) {
-    s.failure = reason();
     status = unwanted(s, s.ticket) ? ReplyStatus::kGivenUp : ReplyStatus::kFailed;
+    if (status == ReplyStatus::kFailed) fail(s);
   }
   s.job.reset();
   answer(s, slot, status);
@@ -153,9 +158,16 @@ void ExpertServer::answer(Slot& s, int slot, ReplyStatus status) {
   replies_.notify();
 }
 
+// Keeps the reason: the exception that is being handled.
+void ExpertServer::fail(Slot& s) {
+  s.failure = reason();
+  const std::lock_guard lock(record_mutex_);
+  if (!first_failure_) first_failure_ = Failure{s.time.layer, s.failure};
+}
+
 void ExpertServer::record(JobTime time) {
   if (!keeps_times_.load()) return;
-  const std::lock_guard lock(times_mutex_);
+  const std::lock_guard lock(record_mutex_);
   if (times_.size() < kMaxTimes) times_.push_back(time);
 }
 

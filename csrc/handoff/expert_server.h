@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -47,6 +48,13 @@ class ExpertServer {
   // Why a computation failed; behind its reply.
   const std::string& failure(int slot) const { return slots_[size_t(slot)].failure; }
 
+  // The layer and the reason of the first failure since the last call, for an accelerator that reads no reasons.
+  struct Failure {
+    int layer;
+    std::string reason;
+  };
+  std::optional<Failure> take_failure();
+
   // Gives up what is posted in a slot and waits until nothing of it is in flight; false if the deadline passes first.
   bool give_up(int slot, Deadline deadline);
 
@@ -76,6 +84,7 @@ class ExpertServer {
   bool begin(int slot);
   void end(Slot& slot, int number);
   void answer(Slot& slot, int number, ReplyStatus status);
+  void fail(Slot& slot);
   void record(JobTime time);
   void rest(Clock::time_point moved);
   bool something_to_do() const;
@@ -95,8 +104,9 @@ class ExpertServer {
   std::atomic<bool> stopping_{false};
   std::atomic<bool> stopped_{false};
   std::atomic<bool> keeps_times_{false};
-  std::mutex times_mutex_;
+  std::mutex record_mutex_;
   std::vector<JobTime> times_;
+  std::optional<Failure> first_failure_;
   std::mutex join_mutex_;
   std::thread thread_;
 };

@@ -193,9 +193,13 @@ void a_failure_is_the_reply(Random& random) {
     K2_EXPECT(house.server->wait_reply(0, in(std::chrono::seconds(60))));
     K2_EXPECT(house.mailbox.status(0) == ReplyStatus::kFailed && house.server->failure(0) == expected);
   }
+  const auto first = house.server->take_failure();
+  K2_EXPECT(first && first->layer == 5 && first->reason == "ids: expected few, got many");
+  K2_EXPECT(!house.server->take_failure());
   fails.store(0);
   house.post(0, 5, batch);
   house.take(0, 5, batch);
+  K2_EXPECT(!house.server->take_failure());
 }
 
 void more_tokens_than_room_are_refused() {

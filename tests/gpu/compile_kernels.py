@@ -23,7 +23,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hybrid_k2.accelerator.kernels import int4_experts
+from hybrid_k2.accelerator.kernels import int4_experts, mailbox
 
 HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -56,9 +56,21 @@ def experts_cases(capability: int) -> Iterator[Case]:
     yield Case("combine", int4_experts.combine_kernel, types, {**sizes, "COLUMNS": int4_experts.COMBINE_COLUMNS})
 
 
+def mailbox_cases() -> Iterator[Case]:
+    """The hand-off to the host."""
+    moved = dict.fromkeys(("hidden", "ids", "weights", "output"), "*i32")
+    targets = dict.fromkeys(("to_hidden", "to_ids", "to_weights", "result"), "*i32")
+    flags = dict.fromkeys(("request", "reply", "state"), "*i32")
+    sizes = dict.fromkeys(("layer", "tokens", "bf16", "hidden_words", "choices", "words"), "i32")
+    for name in ("post", "take"):
+        kernel, types = getattr(mailbox, f"{name}_kernel"), {**moved, **targets, **flags, **sizes}
+        yield Case(f"mailbox, {name}", kernel, types, {"BLOCK": mailbox.BLOCK})
+
+
 def cases(capability: int) -> Iterator[Case]:
     """Everything that this card can run."""
     yield from experts_cases(capability)
+    yield from mailbox_cases()
 
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:
