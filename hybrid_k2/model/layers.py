@@ -6,7 +6,7 @@ The matrix of a linear layer is a torch tensor, or one of the host's own forms: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from hybrid_k2.dense import HostMatrix, Int8Weight, multiply_all
 
 Matrix = Tensor | HostMatrix | Int8Weight
 WIDENED_NUMBERS = 1 << 20  # 4 MiB in fp32: stays in a CPU's caches, and is work for many threads
+UNSPLIT_NUMBERS = 1 << 15  # torch gives an elementwise function of no more numbers to one thread
+LANES = 64  # a multiple of the numbers that torch computes at once, for every CPU and dtype
 
 
 def linear(x: Tensor, weight: Matrix) -> Tensor:
@@ -45,6 +47,27 @@ def linear_all(x: Tensor, weights: Sequence[Matrix]) -> list[Tensor]:
     if len(native) == len(weights) and len({weight.dtype for weight in native}) == 1:
         return multiply_all(native, x)
     return [linear(x, weight) for weight in weights]
+
+
+def rowwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply an elementwise function of torch so that a row's bits depend on that row alone, on the host.
+
+    Torch computes whole vectors with other code than the numbers that are left over at the end of a thread's part, and
+    the two differ in the last bit. So rows are padded to whole vectors, and no more of them go in at once than one
+    thread takes.
+    Shapes: x [T, n] -> [T, n].
+    """
+    rows, width = x.shape
+    if x.device.type != "cpu":
+        return function(x)
+    if width % LANES:
+        return rowwise(function, functional.pad(x, (0, -width % LANES)))[:, :width].contiguous()
+    if x.numel() <= UNSPLIT_NUMBERS:
+        return function(x.contiguous())
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for part, result in zip(*(t.split(max(1, UNSPLIT_NUMBERS // width)) for t in (x, out)), strict=True):
+        result.copy_(function(part.contiguous()))
+    return out
 
 
 def _linear_widened(x: Tensor, weight: Tensor | Int8Weight) -> Tensor:
@@ -100,4 +123,4 @@ class SwiGlu:
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.gate.device)
         gate, up = linear_all(x, (self.gate, self.up))  # [T, inner] each
-        return linear(functional.silu(gate) * up, self.down)
+        return linear(rowwise(functional.silu, gate) * up, self.down)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hybrid_k2.dense import HostMatrix
+from hybrid_k2.model.layers import rowwise
+
 NO_SCORE = 1e-20  # keeps the normalisation finite where every chosen score underflows; the original model's value
 
 
@@ -26,10 +29,11 @@ class Routing:
 class Router:
     """Score experts with a sigmoid; choose by score plus correction bias, weigh by score alone.
 
+    With a HostMatrix a row's routing depends on that row alone, bit for bit; its rows beyond the experts are padding.
     Shapes: weight [E, hidden], bias [E] fp32.
     """
 
-    weight: Tensor
+    weight: Tensor | HostMatrix
     bias: Tensor
     experts_per_token: int
     normalise: bool
@@ -41,11 +45,15 @@ class Router:
         Experts whose biased scores tie rank by index, the lower first, so that a choice is reproducible.
         Shapes: x [T, hidden].
         """
-        x = x.to(self.weight.device)
-        scores = functional.linear(x.float(), self.weight.float()).sigmoid()  # [T, E]
+        scores = rowwise(torch.sigmoid, self._logits(x.to(self.bias.device)))  # [T, E]
         order = torch.sort(scores + self.bias, dim=-1, descending=True, stable=True).indices  # [T, E]
         ids = order[:, : self.experts_per_token]  # [T, K]
         weights = scores.gather(-1, ids)  # [T, K]
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + NO_SCORE)
         return Routing(ids.int(), weights * self.scale)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if isinstance(self.weight, HostMatrix):
+            return self.weight(x.float())[:, : len(self.bias)]
+        return functional.linear(x.float(), self.weight.float())
