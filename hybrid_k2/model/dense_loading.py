@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.nn import functional
 
 from hybrid_k2.checkpoint import Checkpoint
 from hybrid_k2.dense import HostMatrix, Int8Weight, fits_blocks, quantize_int8
@@ -53,6 +54,27 @@ def load_host_matrix(
         # Quantising knows no names.
         file = checkpoint.linear_file(prefix)
         raise CheckpointError(f"{prefix}.{error.message} (in {file.name})", hint=error.hint) from None
+
+
+def load_router(
+    checkpoint: Checkpoint, prefix: str, placement: Placement, runtime: ExpertsRuntime, count: Callable[[int], None]
+) -> HostMatrix | None:
+    """Load a router's matrix for the native kernels, in whole blocks of 32 experts; None if it stays a plain tensor.
+
+    That is so on a GPU, without the native kernels, and where it is not stored in bf16. The kernels multiply fp32 rows
+    with bf16 weights, so that weights widened to fp32 would give the same, in twice the memory.
+    Effects: calls `count` with the bytes on disk.
+    Raises: CheckpointError naming tensor and file.
+    """
+    experts, inputs = checkpoint.linear_shape(prefix)
+    padded = -(-experts // 32) * 32
+    native = runtime.native is not None and placement.memory == "host" and fits_blocks(padded, inputs)
+    if not native or checkpoint.info(f"{prefix}.weight").dtype != "BF16":
+        return None
+    matrix = HostMatrix(runtime.native, padded, inputs, "bf16")
+    matrix.load_rows(0, functional.pad(checkpoint.read(f"{prefix}.weight"), (0, 0, 0, padded - experts)))
+    count(checkpoint.linear_bytes(prefix))
+    return matrix
 
 
 def _pieces(checkpoint: Checkpoint, prefix: str, rows: int) -> Iterator[tuple[int, Tensor, int]]:

@@ -57,7 +57,7 @@ def rowwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     thread takes.
     Shapes: x [T, n] -> [T, n].
     """
-    rows, width = x.shape
+    width = x.shape[1]
     if x.device.type != "cpu":
         return function(x)
     if width % LANES:
@@ -65,8 +65,9 @@ def rowwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if x.numel() <= UNSPLIT_NUMBERS:
         return function(x.contiguous())
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for part, result in zip(*(t.split(max(1, UNSPLIT_NUMBERS // width)) for t in (x, out)), strict=True):
-        result.copy_(function(part.contiguous()))
+    step = max(1, UNSPLIT_NUMBERS // width)
+    for first in range(0, len(x), step):
+        out[first : first + step] = function(x[first : first + step].contiguous())
     return out
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
-from hybrid_k2.accelerator import DirectHandoff, Handoff, InlineAccelerator, SubmitHandoff
+from hybrid_k2.accelerator import Accelerator, DirectHandoff, Handoff, HostTwin, InlineAccelerator, SubmitHandoff
 from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, expected_tensors, experts_packed
 from hybrid_k2.config import ModelConfig
+from hybrid_k2.dense import HostMatrix
 from hybrid_k2.errors import MemoryBudgetError
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
 from hybrid_k2.model.attention import Attention
-from hybrid_k2.model.dense_loading import load_host_matrix
+from hybrid_k2.model.dense_loading import load_host_matrix, load_router
 from hybrid_k2.model.devices import torch_device, torch_dtype
 from hybrid_k2.model.expert_loading import load_experts, warn_of_small_pages
 from hybrid_k2.model.layer import Layer
@@ -23,8 +24,10 @@ from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.native_attention import NativeAttention
 from hybrid_k2.model.router import Router
-from hybrid_k2.model.text import WATCHDOG_S, TextModel
+from hybrid_k2.model.text import EXPERTS_WATCHDOG_S, TextModel
 from hybrid_k2.placement import Plan, check_loadable
+from hybrid_k2.placement.memories import HOST, TWIN
+from hybrid_k2.placement.plan import Placement
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
 
@@ -38,20 +41,25 @@ def load_text_model(
 
     Beyond what the plan counts, memory holds one dense tensor as it is stored, or a piece of one that the native
     kernels compute, and per reading thread 9 MB, or one expert where the native kernels are missing.
-    Effects: torch's thread count becomes the plan's. What was loaded is released if loading fails or is interrupted.
+    Effects: torch's thread count becomes the plan's, the twin's where there is one, for torch computes on it then. What
+    was loaded is released if loading fails or is interrupted.
     Raises: RulesError for a plan that this version cannot load; CheckpointError before anything large is read, or if a
     file changes meanwhile; HardwareError for a device that is not there or is full.
     """
     check_loadable(plan)
     check_checkpoint(checkpoint, config)
-    torch.set_num_threads(plan.threads)
+    torch.set_num_threads(plan.twin_threads or plan.threads)
     with ExitStack() as undo:
         packed = experts_packed(checkpoint, config)
         runtime = open_experts(plan.numerics, plan.threads, packed=packed, nodes=plan.nodes)
         undo.callback(runtime.close)
         if plan.expert_bytes >= LARGE_BYTES:
             runtime.tune()
-        model = _Builder(checkpoint, config, plan, progress or _ignore, runtime, undo).model()
+        runtimes = {HOST: runtime}
+        if plan.accelerator == TWIN:
+            runtimes[TWIN] = open_experts(plan.numerics, plan.twin_threads, packed=packed)
+            undo.callback(runtimes[TWIN].close)
+        model = _Builder(checkpoint, config, plan, progress or _ignore, runtimes, undo).model()
         undo.pop_all()
     return model
 
@@ -65,17 +73,18 @@ class _Builder:
         config: ModelConfig,
         plan: Plan,
         progress: Progress,
-        runtime: ExpertsRuntime,
+        runtimes: Mapping[str, ExpertsRuntime],
         undo: ExitStack,
     ) -> None:
         self.checkpoint = checkpoint
         self.config = config
         self.plan = plan
         self.progress = progress
-        self.runtime = runtime
+        self.runtimes = runtimes
         self.undo = undo
         self.pages_unchecked = plan.expert_bytes >= LARGE_BYTES
-        self.native_attention = NativeAttention.open(runtime, MlaShape.of(config))
+        shape = MlaShape.of(config)
+        self.native_attention = {name: NativeAttention.open(runtime, shape) for name, runtime in runtimes.items()}
         self.done = 0
         self.total = sum(checkpoint.info(spec.name).nbytes for spec in expected_tensors(config, checkpoint.has))
 
@@ -89,16 +98,26 @@ class _Builder:
             layers=layers,
             final_norm=RmsNorm(self.weight("model.norm", "lm_head"), self.config.rms_norm_eps),
             lm_head=self.matrix("lm_head", "lm_head"),
-            runtimes=[self.runtime],
-            accelerator=InlineAccelerator(),
+            runtimes=list(self.runtimes.values()),
+            accelerator=self.accelerator(),
             handoff=self.handoff(layers),
+            ping_pong=self.plan.overlap == "ping_pong",
         )
 
+    def accelerator(self) -> Accelerator:
+        if self.plan.accelerator != TWIN:
+            return InlineAccelerator()
+        twin = HostTwin()
+        self.undo.callback(twin.close)
+        return twin
+
     def handoff(self, layers: Sequence[Layer]) -> Handoff:
-        """Let the experts compute beside the shared expert where that lies elsewhere."""
+        """Let the experts compute beside the accelerator, or beside a shared expert that lies elsewhere."""
         experts = {i: layer.mlp.experts for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)}
-        beside = any(self.plan.where("shared_experts", layer).device != "host" for layer in experts)
-        return SubmitHandoff(experts, WATCHDOG_S) if beside else DirectHandoff(experts)
+        beside = any(self.plan.where("shared_experts", layer).device != HOST for layer in experts)
+        if self.plan.accelerator != TWIN and not beside:
+            return DirectHandoff(experts)
+        return SubmitHandoff(experts, EXPERTS_WATCHDOG_S)
 
     def layer(self, layer: int) -> Layer:
         name, eps = f"model.layers.{layer}", self.config.rms_norm_eps
@@ -117,7 +136,6 @@ class _Builder:
             return self.matrix(f"{name}.{part}", "attention", layer)
 
         eps = self.config.latent_norm_eps
-        on_host = self.plan.where("attention", layer).memory == "host"
         return Attention(
             layer=layer,
             shape=MlaShape.of(self.config),
@@ -128,12 +146,12 @@ class _Builder:
             kv_a_norm=RmsNorm(weight("kv_a_layernorm"), eps),
             kv_b=weight("kv_b_proj"),
             o=matrix("o_proj"),
-            native=self.native_attention if on_host else None,
+            native=self.native_attention.get(self.plan.where("attention", layer).device),
         )
 
     def moe(self, name: str, layer: int) -> Moe:
         router = Router(
-            weight=self.weight(f"{name}.gate", "router", layer),
+            weight=self.router_matrix(f"{name}.gate", layer),
             bias=self.correction_bias(f"{name}.gate.e_score_correction_bias", layer),
             experts_per_token=self.config.num_experts_per_tok,
             normalise=self.config.norm_topk_prob,
@@ -155,7 +173,7 @@ class _Builder:
             config.num_experts_per_tok,
         )
         try:
-            backend = self.runtime.make_layer(*sizes)
+            backend = self.runtimes[HOST].make_layer(*sizes)
         except MemoryError as error:
             raise MemoryBudgetError(
                 f"routed experts of layer {layer}: expected room in host memory, got none left",
@@ -173,8 +191,17 @@ class _Builder:
     def matrix(self, name: str, what: str, layer: int | None = None) -> Matrix:
         """Load the matrix of a linear layer, on the host in the form that its kernels read."""
         prefix, placement = self.config.tensor_prefix + name, self.plan.where(what, layer)
-        matrix = load_host_matrix(self.checkpoint, prefix, placement, self.runtime, self.count)
+        matrix = load_host_matrix(self.checkpoint, prefix, placement, self.runtime_of(placement), self.count)
         return self.weight(name, what, layer) if matrix is None else matrix
+
+    def router_matrix(self, name: str, layer: int) -> Tensor | HostMatrix:
+        prefix, placement = self.config.tensor_prefix + name, self.plan.where("router", layer)
+        matrix = load_router(self.checkpoint, prefix, placement, self.runtime_of(placement), self.count)
+        return self.weight(name, "router", layer) if matrix is None else matrix
+
+    def runtime_of(self, placement: Placement) -> ExpertsRuntime:
+        """Return the threads that compute there: the twin has its own, so that it works beside the experts."""
+        return self.runtimes.get(placement.device, self.runtimes[HOST])
 
     def weight(self, name: str, what: str, layer: int | None = None) -> Tensor:
         """Load a tensor; where its group is int8, it is one of those that stay bf16."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid_k2.config import ModelConfig, RopeScaling
+from hybrid_k2.model.layers import rowwise
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Rope:
         """
         # The model was trained with fp32 angles; wider ones would differ from it by up to 0.01 rad at 200k tokens.
         angles = positions.float()[:, None] * self.inv_freq  # [T, rope/2]
-        return Rotation(angles.cos() * self.scale, angles.sin() * self.scale)
+        return Rotation(rowwise(torch.cos, angles) * self.scale, rowwise(torch.sin, angles) * self.scale)
 
 
 def inverse_frequencies(size: int, theta: float, scaling: RopeScaling | None) -> Tensor:

@@ -22,6 +22,7 @@ from hybrid_k2.model.schedule import Half, Operation, through_layers
 
 # No operation of a step takes as long as this on any machine that can run the model at all.
 WATCHDOG_S = 600.0
+EXPERTS_WATCHDOG_S = 300.0  # of the experts of one layer: less, so that the hand-off says what it waited for
 
 
 class TextModel:

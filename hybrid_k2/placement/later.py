@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hybrid_k2.placement.memories import TWIN
 from hybrid_k2.placement.plan import Plan
 from hybrid_k2.placement.yaml_tree import fail
 
@@ -23,8 +22,5 @@ def check_loadable(plan: Plan) -> None:
 
 
 def _missing(plan: Plan) -> Iterator[_Part]:
-    rules = plan.rules
-    if plan.accelerator == TWIN:
-        yield rules.devices.gpu_line, "devices: gpu: twin"
-    if plan.overlap == "ping_pong":
-        yield rules.overlap_line, "overlap: ping_pong"
+    """Nothing at present: every plan that can be made can be loaded."""
+    yield from ()
