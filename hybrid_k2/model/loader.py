@@ -8,12 +8,21 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from hybrid_k2.accelerator import Accelerator, DirectHandoff, Handoff, HostTwin, InlineAccelerator, SubmitHandoff
+from hybrid_k2.accelerator import (
+    Accelerator,
+    DirectHandoff,
+    Handoff,
+    HostTwin,
+    InlineAccelerator,
+    MailboxHandoff,
+    SubmitHandoff,
+)
 from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, expected_tensors, experts_packed
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.dense import HostMatrix
 from hybrid_k2.errors import MemoryBudgetError
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
+from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.model.attention import Attention
 from hybrid_k2.model.dense_loading import load_host_matrix, load_router
 from hybrid_k2.model.devices import torch_device, torch_dtype
@@ -114,10 +123,15 @@ class _Builder:
     def handoff(self, layers: Sequence[Layer]) -> Handoff:
         """Let the experts compute beside the accelerator, or beside a shared expert that lies elsewhere."""
         experts = {i: layer.mlp.experts for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)}
+        native = {i: backend for i, backend in experts.items() if isinstance(backend, NativeExperts)}
+        if self.plan.accelerator == TWIN and native and len(native) == len(experts):
+            mailbox = MailboxHandoff(self.runtimes[HOST].native, native, EXPERTS_WATCHDOG_S)
+            self.undo.callback(mailbox.close)
+            return mailbox
         beside = any(self.plan.where("shared_experts", layer).device != HOST for layer in experts)
-        if self.plan.accelerator != TWIN and not beside:
-            return DirectHandoff(experts)
-        return SubmitHandoff(experts, EXPERTS_WATCHDOG_S)
+        if self.plan.accelerator == TWIN or beside:
+            return SubmitHandoff(experts, EXPERTS_WATCHDOG_S)
+        return DirectHandoff(experts)
 
     def layer(self, layer: int) -> Layer:
         name, eps = f"model.layers.{layer}", self.config.rms_norm_eps

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -30,3 +32,43 @@ def test_all_logits_and_none() -> None:
 def test_refuses_what_is_no_work(chunks: list[Chunk]) -> None:
     with pytest.raises(ValueError, match="expected"):
         Batch.build(chunks)
+
+
+def test_halves_say_what_their_chunks_say() -> None:
+    chance = random.Random()
+    for _ in range(50):
+        chunks = [
+            Chunk([chance.randrange(99) for _ in range(n)], chance.randrange(200), [9 * i, 9 * i + 4], bool(n % 2))
+            for i, n in enumerate(chance.choices([1, 1, 2, 7, 30], k=chance.randint(1, 7)))
+        ]
+        every = chance.random() < 0.5
+        halves = Batch.build(chunks, every).halves()
+        cut = len(halves[0].sequences)
+        assert len(halves) == min(2, len(chunks))
+        for half, part in zip(halves, (chunks[:cut], chunks[cut:]), strict=False):
+            alone = Batch.build(part, every)
+            for field in ("token_ids", "positions", "logit_rows", "page_table", "spans"):
+                assert torch.equal(getattr(half, field), getattr(alone, field)), field
+            for got, expected in zip(half.sequences, alone.sequences, strict=True):
+                assert (got.start, got.stop, got.cached, got.first_page) == (
+                    expected.start,
+                    expected.stop,
+                    expected.cached,
+                    expected.first_page,
+                )
+                assert torch.equal(got.pages, expected.pages)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "cached", "first"),
+    [
+        ([1, 1], [0, 0], 1),
+        ([1, 1, 1, 1], [0, 0, 0, 0], 2),
+        ([40, 1, 1], [0, 0, 0], 1),
+        ([1, 1, 40], [0, 0, 0], 2),
+        ([1, 1, 1, 1], [100_000, 0, 0, 0], 1),  # attention to a long context takes as long as many rows
+    ],
+)
+def test_halves_take_about_equally_long(sizes: list[int], cached: list[int], first: int) -> None:
+    batch = Batch.build([Chunk([0] * n, c, [0]) for n, c in zip(sizes, cached, strict=True)])
+    assert len(batch.halves()[0].sequences) == first

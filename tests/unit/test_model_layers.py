@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
 from hybrid_k2.model import layers
-from hybrid_k2.model.layers import RmsNorm, SwiGlu, linear, rms_norm
+from hybrid_k2.model.layers import RmsNorm, SwiGlu, linear, rms_norm, rowwise
 from tests.memory import LargestResult
 from tests.reference import mla, moe
 
@@ -77,3 +78,27 @@ def test_widening_takes_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
     with LargestResult() as largest:
         linear(x, weight)
     assert 4 * 400 * 2 <= largest.nbytes <= 4 * 1000
+
+
+@pytest.mark.parametrize("width", [8, 24, 64, 96, 2048, 40_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rowwise_gives_a_row_the_same_bits_in_any_batch(width: int, dtype: torch.dtype) -> None:
+    """Also where torch shares the work of a large batch between threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        x = (3 * torch.randn(61, width)).to(dtype)
+        for function in (torch.sigmoid, functional.silu, torch.cos):
+            whole = rowwise(function, x)
+            torch.testing.assert_close(whole, function(x))
+            for first in range(0, 60, 7):
+                for count in (1, 2, 5):
+                    rows = slice(first, first + count)
+                    assert torch.equal(rowwise(function, x[rows]), whole[rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rowwise_takes_rows_that_are_not_contiguous() -> None:
+    x = torch.randn(50, 300)
+    assert torch.equal(rowwise(torch.sigmoid, x[:, 7:107]), rowwise(torch.sigmoid, x[:, 7:107].contiguous()))
