@@ -144,9 +144,9 @@ def test_an_operation_that_hangs_is_named_and_the_next_step_follows_it(twin: Hos
 
 
 def test_the_time_limit_is_for_one_operation(twin: HostTwin) -> None:
-    for _ in range(20):
-        twin.enqueue(lambda: time.sleep(0.02), LABEL)
-    twin.synchronize(timeout_s=0.25)
+    for _ in range(25):
+        twin.enqueue(lambda: time.sleep(0.05), LABEL)
+    twin.synchronize(timeout_s=1.0)
 
 
 def test_a_late_error_of_a_step_that_was_given_up_is_not_the_next_ones(twin: HostTwin) -> None:

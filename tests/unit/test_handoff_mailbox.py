@@ -282,7 +282,7 @@ def test_a_handoff_that_goes_out_of_use_leaves_no_thread(
 def test_an_interrupt_ends_a_take_and_reset_frees_the_slot(runtime: ExpertsRuntime) -> None:
     layer, arguments = heavy(runtime)
     handoff = MailboxHandoff(runtime.native, {3: layer})
-    handoff.post(0, 3, *(tensor.repeat(20, 1) for tensor in arguments))
+    handoff.post(0, 3, *(tensor.repeat(5, 1) for tensor in arguments))
     timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):

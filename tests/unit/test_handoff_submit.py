@@ -138,23 +138,23 @@ def slow() -> Iterator[SlowExperts]:
 
 
 def test_a_slow_computation_is_an_error_in_time_and_the_next_step_works(slow: SlowExperts, twin: HostTwin) -> None:
-    handoff = SubmitHandoff({7: slow}, timeout_s=0.05)
+    impatient, patient = SubmitHandoff({7: slow}, timeout_s=0.05), SubmitHandoff({7: slow})
     arguments = batch(3)
     results: list[Tensor] = []
 
-    def enqueue() -> None:
+    def enqueue(handoff: SubmitHandoff) -> None:
         twin.enqueue(lambda: handoff.post(1, 7, *arguments), Label("post", 7))
         twin.enqueue(lambda: results.append(handoff.take(1, 7)), Label("take", 7))
 
-    enqueue()
+    enqueue(impatient)
     start = time.monotonic()
     with pytest.raises(EngineError, match=r"layer 7: experts, slot 1: expected a result within 0\.05 s, got none"):
         twin.synchronize(timeout_s=60)
     assert time.monotonic() - start < 10
     assert results == []
     slow.gate.set()
-    twin.enqueue(handoff.reset, Label("reset"))
-    enqueue()
+    twin.enqueue(impatient.reset, Label("reset"))
+    enqueue(patient)  # through the same slot of the experts
     twin.synchronize(timeout_s=60)
     assert torch.equal(results[0], slow.forward(*arguments))
 
