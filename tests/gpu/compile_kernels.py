@@ -23,9 +23,9 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hybrid_k2.accelerator.kernels import int4_experts, mailbox
+from hybrid_k2.accelerator.kernels import a16, int4_experts, mailbox, mla_decode, norm_rope, router, weight_only
 
-HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8
+HIDDEN, INTERMEDIATE, TOP_K, Q_LORA = 7168, 2048, 8, 1536
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
 
 
@@ -67,10 +67,59 @@ def mailbox_cases() -> Iterator[Case]:
         yield Case(f"mailbox, {name}", kernel, types, {"BLOCK": mailbox.BLOCK})
 
 
+def weight_only_cases(capability: int) -> Iterator[Case]:
+    """Decode and prefill tiles of int8 and, where the card has it, fp8."""
+    types = {"scales": "*i32", "shifts": "*i32", "x": "*bf16", "tokens": "i32"}
+    for form, tiling in (("exact", weight_only.DECODE), ("rounded", weight_only.PREFILL)):
+        for dtype, values in (("int8", {"values": "*i8"}), ("fp8", {"values": "*fp8e4nv", "scales": "*fp32"})):
+            _, parts, arguments = tiling.fit(Q_LORA, HIDDEN, dtype == "int8")
+            launch = {key: arguments.pop(key) for key in ("num_warps", "enable_fp_fusion")}
+            if dtype == "int8" or capability >= 89:
+                out = {"out": "*bf16" if parts == 1 else "*fp32"}
+                kernel = weight_only.weight_only_kernel
+                yield Case(f"{dtype}, {form}", kernel, {**types, **values, **out}, arguments, launch)
+    types = {"partial": "*fp32", "out": "*bf16", "numbers": "i32"}
+    yield Case("add_parts", weight_only.add_parts_kernel, types, {"PARTS": 8, "NUMBERS": weight_only.ADD_NUMBERS})
+
+
+def attention_cases(capability: int) -> Iterator[Case]:
+    """Decode attention with the tiles of this card."""
+    tiling = mla_decode.LARGE if capability // 10 in (9, 10) else mla_decode.SMALL
+    numbers = dict.fromkeys(("page_table", "first_pages", "lengths"), "*i32")
+    sums = dict.fromkeys(("contexts", "peaks", "totals", "out"), "*fp32")
+    types = {"q": "*bf16", "cache": "*bf16", "scale": "fp32", **numbers, **sums}
+    constants = {
+        "HEADS": 64, "LORA": 512, "ROPE": 64, "PAGE": 64, "SPLITS": tiling.splits, "SPLIT_KEYS": tiling.split_keys,
+        "TILE_HEADS": tiling.heads, "KEYS": tiling.keys, "STAGES": tiling.stages,
+    }  # fmt: skip
+    launch = {"num_warps": tiling.warps, "enable_fp_fusion": True}
+    yield Case("attend", mla_decode.attend_kernel, types, constants, launch)
+    yield Case("combine contexts", mla_decode.combine_kernel, types, constants)
+
+
+def small_cases(capability: int) -> Iterator[Case]:
+    """Norm, rotation and cache, router, A16."""
+    eight = {"num_warps": 8}
+    types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "size": "i32", "eps": "fp32"}
+    yield Case("rms_norm", norm_rope.rms_norm_kernel, types, {"COLUMNS": 8192}, eight)
+    strides = dict.fromkeys(("q_token", "q_head", "out_token", "out_head", "heads"), "i32")
+    pointers = dict.fromkeys(("latents", "weight", "cache", "q", "q_out"), "*bf16")
+    types = {**strides, **pointers, "cos": "*fp32", "sin": "*fp32", "slots": "*i64", "eps": "fp32"}
+    constants = {"LORA": 512, "COLUMNS": 512, "PAIRS": 32, "ROTATED": norm_rope.ROTATED_HEADS}
+    yield Case("append and rotate", norm_rope.append_rotate_kernel, types, constants)
+    types = {**dict.fromkeys(("logits", "bias", "weights"), "*fp32"), "ids": "*i32", "experts": "i32", "scale": "fp32"}
+    yield Case("route", router.route_kernel, types, {"K": TOP_K, "WIDTH": 512, "NORMALISE": True})
+    types = {"x": "*bf16", "planes": "*i8", "words": "*i32", "fits": "*i8", "groups": "i32"}
+    yield Case("pack_a16", a16.pack_a16_kernel, types, {"GROUPS": a16.GROUPS_AT_ONCE})
+
+
 def cases(capability: int) -> Iterator[Case]:
     """Everything that this card can run."""
     yield from experts_cases(capability)
     yield from mailbox_cases()
+    yield from weight_only_cases(capability)
+    yield from attention_cases(capability)
+    yield from small_cases(capability)
 
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:
@@ -78,7 +127,9 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     names = case.kernel.arg_names
     constants = {name: value for name, value in case.constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if case.types.get(name, "fp32") != "fp32"
+    }
     source = ASTSource(case.kernel, signature, constants, aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=case.launch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
