@@ -84,7 +84,7 @@ def weight_only_cases(capability: int) -> Iterator[Case]:
 
 def attention_cases(capability: int) -> Iterator[Case]:
     """Decode attention with the tiles of this card."""
-    tiling = mla_decode.LARGE if capability // 10 in (9, 10) else mla_decode.SMALL
+    tiling = mla_decode.tiling_for(capability // 10)
     numbers = dict.fromkeys(("page_table", "first_pages", "lengths"), "*i32")
     sums = dict.fromkeys(("contexts", "peaks", "totals", "out"), "*fp32")
     types = {"q": "*bf16", "cache": "*bf16", "scale": "fp32", **numbers, **sums}

@@ -23,7 +23,7 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Tiling:
-    """Choose heads and keys of a tile, the most splits of a row and the fewest keys of a split, and the launch."""
+    """Choose heads and keys of a tile, the most splits of a row (a power of two), the fewest keys of a split, and the launch."""
 
     heads: int
     keys: int
@@ -33,14 +33,17 @@ class Tiling:
     stages: int
 
 
-# Never timed on a GPU: what fits the shared memory of the cards without spilled registers.
-SMALL = Tiling(heads=16, keys=32, splits=64, split_keys=64, warps=4, stages=2)  # 55 KB: sm_80, 89, 120
-LARGE = Tiling(heads=64, keys=32, splits=128, split_keys=64, warps=8, stages=2)  # 144 KB: sm_90, 100
+# Never timed on a GPU: what fits the shared memory of a card without spilled registers.
+SMALL = Tiling(heads=16, keys=32, splits=64, split_keys=64, warps=4, stages=2)  # 55 KB
+TILINGS = {
+    9: Tiling(heads=64, keys=32, splits=128, split_keys=64, warps=8, stages=2),  # 144 KB
+    10: Tiling(heads=32, keys=32, splits=128, split_keys=64, warps=8, stages=2),  # 74 KB
+}
 
 
-def tiling_for(device: torch.device) -> Tiling:
-    """Choose for a card."""
-    return LARGE if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10) else SMALL
+def tiling_for(capability: int) -> Tiling:
+    """Choose for a card by the first number of its compute capability."""
+    return TILINGS.get(capability, SMALL)
 
 
 @triton.jit
@@ -164,7 +167,8 @@ def mla_decode(
     Effects: allocates R * splits * heads * kv_lora numbers in fp32.
     Raises: ValueError for sizes that are no powers of two, or do not belong together.
     """
-    tiling = tiling or tiling_for(q.device)
+    if tiling is None:
+        tiling = tiling_for(torch.cuda.get_device_capability(q.device)[0]) if q.is_cuda else SMALL
     rows, heads, size = q.shape
     _check(q, cache, kv_lora, tiling)
     contexts = q.new_empty(rows, tiling.splits, heads, kv_lora, dtype=torch.float32)
