@@ -23,7 +23,7 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Tiling:
-    """Choose heads and keys of a tile, the most splits of a row (a power of two), the fewest keys of a split, and the launch."""
+    """Choose heads and keys of a tile, most splits of a row (a power of two), fewest keys of a split, and launch."""
 
     heads: int
     keys: int
