@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from hybrid_k2.errors import MemoryBudgetError
 from hybrid_k2.placement.form import Rules
 from hybrid_k2.placement.machine import Gpu, Machine
-from hybrid_k2.placement.sizes import GIB, format_bytes
+from hybrid_k2.placement.sizes import GIB, MIB, format_bytes
+
+CONTEXT_BYTES = 512 * MIB  # of a process on the GPU, by common experience; it grows with the number of multiprocessors
+LIBRARY_BYTES = 128 * MIB  # code of the kernels, cuBLAS and its workspace (32 MiB on Hopper)
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,19 @@ class Budget:
 def reserve_bytes(available: int) -> int:
     """Return what is kept free of weights and cache: 1 GiB and 2 %, at most half of what there is.
 
-    The gigabyte is for Python, torch, a CUDA context and the activations of a chunk; the 2 % for allocator rounding
-    and page tables. The half lets a small model run on a small machine.
+    The gigabyte is for Python, torch and the activations of a chunk; the 2 % for allocator rounding and page tables.
+    The half lets a small model run on a small machine.
     """
     return min(GIB + available // 50, available // 2)
+
+
+def gpu_reserve_bytes(available: int, *, context: bool) -> int:
+    """Return what is kept free on a GPU: code and libraries, 1 %, and the context unless it is there already.
+
+    Activations, graphs and the allocator's rounding stand in the plan (`overheads`). The 1 % is for the rest.
+    """
+    fixed = LIBRARY_BYTES + (CONTEXT_BYTES if context else 0)
+    return min(fixed + available // 100, available // 2)
 
 
 def find_budget(device: str, rules: Rules, machine: Machine) -> Budget:
@@ -52,7 +64,7 @@ def _gpu_budget(gpu: Gpu, rules: Rules) -> Budget:
         )
     else:
         available, origin = gpu.free_bytes, f"{format_bytes(gpu.free_bytes)} free"
-    reserve = reserve_bytes(available)
+    reserve = gpu_reserve_bytes(available, context=gpu.available_bytes is None)
     return Budget(available - reserve, f"{origin} less {format_bytes(reserve)} in reserve")
 
 

@@ -29,9 +29,13 @@ class Claim:
 
 @dataclass(frozen=True)
 class Claims:
-    """Hold all claims, complete and free of overlap, and what the user should know about them."""
+    """Hold all claims, complete and free of overlap, and what the user should know about them.
+
+    hot: claims on the most used routed experts of layers that `all` places, too.
+    """
 
     all: tuple[Claim, ...]
+    hot: tuple[Claim, ...]
     notes: tuple[str, ...]
 
 
@@ -42,18 +46,23 @@ def claim_groups(rules: Rules, config: ModelConfig) -> Claims:
     without a rule.
     """
     owners: dict[tuple[str, _Slot], PlaceRule] = {}
+    hot_owners: dict[tuple[str, _Slot], PlaceRule] = {}
     claims: list[Claim] = []
+    hot: list[Claim] = []
     notes = [VISION_NOTE] if config.has_vision else []
     for rule in rules.place:
         if _is_absent(rule, config):
             notes.append(f"{rule}: the model has no {rule.what}, the rule is idle")
+        elif rule.hottest is not None:
+            hot.append(_claim_hot(rule, config, rules.source))
+            _take(hot_owners, hot[-1], rules.source)
         elif rule.what != "vision":
             claims.append(_claim(rule, config, rules.source))
             _take(owners, claims[-1], rules.source)
     router_layers = {layer for what, layer in owners if what == "router"}
     claims += _router_claims(rules, config, owners, set(config.moe_layers) - router_layers)
     _check_complete(rules, config, owners)
-    return Claims(tuple(sorted(claims, key=_model_order)), tuple(notes))
+    return Claims(tuple(sorted(claims, key=_model_order)), tuple(sorted(hot, key=_model_order)), tuple(notes))
 
 
 def _is_absent(rule: PlaceRule, config: ModelConfig) -> bool:
@@ -77,6 +86,13 @@ def _claim(rule: PlaceRule, config: ModelConfig, source: str) -> Claim:
         has = f"it is in {_name_layers((present,))}" if present else "the model has none"
         fail(source, rule.line, f"{rule}: matches nothing: no such layer has {rule.what} ({has})")
     return Claim(rule.what, layers, rule)
+
+
+def _claim_hot(rule: PlaceRule, config: ModelConfig, source: str) -> Claim:
+    if rule.hottest is not None and rule.hottest > config.n_routed_experts:
+        expected = f"at most {config.n_routed_experts} (the model's experts)"
+        fail(source, rule.line, f"{rule}: hottest: expected {expected}, got {rule.hottest}")
+    return _claim(rule, config, source)
 
 
 def _take(owners: dict[tuple[str, _Slot], PlaceRule], claim: Claim, source: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import HardwareError
 from hybrid_k2.placement.budget import check_budget, find_budget
@@ -9,8 +11,10 @@ from hybrid_k2.placement.claims import Claim, Claims, claim_groups
 from hybrid_k2.placement.form import Rules
 from hybrid_k2.placement.groups import decoded_parameters, group_bytes, latent_bytes_per_token
 from hybrid_k2.placement.host_threads import plan_threads
+from hybrid_k2.placement.hot import hot_counts, hot_notes, moved_experts
 from hybrid_k2.placement.machine import Machine
 from hybrid_k2.placement.memories import HOST, TWIN, memory_of
+from hybrid_k2.placement.overheads import MATRICES, Overhead, Work, gpu_overheads
 from hybrid_k2.placement.plan import KvCachePlan, Plan, PlanRow, bytes_per_token, expert_bytes
 from hybrid_k2.placement.yaml_tree import fail
 
@@ -19,6 +23,8 @@ AUTO_KV_TOKENS = 65536  # a long chat; 4.3 GiB in bf16 at the size of K2.6
 # Tokens of a prompt that go through the model at a time. At the size of K2.6 each of the 384 experts then serves
 # about 11 of them, so that reading its weights is paid once for many; activations stay within the reserve.
 AUTO_CHUNK_TOKENS = 512
+AUTO_STREAM_TOKENS = 2048  # where experts are brought over for it, which costs the same for a chunk of any size
+FP8_CAPABILITY = (8, 9)  # the first one with fp8 products: Ada; then Hopper and Blackwell
 # The groups whose output is added to the residual stream; the router is always computed in FP32.
 _STREAM_GROUPS = ("attention", "dense_mlp", "shared_experts")
 
@@ -41,9 +47,16 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
     claims = claim_groups(rules, config)
     stream = _stream_dtype(claims)
     rows = tuple(_row(claim, rules, config, devices, stream, experts_packed) for claim in claims.all)
-    kv_cache = _plan_kv_cache(rules, config, machine, devices, rows)
-    chunk_tokens = min(rules.prefill.chunk_tokens or AUTO_CHUNK_TOKENS, kv_cache.tokens)
     activation_dtype = "fp32" if _stream_on_host(rows) else stream
+    accelerator = _accelerator(devices, claims)
+    streams = rules.prefill.stream if accelerator not in (None, TWIN) else "off"
+    chunk_tokens = rules.prefill.chunk_tokens or (AUTO_CHUNK_TOKENS if streams == "off" else AUTO_STREAM_TOKENS)
+    work = Work(config, accelerator, activation_dtype, chunk_tokens, bool(claims.hot), streams != "off")
+    kv_cache = _plan_kv_cache(rules, config, machine, devices, rows, work)
+    chunk_tokens = min(chunk_tokens, kv_cache.tokens)
+    work = replace(work, chunk_tokens=chunk_tokens)
+    overheads = _overheads(work, rows, kv_cache)
+    rows, notes = _place_hot(claims, rules, config, machine, rows, kv_cache, overheads, experts_packed)
     numerics = rules.numerics if experts_packed else "reference"
     threads = plan_threads(
         rules,
@@ -65,12 +78,79 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
         rows=rows,
         notes=machine.notes
         + claims.notes
+        + notes
         + threads.notes
+        + _fp8_notes(rows, rules, machine)
         + _numerics_notes(rules.numerics, numerics, activation_dtype),
-        accelerator=devices.get("gpu"),
+        accelerator=accelerator,
+        stream=streams,
+        overheads=overheads,
         overlap=_overlap(rules, kv_cache.device),
         twin_threads=threads.twin_threads,
     )
+
+
+def _overheads(work: Work, rows: tuple[PlanRow, ...], kv_cache: KvCachePlan | None) -> tuple[Overhead, ...]:
+    """List what the GPU takes beside these rows and the cache; the twin's work is within the host's reserve."""
+    if work.device in (None, TWIN):
+        return ()
+    placed = [row for row in rows if row.device == work.device]
+    matrices = sum(MATRICES[row.what] * len(row.layers or (0,)) for row in placed)
+    nbytes = sum(row.nbytes for row in placed)
+    if kv_cache is not None and kv_cache.device == work.device:
+        matrices, nbytes = matrices + work.config.num_hidden_layers, nbytes + kv_cache.nbytes
+        work = replace(work, context_tokens=kv_cache.tokens)
+    return gpu_overheads(work, matrices, nbytes)
+
+
+def _place_hot(
+    claims: Claims,
+    rules: Rules,
+    config: ModelConfig,
+    machine: Machine,
+    rows: tuple[PlanRow, ...],
+    kv_cache: KvCachePlan,
+    overheads: tuple[Overhead, ...],
+    experts_packed: bool,
+) -> tuple[tuple[PlanRow, ...], tuple[str, ...]]:
+    """Add the rows of hot experts, and take their experts from the host's."""
+    if not claims.hot:
+        return rows, ()
+    device = rules.devices.gpu or ""
+    if not experts_packed:
+        rule = claims.hot[0].rule
+        fail(rules.source, rule.line, f"{rule}: hottest: expected a checkpoint with INT4 experts, got an unpacked one")
+    taken = sum(row.nbytes for row in rows if row.device == device) + sum(one.nbytes for one in overheads)
+    taken += kv_cache.nbytes if kv_cache.device == device else 0
+    counts = hot_counts(claims.hot, config, find_budget(device, rules, machine).nbytes - taken)
+    expert = group_bytes(config, "routed_experts", "int4") // config.n_routed_experts
+    placed: list[PlanRow] = []
+    for row in rows:
+        moved = moved_experts(claims.hot, counts, row.layers or ()) if row.what == "routed_experts" else 0
+        placed.append(replace(row, nbytes=row.nbytes - moved * expert))
+    for claim, count in zip(claims.hot, counts, strict=True):
+        if count:
+            nbytes = len(claim.layers or ()) * count * expert
+            placed.append(PlanRow(claim.what, claim.layers, device, "int4", nbytes, claim.rule.line, count))
+    return tuple(placed), tuple(hot_notes(claims.hot, counts))
+
+
+def _fp8_notes(rows: tuple[PlanRow, ...], rules: Rules, machine: Machine) -> tuple[str, ...]:
+    """Check that a card with fp8 weights can multiply them. Raises: HardwareError."""
+    first = next((row for row in rows if row.dtype == "fp8"), None)
+    gpu = machine.find_gpu(first.device) if first is not None else None
+    if first is None or gpu is None:
+        return ()
+    if gpu.capability is None:
+        return (f"{first.device}: fp8 needs a card of compute capability 8.9 or more (Ada, Hopper, Blackwell)",)
+    if gpu.capability < FP8_CAPABILITY:
+        major, minor = gpu.capability
+        raise HardwareError(
+            f"{rules.source}:{first.line}: dtype fp8: expected a GPU of compute capability 8.9 or more, "
+            f"got {first.device} ({gpu.name}) with {major}.{minor}",
+            hint="write int8, which any card computes",
+        )
+    return ()
 
 
 def _numerics_notes(asked: str, numerics: str, activation_dtype: str) -> tuple[str, ...]:
@@ -109,6 +189,12 @@ def _missing_gpu_hint(found: str, rules: Rules) -> str:
     return (
         f"use rules/host.yaml to place everything on the host; --dry-run plans for a card that is not here{described}"
     )
+
+
+def _accelerator(devices: dict[str, str], claims: Claims) -> str | None:
+    """Return the device beside the host if anything is placed on it."""
+    on_gpu = any(claim.rule.on == "gpu" for claim in (*claims.all, *claims.hot))
+    return devices.get("gpu") if on_gpu else None
 
 
 def _overlap(rules: Rules, attention: str) -> str:
@@ -172,7 +258,12 @@ def _expert_dtype(claim: Claim, rules: Rules, stream: str, experts_packed: bool)
 
 
 def _plan_kv_cache(
-    rules: Rules, config: ModelConfig, machine: Machine, devices: dict[str, str], rows: tuple[PlanRow, ...]
+    rules: Rules,
+    config: ModelConfig,
+    machine: Machine,
+    devices: dict[str, str],
+    rows: tuple[PlanRow, ...],
+    work: Work,
 ) -> KvCachePlan:
     rule = rules.kv_cache
     attention = {row.device: row.line for row in rows if row.what == "attention"}
@@ -190,8 +281,9 @@ def _plan_kv_cache(
             f"kv_cache: tokens: expected at most {limit} (the model's), got {rule.tokens}",
         )
     memory = memory_of(device)
-    weights = sum(row.nbytes for row in rows if memory_of(row.device) == memory)
-    free = find_budget(memory, rules, machine).nbytes - weights
+    taken = sum(row.nbytes for row in rows if memory_of(row.device) == memory)
+    taken += sum(one.nbytes for one in _overheads(work, rows, None) if one.device == memory)
+    free = find_budget(memory, rules, machine).nbytes - taken
     affordable = max(1, free // 4 // page_bytes) * PAGE_TOKENS
     tokens = rule.tokens or min(limit, AUTO_KV_TOKENS, affordable)
     return KvCachePlan(device, rule.dtype, tokens, PAGE_TOKENS, -(-tokens // PAGE_TOKENS) * page_bytes)

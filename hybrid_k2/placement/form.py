@@ -34,6 +34,8 @@ class PlaceRule:
 
     layers: None for all layers of the group; ranges stay ranges until the model bounds them.
     on: "gpu" or "host". dtype: None means as stored (the router: fp32).
+    hottest: place so many of the most used routed experts of each layer; 0: as many as fit; None: the whole group.
+    also_on_host: keep them in host memory, too.
     line: of the rule. number: its place in the list, from 1.
     """
 
@@ -43,6 +45,8 @@ class PlaceRule:
     dtype: str | None
     line: int
     number: int
+    hottest: int | None = None
+    also_on_host: bool = False
 
     def __str__(self) -> str:
         layers = "" if self.layers is None else f", layers {format_layers(self.layers)}"
@@ -62,10 +66,14 @@ class KvCacheRule:
 
 @dataclass(frozen=True)
 class PrefillRule:
-    """Say how a prompt is read. chunk_tokens: None means auto. stream: "off" (the one mode of this version)."""
+    """Say how a prompt is read. chunk_tokens: None means auto.
+
+    stream: "auto" computes heavy experts on the GPU, brought over as they are needed; "off" none.
+    """
 
     chunk_tokens: int | None = None
     stream: str = "off"
+    stream_line: int | None = None
 
 
 @dataclass(frozen=True, repr=False)

@@ -29,7 +29,8 @@ LAYERED_GROUPS = ("attention", "router", "dense_mlp", "shared_experts", "routed_
 # Bytes of 32 weights, so that INT4 with its scale stays an integer: 16 bytes of nibbles and 2 of scale. The packed
 # host layout (L32) holds the same bytes in another order. INT8 has 32 bytes of values and 2 of scale.
 _BYTES_PER_32 = {"fp32": 128, "bf16": 64, "int8": 34, "int4": 18}
-INT8_GROUPS = ("attention", "dense_mlp", "shared_experts", "lm_head")  # that a host may keep in int8
+INT8_GROUPS = ("attention", "dense_mlp", "shared_experts", "lm_head")  # with matrices that may be int8, or fp8 on a GPU
+_FP8_SCALE_BYTES = 4  # of each row of an fp8 matrix
 _BLOCK = 32  # rows and inputs of a block of an int8 matrix
 _BIAS_BYTES = 4  # e_score_correction_bias is FP32 whatever the group's dtype
 
@@ -75,7 +76,7 @@ def _attention_parameters(config: ModelConfig) -> int:
 
 
 def int8_matrices(config: ModelConfig, what: str) -> tuple[tuple[int, int], ...]:
-    """List rows and inputs of the matrices that dtype int8 quantises; the rest of the group stays bf16.
+    """List rows and inputs of the matrices that the dtypes int8 and fp8 quantise; the rest of the group stays bf16.
 
     The rest are norms, kv_b (attention multiplies with its transpose too), and matrices that are not whole blocks of
     32 rows by 32 inputs.
@@ -105,9 +106,12 @@ def weight_bytes(parameters: int, dtype: str) -> int:
 def group_bytes(config: ModelConfig, what: str, dtype: str) -> int:
     """Return the bytes of a group, in one layer if it has layers."""
     parameters = group_parameters(config, what)
-    if dtype == "int8":
-        quantised = sum(rows * inputs for rows, inputs in int8_matrices(config, what))
-        return weight_bytes(quantised, "int8") + weight_bytes(parameters - quantised, "bf16")
+    if dtype in ("int8", "fp8"):
+        matrices = int8_matrices(config, what)
+        quantised = sum(rows * inputs for rows, inputs in matrices)
+        scales = sum(rows for rows, _ in matrices) * _FP8_SCALE_BYTES
+        narrow = weight_bytes(quantised, "int8") if dtype == "int8" else quantised + scales
+        return narrow + weight_bytes(parameters - quantised, "bf16")
     bias = config.n_routed_experts * _BIAS_BYTES if what == "router" else 0
     return weight_bytes(parameters, dtype) + bias
 

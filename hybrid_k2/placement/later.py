@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hybrid_k2.placement.memories import HOST, memory_of
 from hybrid_k2.placement.plan import Plan
 from hybrid_k2.placement.yaml_tree import fail
 
@@ -22,5 +23,10 @@ def check_loadable(plan: Plan) -> None:
 
 
 def _missing(plan: Plan) -> Iterator[_Part]:
-    """Nothing at present: every plan that can be made can be loaded."""
-    yield from ()
+    for row in plan.rows:
+        if row.hottest:
+            yield row.line, "hottest experts on a GPU"
+        elif memory_of(row.device) != HOST and row.dtype in ("int8", "fp8"):
+            yield row.line, f"dtype: {row.dtype} on a GPU"
+    if plan.stream != "off":
+        yield plan.rules.prefill.stream_line, "prefill: stream: auto"

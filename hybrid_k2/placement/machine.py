@@ -21,12 +21,17 @@ from hybrid_k2.placement.sizes import format_bytes
 
 @dataclass(frozen=True)
 class Gpu:
-    """One NVIDIA GPU. available_bytes: what is free now; None when it is not known (then all of it)."""
+    """One NVIDIA GPU.
+
+    available_bytes: what is free now; None when it is not known (then all of it). capability: of its instructions, as
+    (8, 9); None when it is not known.
+    """
 
     index: int
     name: str
     memory_bytes: int
     available_bytes: int | None = None
+    capability: tuple[int, int] | None = None
 
     @property
     def device(self) -> str:
@@ -132,7 +137,8 @@ def _driver_library_loads() -> bool:
 
 def _describe_gpu(torch: Any, index: int) -> Gpu:
     free_bytes, total_bytes = torch.cuda.mem_get_info(index)
-    return Gpu(index, torch.cuda.get_device_name(index), int(total_bytes), int(free_bytes))
+    major, minor = torch.cuda.get_device_capability(index)
+    return Gpu(index, torch.cuda.get_device_name(index), int(total_bytes), int(free_bytes), (int(major), int(minor)))
 
 
 def _first_line(error: object) -> str:

@@ -12,6 +12,7 @@ from hybrid_k2.placement.form import Rules, format_layers
 from hybrid_k2.placement.groups import LAYERED_GROUPS, decoded_bytes
 from hybrid_k2.placement.machine import Machine
 from hybrid_k2.placement.memories import HOST, memory_of
+from hybrid_k2.placement.overheads import Overhead
 from hybrid_k2.placement.sizes import format_bytes
 from hybrid_k2.placement.table import format_table
 
@@ -47,7 +48,11 @@ class KvCachePlan:
 
 @dataclass(frozen=True, repr=False)
 class PlanRow:
-    """Place one group, or some layers of it. layers: None for a group outside the layers; line: of its rule."""
+    """Place one group, or some layers of it.
+
+    layers: None for a group outside the layers. line: of its rule. hottest: the row holds so many of the most used
+    experts of each layer; 0: the group, less what such rows take from it.
+    """
 
     what: str
     layers: tuple[int, ...] | None
@@ -55,6 +60,12 @@ class PlanRow:
     dtype: str
     nbytes: int
     line: int
+    hottest: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name the group, or the part of it."""
+        return f"{self.hottest} hottest experts" if self.hottest else self.what
 
     @property
     def layer_text(self) -> str:
@@ -63,7 +74,7 @@ class PlanRow:
 
     def __repr__(self) -> str:
         layers = f" {self.layer_text}" if self.layers else ""
-        return f"PlanRow({self.what}{layers} on {self.device}, {self.dtype}, {format_bytes(self.nbytes)})"
+        return f"PlanRow({self.name}{layers} on {self.device}, {self.dtype}, {format_bytes(self.nbytes)})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,6 +87,8 @@ class Plan:
     overlap: "off", or "ping_pong": two half batches take turns between accelerator and experts.
     twin_threads: the host's threads that compute what is on the twin; 0 without one.
     activation_dtype: of the residual stream. chunk_tokens: prompt tokens per forward pass.
+    stream: "auto": a GPU computes heavy experts of a prompt, brought over as they are needed; or "off".
+    overheads: what a GPU holds beside weights and KV cache.
     notes: what the user should know.
     """
 
@@ -92,6 +105,8 @@ class Plan:
     accelerator: str | None = None
     overlap: str = "off"
     twin_threads: int = 0
+    stream: str = "off"
+    overheads: tuple[Overhead, ...] = ()
 
     @property
     def threads(self) -> int:
@@ -99,20 +114,23 @@ class Plan:
         return sum(node.threads for node in self.nodes)
 
     def where(self, what: str, layer: int | None = None) -> Placement:
-        """Find the placement of a group, in one layer if it has layers. Raises: KeyError: no such group."""
+        """Find the placement of a group, in one layer if it has layers; of the routed experts that of most of them.
+
+        Raises: KeyError: no such group.
+        """
         for row in self.rows:
-            if row.what == what and (layer is None if row.layers is None else layer in row.layers):
+            if row.what == what and not row.hottest and (layer is None if row.layers is None else layer in row.layers):
                 return Placement(row.device, row.dtype)
         raise KeyError(f"{what}, layer {layer}")
 
     @property
     def devices(self) -> tuple[str, ...]:
         """List the devices whose memory is in use, the host last."""
-        used = {memory_of(row.device) for row in self.rows} | {memory_of(self.kv_cache.device)}
-        return tuple(sorted(used, key=lambda device: (device == HOST, device)))
+        used = {row.device for row in self.rows} | {self.kv_cache.device} | {one.device for one in self.overheads}
+        return tuple(sorted({memory_of(device) for device in used}, key=lambda device: (device == HOST, device)))
 
     def bytes_on(self, device: str) -> int:
-        """Sum weights and KV cache in the memory of a device."""
+        """Sum weights, KV cache and overheads in the memory of a device."""
         return sum(nbytes for nbytes, _ in self.items_on(device))
 
     def items_on(self, device: str) -> tuple[tuple[int, str], ...]:
@@ -129,6 +147,10 @@ class Plan:
         """Sum the weights that decoding one token reads: dense groups, the chosen experts, one embedding row."""
         return bytes_per_token(self.config, self.rows)
 
+    def hot_experts(self, layer: int) -> int:
+        """Count the routed experts of a layer that a GPU holds."""
+        return sum(row.hottest for row in self.rows if layer in (row.layers or ()))
+
     def table(self) -> str:
         """Write the plan as aligned text."""
         return format_table(self)
@@ -140,7 +162,8 @@ class Plan:
 
 def bytes_per_token(config: ModelConfig, rows: tuple[PlanRow, ...]) -> int:
     """Sum the weights that decoding one token reads."""
-    return sum(len(row.layers or (0,)) * decoded_bytes(config, row.what, row.dtype) for row in rows)
+    placed = (row for row in rows if not row.hottest)
+    return sum(len(row.layers or (0,)) * decoded_bytes(config, row.what, row.dtype) for row in placed)
 
 
 def expert_bytes(rows: tuple[PlanRow, ...]) -> int:
@@ -152,8 +175,9 @@ def _items(plan: Plan, device: str) -> Iterator[tuple[int, str]]:
     for row in plan.rows:
         if memory_of(row.device) == device:
             layers = f" of layers {row.layer_text}" if row.what in LAYERED_GROUPS else ""
-            yield row.nbytes, f"{row.what}{layers} (line {row.line})"
+            yield row.nbytes, f"{row.name}{layers} (line {row.line})"
     cache = plan.kv_cache
     if memory_of(cache.device) == device:
         place = f" (line {plan.rules.kv_cache.line})" if plan.rules.kv_cache.line else ""
         yield cache.nbytes, f"kv_cache of {cache.tokens} tokens{place}"
+    yield from ((one.nbytes, one.what) for one in plan.overheads if one.device == device)

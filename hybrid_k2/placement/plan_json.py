@@ -20,6 +20,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "groups": [
             {
                 "what": row.what,
+                "hottest": row.hottest,
                 "layers": row.layer_text or None,
                 "device": row.device,
                 "dtype": row.dtype,
@@ -35,12 +36,14 @@ def plan_values(plan: Plan) -> dict[str, Any]:
             "page_tokens": cache.page_tokens,
             "bytes": cache.nbytes,
         },
+        "overheads": [{"what": one.what, "device": one.device, "bytes": one.nbytes} for one in plan.overheads],
         "numerics": plan.numerics,
         "activation_dtype": plan.activation_dtype,
         "nodes": [{"threads": node.threads, "node": node.node} for node in plan.nodes],
         "accelerator": plan.accelerator,
         "twin_threads": plan.twin_threads,
         "overlap": plan.overlap,
+        "stream": plan.stream,
         "chunk_tokens": plan.chunk_tokens,
         "bytes_per_token": plan.bytes_per_token,
         "notes": list(plan.notes),

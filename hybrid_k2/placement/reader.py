@@ -17,6 +17,7 @@ LATER_DTYPES = ("int8", "fp8")
 MAX_TOKENS = 1_000_000_000  # bounds what is read; the plan checks the limit of the model
 MAX_THREADS = 4096
 MAX_NODES = 64
+MAX_EXPERTS = 65536
 
 
 def parse_rules(text: str, source: str = "rules") -> Rules:
@@ -106,23 +107,42 @@ def _place(top: Section, devices: Devices) -> tuple[PlaceRule, ...]:
 
 
 def _place_rule(source: str, node: Node, number: int, devices: Devices) -> PlaceRule:
-    section = Section(source, f"place rule {number}", node, ("what", "layers", "on", "dtype"), later=(HOTTEST,))
+    section = Section(source, f"place rule {number}", node, ("what", "layers", "on", "dtype", HOTTEST, "also_on_host"))
     what = section.choice("what", GROUPS)
     layers = section.layers("layers")
     if layers is not None and what not in LAYERED_GROUPS:
         section.fail("layers", f"layers: expected no layers for {what} (it stands outside them), got some")
     on = _on(section, devices) or section.choice("on", ("host", "gpu"))
-    if what == "routed_experts" and on == "gpu":
-        if devices.gpu == TWIN:
-            section.fail("on", "on: expected host (the twin takes no routed experts), got gpu")
-        section.unavailable("on", "routed_experts on: gpu", "place routed_experts on the host")
+    hottest = _hottest(section, what, on, devices)
     dtype: str | None = None
     if section.get("dtype") is not None:
-        allowed = EXPERT_DTYPES if what == "routed_experts" else DENSE_DTYPES
-        if (on == "host" or devices.gpu == TWIN) and what in INT8_GROUPS:
-            allowed = (*DENSE_DTYPES, "int8")
+        allowed = _dtypes(what, hottest is not None, on_card=on == "gpu" and devices.gpu != TWIN)
         dtype = section.choice("dtype", allowed, [later for later in LATER_DTYPES if later not in allowed])
-    return PlaceRule(what, layers, on, dtype, section.line, number)
+    also_on_host = section.choice("also_on_host", ("true", "false"), default="false") == "true"
+    return PlaceRule(what, layers, on, dtype, section.line, number, hottest, also_on_host)
+
+
+def _hottest(section: Section, what: str, on: str, devices: Devices) -> int | None:
+    """Read how many routed experts go to the GPU, 0 for auto; None for a rule that is not about some of them."""
+    for key in (HOTTEST, "also_on_host"):
+        if section.get(key) is not None and (what, on) != ("routed_experts", "gpu"):
+            section.fail(key, f"{key}: expected it with routed_experts on: gpu, got {what} on: {on}")
+    if (what, on) != ("routed_experts", "gpu"):
+        return None
+    if devices.gpu == TWIN:
+        section.fail("on", "on: expected host (the twin takes no routed experts), got gpu")
+    if section.get(HOTTEST) is None:
+        section.unavailable("on", "routed_experts on: gpu", "hottest: N places the most used ones of each layer there")
+    return section.count(HOTTEST, MAX_EXPERTS) or 0
+
+
+def _dtypes(what: str, hot: bool, on_card: bool) -> tuple[str, ...]:
+    """List the dtypes of a group: weight-only ones for its matrices where there are kernels for them."""
+    if what == "routed_experts":
+        return ("int4",) if hot else EXPERT_DTYPES
+    if what not in INT8_GROUPS:
+        return DENSE_DTYPES
+    return (*DENSE_DTYPES, "int8", "fp8") if on_card else (*DENSE_DTYPES, "int8")
 
 
 def _on(section: Section, devices: Devices) -> str | None:
@@ -161,5 +181,5 @@ def _prefill(top: Section) -> PrefillRule:
     if node is None:
         return PrefillRule()
     section = Section(top.source, "prefill", node, ("stream", "chunk_tokens"))
-    stream = section.choice("stream", ("off",), ("auto", "on"), default="off")
-    return PrefillRule(chunk_tokens=section.count("chunk_tokens", MAX_TOKENS), stream=stream)
+    stream = section.choice("stream", ("auto", "off"), default="off")
+    return PrefillRule(section.count("chunk_tokens", MAX_TOKENS), stream, section.line_of("stream"))

@@ -16,7 +16,7 @@ from typing import NoReturn
 from hybrid_k2.placement.sizes import try_parse_bytes
 from hybrid_k2.placement.yaml_tree import Mapping, Node, Scalar, Sequence, fail
 
-HOTTEST = "hottest"  # experts chosen by how often they are used: of a coming version
+HOTTEST = "hottest"  # experts chosen by how often they are used
 _COUNT = re.compile(r"0|[1-9][0-9]{0,11}")
 _LAYERS = re.compile(r"(0|[1-9][0-9]{0,5})(?:\.\.(0|[1-9][0-9]{0,5}))?")
 

@@ -25,9 +25,18 @@ def format_table(plan: Plan) -> str:
 def _rows(plan: Plan) -> Iterator[tuple[str, ...]]:
     budgets = {memory: find_budget(memory, plan.rules, plan.machine).nbytes for memory in plan.devices}
     cache = plan.kv_cache
-    lines = [(row.what, row.layer_text, row.device, row.dtype, row.nbytes) for row in plan.rows]
-    for what, layers, device, dtype, nbytes in [*lines, ("kv_cache", "", cache.device, cache.dtype, cache.nbytes)]:
-        yield what, layers or "-", device, dtype, format_bytes(nbytes), _share(nbytes, budgets[memory_of(device)])
+    lines = [(row.name, row.layer_text, row.device, row.dtype, row.nbytes) for row in plan.rows]
+    lines.append(("kv_cache", "", cache.device, cache.dtype, cache.nbytes))
+    lines += [(one.what, "", one.device, "", one.nbytes) for one in plan.overheads]
+    for what, layers, device, dtype, nbytes in lines:
+        yield (
+            what,
+            layers or "-",
+            device,
+            dtype or "-",
+            format_bytes(nbytes),
+            _share(nbytes, budgets[memory_of(device)]),
+        )
 
 
 def _summary(plan: Plan) -> Iterator[str]:
@@ -44,7 +53,7 @@ def _summary(plan: Plan) -> Iterator[str]:
     if plan.accelerator is not None:
         own = f"{_count_threads(plan.twin_threads)}; " if plan.twin_threads else ""
         yield f"{plan.accelerator}: {own}overlap {plan.overlap}"
-    yield f"prefill: chunks of {plan.chunk_tokens} tokens"
+    yield f"prefill: chunks of {plan.chunk_tokens} tokens{'; heavy experts streamed' if plan.stream != 'off' else ''}"
     yield f"weights read per decoded token: {format_bytes(plan.bytes_per_token)}"
     yield from (f"note: {note}" for note in plan.notes)
 

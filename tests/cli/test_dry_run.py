@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_k2.placement import Machine
+from hybrid_k2.placement import Gpu, Machine
 from tests.cli.conftest import Done
 
 Call = Callable[..., Done]
@@ -140,3 +140,31 @@ def test_the_twin_is_planned_and_can_be_loaded(call: Call, babbler: Path) -> Non
     assert values["not_in_this_version"] == []
     answered = call("chat", babbler, "--rules", "twin", "-p", "hi", "--max-tokens", "3")
     assert answered.code == 0
+
+
+def test_what_this_version_cannot_load_is_said(
+    call: Call, babbler: Path, card: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card.write_text(CARD.replace("lm_head, on: gpu", "lm_head, on: gpu, dtype: int8"))
+    done = call("chat", babbler, "--rules", card, "--dry-run")
+    assert done.code == 0
+    assert done.out.endswith(f"\nnot in this version, so loading is refused: {card}:9: dtype: int8 on a GPU\n")
+    values = json.loads(call("chat", babbler, "--rules", card, "--dry-run", "--json").out)
+    assert values["not_in_this_version"] == [{"line": 9, "what": "dtype: int8 on a GPU"}]
+    gpus = (Gpu(0, "Test GPU", 24 << 30),)
+    monkeypatch.setattr("hybrid_k2.placement.machine._probe_gpus", lambda root: (gpus, ""))
+    refused = call("chat", babbler, "--rules", card, "-p", "hi")
+    assert (refused.code, refused.out) == (1, "")
+    assert f"error: {card}:9: dtype: int8 on a GPU is not available in this version\n" in refused.err
+
+
+@pytest.mark.parametrize("size", [16, 24, 32, 48, 80])
+def test_the_rules_for_cards_plan_the_published_configuration(call: Call, kimi_data: Path, size: int) -> None:
+    done = call("chat", kimi_data, "--rules", f"gpu{size}", "--dry-run", "--host-memory", "576GiB", "--json")
+    assert (done.code, done.err) == (0, "")
+    plan = json.loads(done.out)
+    assert f"planned for a card of {size}.00 GiB" in " ".join(plan["notes"])
+    card = plan["devices"]["cuda:0"]
+    assert 0.93 * card["budget"] < card["bytes"] <= card["budget"]
+    parts = [*plan["groups"], plan["kv_cache"], *plan["overheads"]]
+    assert card["bytes"] == sum(part["bytes"] for part in parts if part["device"] == "cuda:0")

@@ -182,11 +182,14 @@ def test_gpus_are_described_and_failures_become_a_note(tmp_path: Path, monkeypat
     cuda = SimpleNamespace(
         device_count=lambda: 2,
         get_device_name=lambda index: f"Card {index}",
+        get_device_capability=lambda index: (8, 6 + 3 * index),
         mem_get_info=lambda index: (20 * GIB + index, 24 * GIB),
     )
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda="13.0")))
     machine = Machine.probe(tmp_path)
-    assert machine.gpus == (Gpu(0, "Card 0", 24 * GIB, 20 * GIB), Gpu(1, "Card 1", 24 * GIB, 20 * GIB + 1))
+    assert machine.gpus == (
+        Gpu(0, "Card 0", 24 * GIB, 20 * GIB, (8, 6)), Gpu(1, "Card 1", 24 * GIB, 20 * GIB + 1, (8, 9)),
+    )  # fmt: skip
     assert [gpu.device for gpu in machine.gpus] == ["cuda:0", "cuda:1"]
     assert machine.find_gpu("cuda:1") is machine.gpus[1]
     assert machine.find_gpu("cuda:2") is machine.find_gpu("host") is None

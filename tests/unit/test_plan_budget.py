@@ -122,10 +122,10 @@ def test_the_size_of_a_card_bounds_it_and_its_reserve_is_within() -> None:
         return next(line for line in plan.table().splitlines() if line.startswith("cuda:0: ") and " of " in line)
 
     assert budget("24GiB", 80).endswith(
-        "of 22.52 GiB (devices.gpu_memory of 24.00 GiB on line 2 less 1.48 GiB in reserve)"
+        "of 23.14 GiB (devices.gpu_memory of 24.00 GiB on line 2 less 885.76 MiB in reserve)"
     )
-    assert budget("24GiB", 23).endswith("of 21.54 GiB (23.00 GiB free less 1.46 GiB in reserve)")
-    assert budget("auto", 80).endswith("of 77.40 GiB (80.00 GiB free less 2.60 GiB in reserve)")
+    assert budget("24GiB", 23).endswith("of 22.15 GiB (23.00 GiB free less 875.52 MiB in reserve)")
+    assert budget("auto", 80).endswith("of 78.58 GiB (80.00 GiB free less 1.42 GiB in reserve)")
 
 
 def test_the_budget_is_met_to_the_byte() -> None:

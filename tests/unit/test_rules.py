@@ -131,6 +131,16 @@ def test_quotes_comments_and_a_byte_order_mark_change_nothing(tmp_path: Path) ->
         ("embedding, on: host", "embedding, layers: 0, on: host", 4, ["no layers for embedding"], None),
         ("tokens: 65536", "tokens: 0", 12, ["kv_cache: tokens", "'0'"], None),
         ("tokens: 65536", "tokens: 64k", 12, ["'64k'"], None),
+        ("stream: off", "stream: on", 15, ["prefill: stream: expected one of auto, off", "'on'"], None),
+        ("dtype: int4", "hottest: 4, dtype: int4", 10,
+         ["hottest: expected it with routed_experts on: gpu, got routed_experts on: host"], None),
+        ("what: attention, on: gpu, layers: 1", "what: attention, hottest: 3, on: gpu, layers: 1", 5,
+         ["hottest: expected it with routed_experts on: gpu, got attention on: gpu"], None),
+        ("on: host, dtype: int4", "on: gpu, hottest: 0, dtype: int4", 10, ["hottest: expected auto or", "'0'"], None),
+        ("on: host, dtype: int4", "on: gpu, hottest: 3, dtype: bf16", 10, ["dtype: expected int4", "'bf16'"], None),
+        ("on: host, dtype: int4", "on: gpu, hottest: 3, also_on_host: yes", 10,
+         ["also_on_host: expected one of true, false", "'yes'"], None),
+        ("dtype: int4", "also_on_host: true", 10, ["also_on_host: expected it with routed_experts on: gpu"], None),
         ("chunk_tokens: 256", "chunk_tokens: -1", 15, ["prefill: chunk_tokens", "'-1'"], None),
         ("numerics: exact", "numerics: precise", 13, ["numerics: expected one of exact, fast, bf16, reference"], None),
         ("overlap: off", "overlap: {defered: 2}", 14, ["unknown key 'defered'"], "did you mean 'deferred'?"),
@@ -168,11 +178,15 @@ def test_numa_that_is_none(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["attention", "dense_mlp", "shared_experts", "lm_head"])
-def test_dense_groups_may_be_int8_on_the_host_alone(what: str) -> None:
-    text = "version: 1\ndevices: {gpu: cuda:0}\nplace:\n  - {what: %s, on: %s, dtype: int8}\n"
-    assert parse_rules(text % (what, "host")).place[0].dtype == "int8"
-    with pytest.raises(RulesError, match="4: place rule 1: dtype: int8 is not available in this version"):
-        parse_rules(text % (what, "gpu"))
+def test_dense_groups_may_be_int8_anywhere_and_fp8_on_a_gpu(what: str) -> None:
+    text = "version: 1\ndevices: {gpu: %s}\nplace:\n  - {what: %s, on: %s, dtype: %s}\n"
+    for gpu, on, dtype in (
+        ("cuda:0", "host", "int8"), ("cuda:0", "gpu", "int8"), ("cuda:0", "gpu", "fp8"), ("twin", "gpu", "int8"),
+    ):  # fmt: skip
+        assert parse_rules(text % (gpu, what, on, dtype)).place[0].dtype == dtype
+    for gpu, on in (("cuda:0", "host"), ("twin", "gpu")):
+        with pytest.raises(RulesError, match="4: place rule 1: dtype: fp8 is not available in this version"):
+            parse_rules(text % (gpu, what, on, "fp8"))
 
 
 @pytest.mark.parametrize(
@@ -212,15 +226,12 @@ def test_other_groups_are_not_int8(what: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "line", "what"),
     [
-        ("on: gpu, layers: 1..60", "on: gpu, layers: 1..60, dtype: int8", 5, "dtype: int8"),
-        ("on: gpu, layers: 1..60", "on: gpu, layers: 1..60, dtype: fp8", 5, "dtype: fp8"),
+        ("embedding, on: host, dtype: bf16", "embedding, on: gpu, dtype: fp8", 4, "dtype: fp8"),
         ("on: host, dtype: int4", "on: gpu, dtype: int4", 10, "routed_experts on: gpu"),
-        ("dtype: int4", "hottest: 4, dtype: int4", 10, "hottest"),
         ("layers: 1..60", "layers: hottest", 5, "layers: hottest"),
         ("layers: 1..60", "layers: hottest 12", 5, "layers: hottest"),
         ("layers: 1..60", "layers: {hottest: 12}", 5, "layers: hottest"),
         ("overlap: off", "overlap: {deferred: 2}", 14, "deferred"),
-        ("stream: off", "stream: auto", 15, "stream: auto"),
         ("dtype: bf16, tokens", "dtype: fp8, tokens", 12, "dtype: fp8"),
     ],
 )

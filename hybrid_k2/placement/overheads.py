@@ -1,0 +1,102 @@
+"""What a GPU holds beside weights and KV cache: bounds on work memory, from the shapes of what is computed there.
+
+workspace   activations of a chunk, work buffers of attention, logits, the partial sums of decode attention, the rows of
+            experts that are computed on the GPU
+staging     buffers for the experts that a streamed prefill brings over
+graphs      a CUDA graph of the decode step for each size of batch
+allocator   what torch's allocator rounds up
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hybrid_k2.config import ModelConfig
+from hybrid_k2.placement.groups import expert_parameters, weight_bytes
+from hybrid_k2.placement.sizes import KIB, MIB
+
+SEQUENCES = 8  # that may decode at the same time
+WORK_BYTES = 4 * 64 * MIB  # work buffers of attention (model/mla.py), whatever the context
+DECODE_SPLITS = 128  # of a sequence's keys, each with partial sums (accelerator/kernels/mla_decode.py)
+EXPERT_TOKENS = 1024  # of a chunk that pass through experts on the GPU at a time
+# While some experts are computed, the next ones arrive, of the same layer or of the next: twice four are 190 MB at the
+# size of K2.6, 8 ms of PCIe 4 x16.
+STAGED_EXPERTS = 8
+GRAPHS = 4  # batches of 1, 2, 4 and 8 sequences
+GRAPH_BYTES_PER_LAYER = 256 * KIB  # some 30 launches, by common experience 8 KiB each
+ROUNDING_BYTES = MIB  # the allocator gives large tensors whole 2 MiB: half of that is lost with each
+MATRICES = {"attention": 5, "router": 1, "dense_mlp": 3, "shared_experts": 3, "embedding": 1, "lm_head": 1}
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Bound what something beside weights and KV cache takes on a device."""
+
+    what: str
+    device: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """Say what is computed beside the host, and where.
+
+    hot, stream: experts are computed there, too. context_tokens: of the longest sequence.
+    """
+
+    config: ModelConfig
+    device: str | None
+    activation_dtype: str
+    chunk_tokens: int
+    hot: bool = False
+    stream: bool = False
+    context_tokens: int = 0
+    sequences: int = SEQUENCES
+
+
+def gpu_overheads(work: Work, matrices: int, matrix_bytes: int) -> tuple[Overhead, ...]:
+    """List what the work takes on its GPU beside so many matrices of weights and cache."""
+    parts = _parts(work, matrices, matrix_bytes)
+    return tuple(Overhead(what, work.device or "", nbytes) for what, nbytes in parts if nbytes)
+
+
+def _parts(work: Work, matrices: int, matrix_bytes: int) -> Iterator[tuple[str, int]]:
+    config = work.config
+    yield "workspace", workspace_bytes(work)
+    yield "staging", STAGED_EXPERTS * weight_bytes(expert_parameters(config), "int4") if work.stream else 0
+    yield "graphs", GRAPHS * config.num_hidden_layers * GRAPH_BYTES_PER_LAYER
+    # The weights of a small model share a few blocks.
+    yield "allocator", min(matrices * ROUNDING_BYTES, matrix_bytes // 10)
+
+
+def workspace_bytes(work: Work) -> int:
+    """Bound the memory of one forward pass: a chunk of a prompt, or a step of all sequences, whichever is more."""
+    config, rows = work.config, max(work.chunk_tokens, work.sequences)
+    logits = work.sequences * config.vocab_size * 2 * FP32_BYTES
+    partial = work.sequences * DECODE_SPLITS * config.num_attention_heads * (config.kv_lora_rank + 2) * FP32_BYTES
+    experts = 0
+    if work.hot or work.stream:
+        inner = config.hidden_size + 2 * config.moe_intermediate_size
+        experts = min(rows, EXPERT_TOKENS) * config.num_experts_per_tok * inner * FP32_BYTES
+    attention = rows * _attention_row(work) + WORK_BYTES + work.context_tokens * config.latent_dim * FP32_BYTES
+    mlp = rows * 3 * max(config.intermediate_size, config.moe_intermediate_size) * _width(work) + experts
+    return rows * _stream_row(work) + logits + max(attention, partial, mlp)
+
+
+def _stream_row(work: Work) -> int:
+    """Bytes that a row holds from layer to layer: the stream, what is normed, two results, the routed one in fp32."""
+    return work.config.hidden_size * (4 * _width(work) + FP32_BYTES)
+
+
+def _attention_row(work: Work) -> int:
+    """Bytes of a row's queries (as projected, and twice in fp32) and values (fp32, and as the output reads them)."""
+    config = work.config
+    query = config.qk_head_dim * (_width(work) + 2 * FP32_BYTES)
+    value = config.v_head_dim * (_width(work) + FP32_BYTES)
+    return config.num_attention_heads * (query + value)
+
+
+def _width(work: Work) -> int:
+    return 2 if work.activation_dtype == "bf16" else FP32_BYTES
