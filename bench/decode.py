@@ -20,10 +20,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from safetensors.torch import save_file
 
+from hybrid_k2.bench.slice import slice_config, widths, write_slice
 from hybrid_k2.checkpoint import Checkpoint
-from hybrid_k2.checkpoint.tensors import TensorSpec, expected_tensors
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.host.threads import NodeThreads
 from hybrid_k2.model.batch import Batch, Chunk
@@ -31,55 +30,10 @@ from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.loader import load_text_model
 from hybrid_k2.placement import Machine, load_rules, make_plan, shipped_names, shipped_rules
 
-YARN = {
-    "type": "yarn", "factor": 64.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0,
-    "mscale": 1.0, "mscale_all_dim": 1.0,
-}  # fmt: skip
-WIDE = {
-    "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_attention_heads": 64,
-    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-}  # fmt: skip
 TINY = {
     "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 2,
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
 }  # fmt: skip
-
-
-def model_config(widths: dict[str, int], layers: int, experts: int) -> ModelConfig:
-    """Describe a text model of the K2 family."""
-    data = {
-        "model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 4096, **widths,
-        "num_hidden_layers": layers, "num_key_value_heads": widths["num_attention_heads"], "n_shared_experts": 1,
-        "n_routed_experts": experts, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "moe_layer_freq": 1,
-        "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
-        "routed_scaling_factor": 2.827, "hidden_act": "silu", "rms_norm_eps": 1e-5, "attention_bias": False,
-        "rope_theta": 50000.0, "rope_scaling": YARN, "max_position_embeddings": 262144, "tie_word_embeddings": False,
-        "num_nextn_predict_layers": 0, "dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
-    }  # fmt: skip
-    return ModelConfig.from_dict(data, "bench/decode.py")
-
-
-def random_tensor(spec: TensorSpec) -> torch.Tensor:
-    """Draw values of about the size of real ones."""
-    if spec.name.endswith("weight_packed"):
-        return torch.randint(-(2**31), 2**31, spec.shape, dtype=torch.int32)
-    if spec.name.endswith("weight_scale"):
-        return torch.rand(spec.shape).add_(0.5).mul_(0.01).to(torch.bfloat16)
-    if len(spec.shape) == 1:
-        return torch.zeros(spec.shape) if "bias" in spec.name else torch.ones(spec.shape).to(torch.bfloat16)
-    return torch.randn(spec.shape).mul_(spec.shape[-1] ** -0.5).to(torch.bfloat16)
-
-
-def write(folder: Path, config: ModelConfig) -> None:
-    """Write a checkpoint with packed experts."""
-    tensors: dict[str, torch.Tensor] = {}
-    for spec in expected_tensors(config, lambda name: ".experts." in name and name.endswith("weight_packed")):
-        if spec.name.endswith("weight_shape"):
-            packed = tensors[spec.name.replace("weight_shape", "weight_packed")]
-            tensors[spec.name] = torch.tensor([packed.shape[0], packed.shape[1] * 8], dtype=torch.int32)
-        else:
-            tensors[spec.name] = random_tensor(spec)
-    save_file(tensors, folder / "model.safetensors")
 
 
 def measure(config: ModelConfig, rules_name: str, context: int, steps: int, threads: int | None) -> dict[str, float]:
@@ -87,7 +41,7 @@ def measure(config: ModelConfig, rules_name: str, context: int, steps: int, thre
     rules = shipped_rules(rules_name) if rules_name in shipped_names() else load_rules(rules_name)
     rules = replace(rules, kv_cache=replace(rules.kv_cache, tokens=context + steps + 64))
     with tempfile.TemporaryDirectory() as name:
-        write(Path(name), config)
+        write_slice(Path(name), config)
         with Checkpoint.open(Path(name)) as checkpoint:
             plan = make_plan(rules, config, Machine.probe())
             if threads:
@@ -130,10 +84,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
-    wide = measure(model_config(WIDE, args.layers, args.experts), args.rules, args.context, args.steps, args.threads)
-    tiny = measure(
-        model_config(TINY, args.layers, args.experts), args.rules, 64, 4 * args.steps, round(wide["threads"])
-    )
+    full, small = (slice_config(sizes, args.layers, args.experts, __file__) for sizes in (widths(), TINY))
+    wide = measure(full, args.rules, args.context, args.steps, args.threads)
+    tiny = measure(small, args.rules, 64, 4 * args.steps, round(wide["threads"]))
     wide["dispatch_ms"] = tiny["ms"]
     if args.json:
         print(json.dumps(wide))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -81,6 +82,47 @@ def experts(
             f"bench experts: expected {format_bytes(needed)} of memory, got none left ({error})",
             hint="another program or a limit takes it; ask for fewer --experts or --tokens",
         ) from error
+    out = Output(sys.stdout)
+    out.line(json.dumps(report.to_json()) if as_json else report.table())
+
+
+@app.command()
+@ends_cleanly
+def overlap(
+    device: Annotated[
+        str, typer.Option(metavar="twin|cuda", help="A thread in the place of a GPU, or a GPU.")
+    ] = "twin",
+    sequences: Annotated[int, typer.Option(help="Sequences that decode together.", min=1, max=1024)] = 2,
+    scale: Annotated[int, typer.Option(help="Divide the widths of K2.6 by 1, 2, 4 or 8.")] = 4,
+    layers: Annotated[int, typer.Option(help="Layers, the first one dense.", min=2, max=61)] = 7,
+    experts: Annotated[int, typer.Option(help="Experts of a layer.", min=8, max=384)] = 16,
+    context: Annotated[int, typer.Option(help="Tokens before the first step.", min=1, max=200000)] = 256,
+    steps: Annotated[int, typer.Option(help="Steps that are measured.", min=1, max=10000)] = 12,
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the steps for Chrome or Perfetto.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,
+) -> None:
+    """Decode a slice of a model with random weights, attention on the device and experts on the host beside it."""
+    if device not in ("twin", "cuda"):
+        raise typer.BadParameter(f"expected twin or cuda, got {device!r}", param_hint="--device")
+    if scale not in (1, 2, 4, 8):
+        raise typer.BadParameter(f"expected 1, 2, 4 or 8, got {scale}", param_hint="--scale")
+
+    with leaving_at_once():
+        from hybrid_k2.bench.overlap import measure_overlap
+
+    notes = Output(Nowhere() if quiet else sys.stderr)
+    report = measure_overlap(
+        device,
+        sequences,
+        scale=scale,
+        layers=layers,
+        experts=experts,
+        context=context,
+        steps=steps,
+        trace_to=trace,
+        progress=lambda text: notes.line(text, "dim"),
+    )
     out = Output(sys.stdout)
     out.line(json.dumps(report.to_json()) if as_json else report.table())
 

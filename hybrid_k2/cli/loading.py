@@ -12,6 +12,8 @@ from hybrid_k2.cli.terminal import Output
 from hybrid_k2.placement.sizes import format_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hybrid_k2.engine import Engine
     from hybrid_k2.placement import Plan
 
@@ -20,8 +22,8 @@ LINE_EVERY_S = 10.0  # where there is no bar
 LEAST_S = 0.1  # a speed over less time says nothing
 
 
-def load_engine(model: str, rules: str | None, notes: Output) -> Engine:
-    """Plan, print the plan, load.
+def load_engine(model: str, rules: str | None, notes: Output, trace: Path | None = None) -> Engine:
+    """Plan, print the plan, load; `trace` is written when the engine is closed.
 
     Raises: HybridK2Error: everything that is wrong with the checkpoint, the rules or the machine.
     """
@@ -30,7 +32,7 @@ def load_engine(model: str, rules: str | None, notes: Output) -> Engine:
 
     started, speed = time.perf_counter(), Speed()
     with show_progress(notes, speed) as progress:
-        engine = Engine.load(model, rules, on_plan=lambda plan: say_plan(plan, notes), progress=progress)
+        engine = Engine.load(model, rules, on_plan=lambda plan: say_plan(plan, notes), progress=progress, trace=trace)
     seconds = time.perf_counter() - started
     notes.line(f"ready after {seconds:.1f} s; {speed.summary()}; experts: {engine.experts_name}", "dim")
     return engine

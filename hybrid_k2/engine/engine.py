@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hybrid_k2.accelerator import Trace
 from hybrid_k2.engine.generation import Generation, OnPrefill, Runner
 from hybrid_k2.engine.loading import LoadedModel, OnPlan, load_model
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.prefix import KeptPrefix
 from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.request import chat_sequence, check_ids, check_prompt_fits, text_sequence
-from hybrid_k2.errors import EngineError, MemoryBudgetError, RequestError, shown
+from hybrid_k2.errors import ConfigError, EngineError, MemoryBudgetError, RequestError, shown
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.latent_cache import LatentCache
 
@@ -40,12 +41,14 @@ class Engine:
     Any thread may call; `Generation.cancel` and all properties may be used while a request runs.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, trace_to: Path | None = None) -> None:
         self.config = loaded.config
         self.plan = loaded.plan
         self.tokenizer = loaded.tokenizer
         self.folder = loaded.folder
         self._loaded = loaded
+        self._trace_to = trace_to
+        loaded.text.trace = Trace() if trace_to is not None else None
         self._cache = LatentCache(loaded.plan.kv_cache, loaded.config)
         self._prefix = KeptPrefix(self._cache, loaded.plan.chunk_tokens)
         self._runner = Runner(
@@ -63,17 +66,20 @@ class Engine:
         *,
         on_plan: OnPlan | None = None,
         progress: Progress | None = None,
+        trace: str | Path | None = None,
     ) -> Engine:
         """Load a checkpoint: a folder, a Hugging Face repository, or "demo" for the built-in one.
 
         `rules`: a placement rule file or the name of a shipped one; None chooses for the machine. `on_plan` gets the
         plan when everything has been checked and nothing large was read; an exception from it ends the loading.
-        `progress` gets the bytes read and the bytes to read.
+        `progress` gets the bytes read and the bytes to read. `trace`: a file that `close` writes, with the times of all
+        operations of accelerator and experts, for Chrome or Perfetto; they are kept in memory until then.
         Raises: CheckpointError, ConfigError, UnsupportedModelError, RulesError, HardwareError.
         """
+        trace_to = None if trace is None else _writable(Path(trace))
         loaded = load_model(path, rules, on_plan, progress)
         try:
-            return cls(loaded)
+            return cls(loaded, trace_to)
         except BaseException:  # no memory for the cache, or Ctrl-C
             loaded.text.close()
             raise
@@ -181,7 +187,8 @@ class Engine:
     def close(self) -> None:
         """Free weights, cache and threads. Closing twice is fine.
 
-        A generation that is waiting for its reader is ended. Raises: EngineError while another thread computes.
+        A generation that is waiting for its reader is ended.
+        Raises: EngineError while another thread computes, or if the trace cannot be written.
         """
         if self._closed:
             return
@@ -190,7 +197,10 @@ class Engine:
         with self._enter():
             self._closed = True
             self._prefix.release()
+            trace = self._loaded.text.trace
             self._loaded.text.close()
+            if trace is not None and self._trace_to is not None:
+                _write(trace, self._trace_to)
 
     def __enter__(self) -> Engine:
         return self
@@ -235,3 +245,19 @@ class Engine:
         except (MemoryBudgetError, MemoryError) as error:
             log.info("the share of the memory's bandwidth is not known: %s", error)
             return None
+
+
+def _writable(path: Path) -> Path:
+    """Make sure that the trace can be written, before the model is loaded. Raises: ConfigError."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a trace file that can be written, got {error.strerror}") from error
+    return path
+
+
+def _write(trace: Trace, path: Path) -> None:
+    try:
+        trace.write(path)
+    except OSError as error:
+        raise EngineError(f"{path}: expected to write the trace, got {error.strerror}") from error

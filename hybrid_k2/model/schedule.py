@@ -89,8 +89,10 @@ class Half:
             rows.copy_(linear(norm(part), lm_head))
 
 
-def through_layers(layers: Sequence[Layer], halves: Sequence[Half]) -> Iterator[Operation]:
-    """List what takes these halves through all layers."""
+def through_layers(
+    layers: Sequence[Layer], halves: Sequence[Half], head: Callable[[Half], None]
+) -> Iterator[Operation]:
+    """List what takes these halves through all layers, and each through `head` as soon as it is there."""
     for index, layer in enumerate(layers):
         for half in halves:
             if index:
@@ -100,6 +102,7 @@ def through_layers(layers: Sequence[Layer], halves: Sequence[Half]) -> Iterator[
                 yield partial(half.post, index, layer.mlp), _label("post", index, half)
     for half in halves:
         yield from _finish(len(layers) - 1, layers[-1], half)
+        yield partial(head, half), Label("head", half=half.slot)
 
 
 def _finish(index: int, layer: Layer, half: Half) -> Iterator[Operation]:

@@ -51,9 +51,9 @@ class TextModel:
         self.experts_runtime = runtimes[0]
         self.layers = list(layers)
         self.accelerator = accelerator
-        self._handoff = handoff
+        self.handoff = handoff
         self._runtimes = list(runtimes)
-        self._ping_pong = ping_pong
+        self.ping_pong = ping_pong
         self._watchdog_s = watchdog_s
         self._activation_dtype = activation_dtype
         self._embedding = embedding
@@ -70,7 +70,7 @@ class TextModel:
 
     @trace.setter
     def trace(self, trace: Trace | None) -> None:
-        self.accelerator.trace = self._handoff.trace = trace
+        self.accelerator.trace = self.handoff.trace = trace
 
     def forward(self, batch: Batch, cache: LatentCache) -> Tensor:
         """Run the batch through all layers and return the logits of its logit rows.
@@ -87,7 +87,7 @@ class TextModel:
         failed, self._failed = self._failed, True
         try:
             if failed:
-                self.accelerator.enqueue(self._handoff.reset, Label("reset"))
+                self.accelerator.enqueue(self.handoff.reset, Label("reset"))
             for op, label in self._operations(self._halves(batch, cache, logits)):
                 self.accelerator.enqueue(op, label)
             self.accelerator.synchronize(self._watchdog_s)
@@ -102,7 +102,7 @@ class TextModel:
         if self._closed:
             return
         self._closed = True
-        self._handoff.close()
+        self.handoff.close()
         self.accelerator.close()
         for layer in self.layers:
             if isinstance(layer.mlp, Moe):
@@ -114,10 +114,10 @@ class TextModel:
         self._lm_head = self._embedding
 
     def _halves(self, batch: Batch, cache: LatentCache, logits: Tensor) -> list[Half]:
-        parts = batch.halves() if self._ping_pong else [batch]
+        parts = batch.halves() if self.ping_pong else [batch]
         places = torch.split(logits, [len(part.logit_rows) for part in parts])
         return [
-            Half(slot, part, cache, self._handoff, place)
+            Half(slot, part, cache, self.handoff, place)
             for slot, (part, place) in enumerate(zip(parts, places, strict=True))
         ]
 
@@ -125,9 +125,7 @@ class TextModel:
         for half in halves:
             embed = partial(half.embed, self._embedding, self._activation_dtype, self._rope)
             yield embed, Label("embed", half=half.slot)
-        yield from through_layers(self.layers, halves)
-        for half in halves:
-            yield partial(half.head, self._final_norm, self._lm_head), Label("head", half=half.slot)
+        yield from through_layers(self.layers, halves, partial(Half.head, norm=self._final_norm, lm_head=self._lm_head))
 
     def _check(self, batch: Batch, cache: LatentCache) -> None:
         if self._closed:

@@ -101,3 +101,17 @@ def test_memory_that_runs_out_is_one_error(call: Call, monkeypatch: pytest.Monke
     assert done.code == 1
     assert "got none left" in done.err
     assert "fewer --experts" in done.err
+
+
+def test_overlap_on_the_twin(call: Call) -> None:
+    small = ("--scale", "8", "--layers", "2", "--experts", "8", "--context", "5", "--steps", "1")
+    done = call("bench", "overlap", "--sequences", "2", *small, "--json", "--quiet")
+    assert (done.code, done.err) == (0, "")
+    assert 0 < json.loads(done.out)["overlap_share"] <= 1
+
+
+@pytest.mark.parametrize(("option", "value"), [("--device", "tpu"), ("--scale", "3"), ("--sequences", "0")])
+def test_wrong_usage_of_overlap(call: Call, option: str, value: str) -> None:
+    done = call("bench", "overlap", option, value)
+    assert (done.code, done.out) == (2, "")
+    assert option in done.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -28,7 +29,8 @@ from hybrid_k2.accelerator import (
     MailboxHandoff,
     SubmitHandoff,
 )
-from hybrid_k2.errors import EngineError
+from hybrid_k2.engine import Engine
+from hybrid_k2.errors import ConfigError, EngineError
 from hybrid_k2.experts import ExpertsBackend
 from hybrid_k2.experts.base import ExpertsShape, QueuedBackend
 from hybrid_k2.model.batch import Batch, Chunk
@@ -141,9 +143,9 @@ def watch(model: TextModel, before: Callable[[str], None], *, timeout_s: float =
     experts: dict[int, ExpertsBackend] = {}
     for index, moe in moe_layers(model).items():
         experts[index] = moe.experts if only not in (None, index) else Watched(moe.experts, before)
-    model._handoff.close()
+    model.handoff.close()
     inline = isinstance(model.accelerator, InlineAccelerator)
-    model._handoff = DirectHandoff(experts) if inline else SubmitHandoff(experts, timeout_s)
+    model.handoff = DirectHandoff(experts) if inline else SubmitHandoff(experts, timeout_s)
 
 
 def random_steps(chance: random.Random, vocab: int) -> list[Step]:
@@ -198,7 +200,7 @@ def test_the_twin_gives_the_bits_of_the_host(folder: Path, host: Loaded, overlap
 def test_any_timing_gives_the_same_bits(host: Loaded, twin: Loaded) -> None:
     """Operations and experts are late by chance; two halves on the twin, and in turn without an accelerator."""
     chance = random.Random()
-    mailbox = twin.model._handoff
+    mailbox = twin.model.handoff
     assert isinstance(mailbox, MailboxHandoff)
     own = twin.model.accelerator
     for i, inner in enumerate((own, InlineAccelerator(), own, InlineAccelerator())):
@@ -355,18 +357,18 @@ class Sleeping(QueuedBackend):
 
 
 def test_slow_experts_end_in_an_error_that_names_the_layer(host: Loaded, twin: Loaded) -> None:
-    go, own = threading.Event(), twin.model._handoff
+    go, own = threading.Event(), twin.model.handoff
     moe = moe_layers(twin.model)
     with ThreadPoolExecutor(1) as queue:
         slow = {i: layer.experts if i != 2 else Sleeping(layer.experts.shape, queue, go) for i, layer in moe.items()}
-        twin.model._handoff = SubmitHandoff(slow, timeout_s=0.2)
+        twin.model.handoff = SubmitHandoff(slow, timeout_s=0.2)
         for _ in range(2):
             start = time.monotonic()
             with pytest.raises(EngineError, match=r"layer 2: .*expected a result within 0\.2 s"):
                 twin.model.forward(two(), twin.cache())
             assert time.monotonic() - start < 20
         go.set()
-    twin.model._handoff = own
+    twin.model.handoff = own
     assert works(twin, host)
 
 
@@ -527,7 +529,7 @@ def test_no_schedule_deadlocks_or_mixes_up_the_halves() -> None:
             halves = [toy_half(slot, start, handoff) for slot, start in enumerate(starts)]
             if step:
                 twin.enqueue(handoff.reset, Label("reset"))
-            for op, label in through_layers(layers, halves):
+            for op, label in through_layers(layers, halves, lambda half: None):
                 twin.enqueue(op, label)
             try:
                 twin.synchronize(timeout_s=60)
@@ -553,3 +555,15 @@ def toy_result(x: float) -> float:
         normal = x % 7
         x += 2 * normal if index == 0 else (index + 3) * normal
     return x
+
+
+def test_an_engine_writes_its_trace_when_it_is_closed(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    for rules in ("twin", "host"):
+        with Engine.load(folder, rules, trace=path) as engine:
+            engine.logits([1, 2, 3])
+        events = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+        assert {event["args"]["layer"] for event in events if event["name"] == "take"} == {1, 2, 3}
+        assert sum(event["cat"] == "experts" for event in events) == 3 or NATIVE_ERROR is not None
+    with pytest.raises(ConfigError, match="expected a trace file that can be written, got No such file or directory"):
+        Engine.load(folder, "host", trace=tmp_path / "nowhere" / "trace.json")

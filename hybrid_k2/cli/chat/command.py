@@ -54,6 +54,10 @@ def chat(
         str | None,
         typer.Option("--host-memory", metavar="SIZE", help="Plan for a host with this much free, with --dry-run."),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="At the end, write what computed when, for Chrome or Perfetto."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,
     system: Annotated[str | None, _reply("--system", "TEXT", "The system prompt.")] = None,
     think: Annotated[
@@ -132,27 +136,29 @@ def chat(
     )
     notes = Output(Nowhere() if quiet else sys.stderr)
     if interactive:
-        _chat(options, rules, notes)
+        _chat(options, rules, notes, trace)
     else:
-        _answer(options, rules, prompt or [], notes, as_json)
+        _answer(options, rules, prompt or [], notes, as_json, trace)
 
 
-def _chat(options: ChatOptions, rules: str | None, notes: Output) -> None:
+def _chat(options: ChatOptions, rules: str | None, notes: Output, trace: Path | None) -> None:
     with leaving_at_once():
         from hybrid_k2.cli.chat.line_input import LineInput
         from hybrid_k2.cli.chat.session import ChatSession
         from hybrid_k2.cli.loading import load_engine
 
-    with load_engine(options.model, rules, notes) as engine:
+    with load_engine(options.model, rules, notes, trace) as engine:
         notes = Output(sys.stderr)  # --quiet is for the loading: a chat without its prompts would be none
         ChatSession(engine, options, Output(sys.stdout), notes, LineInput(notes)).run()
 
 
-def _answer(options: ChatOptions, rules: str | None, prompt: list[str], notes: Output, as_json: bool) -> None:
+def _answer(
+    options: ChatOptions, rules: str | None, prompt: list[str], notes: Output, as_json: bool, trace: Path | None
+) -> None:
     with leaving_at_once():
         from hybrid_k2.cli.chat.one_shot import answer_once, prompt_text
         from hybrid_k2.cli.loading import load_engine
 
     text = prompt_text(prompt, notes)
-    with load_engine(options.model, rules, notes) as engine:
+    with load_engine(options.model, rules, notes, trace) as engine:
         answer_once(engine, options, text, Output(sys.stdout), notes, as_json)

@@ -1,0 +1,208 @@
+"""Decode steps of a slice of a model on an accelerator, with and without two halves that take turns.
+
+Steps with and without overlap alternate, so that a busy neighbour meets both. The times of both sides come from the
+trace of the steps with overlap; the hand-off's from batches that nothing runs beside.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from hybrid_k2.accelerator import Trace
+from hybrid_k2.bench.slice import slice_config, widths, write_slice
+from hybrid_k2.checkpoint import Checkpoint
+from hybrid_k2.config import ModelConfig
+from hybrid_k2.errors import HardwareError
+from hybrid_k2.model.batch import Batch, Chunk
+from hybrid_k2.model.latent_cache import LatentCache
+from hybrid_k2.model.loader import load_text_model
+from hybrid_k2.model.moe import Moe
+from hybrid_k2.model.text import TextModel
+from hybrid_k2.placement import Machine, Plan, Rules, make_plan, shipped_rules
+from hybrid_k2.placement.memories import TWIN
+
+PAGE = 64  # tokens: a sequence may fill a part of its last page
+WARM_STEPS = 2
+HANDOFFS = 100
+
+
+@dataclass(frozen=True)
+class OverlapReport:
+    """What the steps took. Units: ms, us; medians over steps.
+
+    A layer's times are of one MoE layer and all its halves: what each side worked, and the step's part. `overlap_share`
+    is the part of the experts' time in which the accelerator worked, too; None where it is not known when they did.
+    """
+
+    device: str
+    accelerator: str
+    experts: str
+    sequences: int
+    context: int
+    moe_layers: int
+    accelerator_threads: int
+    experts_threads: int
+    steps: int
+    overlap_share: float | None
+    step_ms: float
+    step_off_ms: float
+    layer_ms: float
+    layer_accelerator_ms: float
+    layer_experts_ms: float
+    handoff_us: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for `--json`."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """Write the report as text."""
+        share = "not known" if self.overlap_share is None else f"{self.overlap_share:.0%}"
+        handoff = "not known" if self.handoff_us is None else f"{self.handoff_us:.0f} us"
+        return "\n".join(
+            (
+                f"{self.accelerator} ({self.accelerator_threads or 'no'} host threads), experts: {self.experts} "
+                f"({self.experts_threads} threads)",
+                f"{self.sequences} sequences behind {self.context} tokens, {self.moe_layers} MoE layers, "
+                f"{self.steps} steps",
+                f"overlap share    {share}",
+                f"step             {self.step_ms:.2f} ms; {self.step_off_ms:.2f} ms without overlap",
+                f"MoE layer        {self.layer_ms:.2f} ms: accelerator {self.layer_accelerator_ms:.2f} ms, "
+                f"experts {self.layer_experts_ms:.2f} ms",
+                f"hand-off         {handoff} there and back",
+            )
+        )
+
+
+def measure_overlap(
+    device: str,
+    sequences: int,
+    *,
+    scale: int = 4,
+    layers: int = 7,
+    experts: int = 16,
+    context: int = 256,
+    steps: int = 12,
+    seed: int = 0,
+    trace_to: Path | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> OverlapReport:
+    """Measure decode steps of `sequences` sequences behind `context` tokens each, on "twin" or "cuda".
+
+    `scale` divides the widths of K2.6. `trace_to` gets the trace of the steps with overlap.
+    Memory and disk: the slice once each, in a temporary folder until it is loaded.
+    Raises: HardwareError for a GPU that is not there; MemoryBudgetError for a slice that does not fit.
+    """
+    config = slice_config(widths(scale), layers, experts, "bench overlap")
+    torch.manual_seed(seed)
+    total = steps + WARM_STEPS
+    with _loaded(_make_rules(device, sequences * (context + total + PAGE)), config, progress) as (plan, model):
+        decoding = _Decoding(model, LatentCache(plan.kv_cache, config), sequences, context, total)
+        trace, on, off = Trace(), [], []
+        for number in range(total):
+            progress(f"step {number + 1} of {total}")
+            off.append(decoding.step(number, ping_pong=False, trace=None))
+            on.append(decoding.step(number, ping_pong=True, trace=trace if number >= WARM_STEPS else None))
+        moe_layers = [index for index, layer in enumerate(model.layers) if isinstance(layer.mlp, Moe)]
+        report = OverlapReport(
+            device=device,
+            accelerator=model.accelerator.name,
+            experts=model.experts_runtime.name,
+            sequences=sequences,
+            context=context,
+            moe_layers=len(moe_layers),
+            accelerator_threads=plan.twin_threads,
+            experts_threads=plan.threads,
+            steps=steps,
+            overlap_share=trace.overlap_share(),
+            step_ms=median(on[WARM_STEPS:]) * 1e3,
+            step_off_ms=median(off[WARM_STEPS:]) * 1e3,
+            layer_ms=median(on[WARM_STEPS:]) * 1e3 / layers,
+            layer_accelerator_ms=_busy_ms(trace, "accelerator", moe_layers) / steps / len(moe_layers),
+            layer_experts_ms=_busy_ms(trace, "experts", moe_layers) / steps / len(moe_layers),
+            handoff_us=_handoff_us(model, moe_layers[0], max(1, sequences // 2)) if device == TWIN else None,
+        )
+    if trace_to is not None:
+        trace.write(trace_to)
+    return report
+
+
+def _make_rules(device: str, tokens: int) -> Rules:
+    """Return the shipped rules for the twin or the first GPU, with overlap and a cache of this size."""
+    rules = shipped_rules(TWIN if device == TWIN else "gpu")
+    return replace(rules, overlap="ping_pong", kv_cache=replace(rules.kv_cache, tokens=tokens))
+
+
+@contextmanager
+def _loaded(rules: Rules, config: ModelConfig, progress: Callable[[str], None]) -> Iterator[tuple[Plan, TextModel]]:
+    machine = Machine.probe()
+    if rules.devices.gpu != TWIN and not machine.gpus:
+        note = f" ({machine.gpu_note})" if machine.gpu_note else ""
+        raise HardwareError(
+            f"bench overlap: expected a CUDA device, got none{note}",
+            hint="--device twin measures the same with a thread of the host in the place of a GPU",
+        )
+    plan = make_plan(rules, config, machine)
+    with tempfile.TemporaryDirectory() as name:
+        progress(f"writing {config.num_hidden_layers} layers of random weights to {name}")
+        write_slice(Path(name), config)
+        with Checkpoint.open(Path(name)) as checkpoint:
+            model = load_text_model(checkpoint, config, plan)
+    try:
+        yield plan, model
+    finally:
+        model.close()
+
+
+class _Decoding:
+    """Sequences behind random latents, of which each step decodes one token."""
+
+    def __init__(self, model: TextModel, cache: LatentCache, sequences: int, context: int, steps: int) -> None:
+        self.model = model
+        self.cache = cache
+        self.context = context
+        self.pages = [cache.pool.allocate(cache.pages_for(context + steps)) for _ in range(sequences)]
+        for layer in cache.layers:
+            layer.normal_()
+
+    def step(self, number: int, *, ping_pong: bool, trace: Trace | None) -> float:
+        """Return the seconds of a step."""
+        chunks = [Chunk([(7 * number + i) % 4096], self.context + number, own) for i, own in enumerate(self.pages)]
+        self.model.ping_pong, self.model.trace = ping_pong, trace
+        batch = Batch.build(chunks)
+        start = time.perf_counter()
+        self.model.forward(batch, self.cache).sum().item()  # waits for a GPU, too
+        return time.perf_counter() - start
+
+
+def _busy_ms(trace: Trace, lane: str, layers: Sequence[int]) -> float:
+    """Sum the time in which a lane worked for these layers."""
+    part = Trace()
+    part.events = [event for event in trace.events if event.label.layer in layers]
+    return sum(stop - start for start, stop in part.busy(lane)) / 1e6
+
+
+def _handoff_us(model: TextModel, layer: int, tokens: int) -> float:
+    """Return the median time from `post` to the end of `take`, less what the experts computed meanwhile."""
+    hidden = torch.randn(tokens, model.config.hidden_size)
+    experts, k = model.config.n_routed_experts, model.config.num_experts_per_tok
+    ids = torch.rand(tokens, experts).topk(k).indices.int()
+    model.trace = trace = Trace()
+    seconds = []
+    for _ in range(HANDOFFS):
+        trace.events.clear()
+        start = time.monotonic_ns()
+        model.handoff.post(0, layer, hidden, ids, torch.ones(tokens, k))
+        model.handoff.take(0, layer)
+        whole = time.monotonic_ns() - start
+        seconds.append(whole - sum(stop - start for start, stop in trace.busy("experts")))
+    return median(seconds) / 1e3

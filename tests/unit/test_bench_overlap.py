@@ -1,0 +1,63 @@
+"""The measurement of the overlap: its figures belong together, and docs/overlap.md knows its options and fields."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from hybrid_k2.bench import overlap as bench
+from hybrid_k2.bench.overlap import OverlapReport, measure_overlap
+from hybrid_k2.cli.bench import app
+from hybrid_k2.errors import HardwareError
+from hybrid_k2.native import NATIVE_ERROR
+from hybrid_k2.placement import Machine
+from tests.conftest import REPO
+
+DOC = (REPO / "docs" / "overlap.md").read_text(encoding="utf-8")
+SMALL = {"scale": 8, "layers": 3, "experts": 8, "context": 20, "steps": 2}
+
+
+@pytest.mark.skipif(NATIVE_ERROR is not None, reason=f"no native extension: {NATIVE_ERROR}")
+def test_the_figures_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "HANDOFFS", 5)
+    trace = tmp_path / "trace.json"
+    report = measure_overlap("twin", 3, **SMALL, trace_to=trace)  # type: ignore[arg-type]
+    assert json.loads(json.dumps(report.to_json()))["device"] == "twin"
+    assert (report.sequences, report.moe_layers, report.steps, report.accelerator) == (3, 2, 2, "twin")
+    assert report.accelerator_threads >= 1
+    assert report.overlap_share is not None
+    assert 0 < report.overlap_share <= 1
+    assert report.handoff_us is not None
+    assert report.handoff_us > 0
+    assert report.layer_ms == pytest.approx(report.step_ms / 3)
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
+    computed = [event for event in events if event["cat"] == "experts"]
+    halves = {(event["args"]["layer"], event["args"]["half"]) for event in computed}
+    assert halves == {(1, 0), (1, 1), (2, 0), (2, 1)}
+    assert len(computed) == 2 * 2 * report.steps
+    assert sum(event["dur"] for event in computed) / 1e3 == pytest.approx(report.layer_experts_ms * 2 * report.steps)
+    worked = sum(event["dur"] for event in events if event["cat"] == "accelerator" and event["args"].get("layer"))
+    waited = sum(event["dur"] for event in events if event["cat"] == "waits")
+    assert (worked - waited) / 1e3 == pytest.approx(report.layer_accelerator_ms * 2 * report.steps, rel=1e-3)
+    assert f"{report.overlap_share:.0%}" in report.table()
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if Machine.probe().gpus:
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(HardwareError, match="bench overlap: expected a CUDA device, got none") as caught:
+        measure_overlap("cuda", 2)
+    assert caught.value.hint is not None
+    assert "--device twin" in caught.value.hint
+
+
+def test_the_page_knows_every_option_and_field() -> None:
+    command = get_command(app).commands["overlap"]  # type: ignore[attr-defined]
+    options = {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
+    assert set(re.findall(r"(?<=`)--[a-z-]+", DOC)) == options - {"--help"}
+    assert not {field.name for field in fields(OverlapReport) if f"`{field.name}`" not in DOC}
