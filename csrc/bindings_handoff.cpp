@@ -59,13 +59,23 @@ class PyMailbox {
     server_->wake();
   }
 
+  // For a payload that is in its areas already.
+  void raise_request(int slot, int layer, int tokens, bool bf16) {
+    mailbox_->raise_request(slot, layer, tokens, bf16);
+    server_->wake();
+  }
+
+  // Waits for a reply of any kind; false if the time runs out.
+  bool wait_reply(int slot, double timeout_s) {
+    return wait([&](Deadline deadline) { return server_->wait_reply(slot, deadline); }, deadline_in(timeout_s));
+  }
+
   int tokens(int slot) const { return mailbox_->posted_tokens(slot); }
 
   // False if the time runs out; EngineError with the reason if the computation failed.
   bool take(int slot, const py::array& output, double timeout_s) {
     float* out = mutable_matrix<float>("output", output, tokens(slot), mailbox_->hidden);
-    const auto replied = [&](Deadline deadline) { return server_->wait_reply(slot, deadline); };
-    if (!wait(replied, deadline_in(timeout_s))) return false;
+    if (!wait_reply(slot, timeout_s)) return false;
     const ReplyStatus status = mailbox_->status(slot);
     if (status == ReplyStatus::kFailed) throw EngineError(server_->failure(slot));
     if (status == ReplyStatus::kGivenUp) throw EngineError("expected a result, got a computation that was given up");
@@ -157,6 +167,9 @@ void bind_handoff(py::module_& m) {
            py::arg("hidden_size"), py::arg("num_experts_per_tok"), py::arg("tokens"), py::arg("layers"))
       .def("post", &PyMailbox::post, py::arg("slot"), py::arg("layer"), py::arg("hidden"), py::arg("ids"),
            py::arg("weights"))
+      .def("raise_request", &PyMailbox::raise_request, py::arg("slot"), py::arg("layer"), py::arg("tokens"),
+           py::arg("bf16"))
+      .def("wait_reply", &PyMailbox::wait_reply, py::arg("slot"), py::arg("timeout_s") = -1.0)
       .def("tokens", &PyMailbox::tokens, py::arg("slot"))
       .def("take", &PyMailbox::take, py::arg("slot"), py::arg("output"), py::arg("timeout_s") = -1.0)
       .def("give_up", &PyMailbox::give_up, py::arg("slot"), py::arg("timeout_s") = -1.0)

@@ -35,8 +35,12 @@ SlotLines& Mailbox::lines(int slot) const {
   return *std::launder(reinterpret_cast<SlotLines*>(lines_.data() + size_t(slot) * sizeof(SlotLines)));
 }
 
-void Mailbox::post(int slot, int layer, const MoeInput& input) {
+void Mailbox::check_free(int slot) const {
   if (!answered(slot)) check_argument(false, "slot", "a free one", text("slot ", slot, ", which is in flight"));
+}
+
+void Mailbox::post(int slot, int layer, const MoeInput& input) {
+  check_free(slot);
   Payload& payload = payloads_[size_t(slot)];
   if (input.tokens > payload.tokens) payload = Payload(std::max(input.tokens, 2 * payload.tokens), hidden, per_token);
   const size_t rows = size_t(input.tokens) * size_t(hidden), choices = size_t(input.tokens) * size_t(per_token);
@@ -45,10 +49,15 @@ void Mailbox::post(int slot, int layer, const MoeInput& input) {
     std::memcpy(payload.ids, input.ids, choices * sizeof(int32_t));
     std::memcpy(payload.weights, input.weights, choices * sizeof(float));
   }
+  raise_request(slot, layer, input.tokens, input.bf16);
+}
+
+void Mailbox::raise_request(int slot, int layer, int tokens, bool bf16) {
+  check_free(slot);
   SlotLines::Request& request = lines(slot).request;
   request.layer = uint32_t(layer);
-  request.tokens = uint32_t(input.tokens);
-  request.bf16 = input.bf16;
+  request.tokens = uint32_t(tokens);
+  request.bf16 = bf16;
   const uint32_t next = request.ticket.load() + 1;
   request.ticket.store(next == 0 ? 1 : next);
 }

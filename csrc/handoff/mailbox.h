@@ -98,6 +98,8 @@ class Mailbox {
 
   // The accelerator's side, as a thread speaks it; one thread at a time for each slot. `post` makes room for the batch.
   void post(int slot, int layer, const MoeInput& input);
+  // Steps 2 and 3 of it alone, for a payload that was written in another way. ArgumentError unless the slot is free.
+  void raise_request(int slot, int layer, int tokens, bool bf16);
   bool answered(int slot) const { return ticket_of(reply_word(slot)) == posted(slot); }
   ReplyStatus status(int slot) const { return ReplyStatus(reply_word(slot) >> 32); }
   // Behind the reply.
@@ -122,6 +124,7 @@ class Mailbox {
   static uint32_t ticket_of(uint64_t word) { return uint32_t(word); }
   uint64_t reply_word(int slot) const { return lines(slot).reply.word.load(); }
   SlotLines& lines(int slot) const;
+  void check_free(int slot) const;
 
   HugeBuffer lines_;
   std::array<Payload, kMailboxSlots> payloads_;

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from hybrid_k2.accelerator.base import Accelerator, Handoff, Label
+from hybrid_k2.accelerator.host_calls import HostCalls
+from hybrid_k2.accelerator.kernels import have_triton
+from hybrid_k2.accelerator.slot_memory import SlotMemory
 from hybrid_k2.accelerator.trace import WAITS, Trace
 from hybrid_k2.errors import EngineError, HardwareError
 from hybrid_k2.experts.base import SLOTS, check_slot
@@ -25,6 +28,16 @@ from hybrid_k2.native import native
 
 POLL_S = 50e-6
 MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
+
+
+class SlotCalls(Protocol):
+    """What an accelerator launches to speak the mailbox's protocol: kernels/mailbox.py, or HostCalls."""
+
+    def post(self, slot: SlotMemory, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+        """Write a batch into the slot and raise its request flag."""
+
+    def take(self, slot: SlotMemory, result: Tensor) -> Tensor:
+        """Wait for the slot's reply, and read the result."""
 
 
 class Peer(Protocol):
@@ -173,17 +186,15 @@ class CudaHandoff(Handoff):
         room: int,
         timeout_s: float = 60.0,
     ) -> None:
-        from hybrid_k2.accelerator.kernels import mailbox
-
         shape = next(iter(layers.values())).shape
         natives = {number: layer.native for number, layer in layers.items()}
         self._accelerator = accelerator
-        self._kernels = mailbox
         self._layers = frozenset(layers)
         self._room = room
         self._timeout_s = timeout_s
         self._posted: dict[int, tuple[int, torch.Size]] = {}  # slot -> layer, shape of the result
         self._mailbox = native.Mailbox(runtime, shape.hidden_size, shape.num_experts_per_tok, room, natives)
+        self._calls = _slot_calls(self._mailbox)
         self._mapped: list[int] = []
         self._map()
         self._slots = [self._slot(slot) for slot in range(SLOTS)]
@@ -198,7 +209,7 @@ class CudaHandoff(Handoff):
             raise EngineError(f"layer {layer}: expected a layer with experts, got one without")
         if len(hidden) > self._room:
             raise ValueError(f"hidden: expected at most {self._room} tokens, got {len(hidden)}")
-        self._kernels.post(self._slots[slot], layer, hidden, ids, weights)
+        self._calls.post(self._slots[slot], layer, hidden, ids, weights)
         self._posted[slot] = layer, hidden.shape
 
     def take(self, slot: int, layer: int) -> Tensor:
@@ -210,7 +221,7 @@ class CudaHandoff(Handoff):
             raise ValueError(f"slot {slot}: expected it to hold layer {layer}, got {text}")
         result = torch.empty(shape, dtype=torch.float32, device=self._accelerator.device)
         with self._accelerator.span(Label("wait", layer, slot, WAITS)):
-            self._kernels.take(self._slots[slot], result)
+            self._calls.take(self._slots[slot], result)
         del self._posted[slot]
         return result
 
@@ -261,10 +272,18 @@ class CudaHandoff(Handoff):
             torch.cuda.check_error(int(_runtime().cudaHostRegister(address, size, MAPPED)))
             self._mapped.append(address)
 
-    def _slot(self, slot: int) -> Any:
+    def _slot(self, slot: int) -> SlotMemory:
         request, reply, hidden, ids, weights, output = map(torch.from_numpy, self._mailbox.areas(slot))
         state = torch.zeros(2, dtype=torch.int32, device=self._accelerator.device)
-        return self._kernels.SlotMemory(request, reply, hidden, ids, weights, output, state)
+        return SlotMemory(slot, request, reply, hidden, ids, weights, output, state)
+
+
+def _slot_calls(mailbox: Any) -> SlotCalls:
+    if not have_triton():
+        return HostCalls(mailbox)
+    from hybrid_k2.accelerator.kernels import mailbox as kernels
+
+    return kernels
 
 
 def _runtime() -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_k2.accelerator import Label, Trace
+from hybrid_k2.accelerator import Label, Trace, cuda
 from hybrid_k2.accelerator.cuda import CudaAccelerator, CudaHandoff
 from hybrid_k2.errors import EngineError, HardwareError
 from hybrid_k2.experts import ExpertsRuntime
@@ -24,6 +24,13 @@ def test_a_card_that_is_not_there_is_an_error() -> None:
     missing = torch.device("cuda", torch.cuda.device_count())
     with pytest.raises(HardwareError, match=f"{missing}: expected a CUDA device, got {torch.cuda.device_count()}"):
         CudaAccelerator(missing)
+
+
+@pytest.fixture(params=["kernels", "host calls"])
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to speak the mailbox's protocol."""
+    if request.param == "host calls":
+        monkeypatch.setattr(cuda, "have_triton", lambda: False)
 
 
 @pytest.fixture
@@ -72,7 +79,7 @@ def test_operations_run_in_order_and_are_traced(accelerator: CudaAccelerator) ->
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_slots_give_what_forward_gives(
-    accelerator: CudaAccelerator, runtime: ExpertsRuntime, dtype: torch.dtype
+    calls: None, accelerator: CudaAccelerator, runtime: ExpertsRuntime, dtype: torch.dtype
 ) -> None:
     layers = {number: make_layer(runtime) for number in (1, 2)}
     handoff = CudaHandoff(accelerator, runtime.native, layers, ROOM)
@@ -101,7 +108,7 @@ def test_two_slots_give_what_forward_gives(
 
 @pytest.mark.gpu
 def test_a_failure_names_the_layer_and_the_next_step_works(
-    accelerator: CudaAccelerator, runtime: ExpertsRuntime
+    calls: None, accelerator: CudaAccelerator, runtime: ExpertsRuntime
 ) -> None:
     good = make_layer(runtime)
     handoff = CudaHandoff(accelerator, runtime.native, {1: good, 9: make_layer(runtime, loaded=False)}, ROOM)
@@ -124,7 +131,7 @@ def test_a_failure_names_the_layer_and_the_next_step_works(
 
 @pytest.mark.gpu
 def test_slow_experts_let_the_card_go_and_the_next_step_works(
-    accelerator: CudaAccelerator, runtime: ExpertsRuntime
+    calls: None, accelerator: CudaAccelerator, runtime: ExpertsRuntime
 ) -> None:
     """No hang: the kernels that wait are let go, also those launched behind them."""
     room = 1 << 15

@@ -12,6 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from hybrid_k2.accelerator.kernels import mailbox
+from hybrid_k2.accelerator.slot_memory import SlotMemory
 from hybrid_k2.experts import ExpertsRuntime
 from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.native import native
@@ -36,14 +37,14 @@ def layer(runtime: ExpertsRuntime) -> NativeExperts:
 
 
 @pytest.fixture
-def slots(runtime: ExpertsRuntime, layer: NativeExperts, device: torch.device) -> Iterator[list[mailbox.SlotMemory]]:
+def slots(runtime: ExpertsRuntime, layer: NativeExperts, device: torch.device) -> Iterator[list[SlotMemory]]:
     """Both slots of a mailbox that is served."""
     if device.type == "cuda":
         pytest.skip("tests/gpu/test_cuda.py maps the memory for a card")
     block = native.Mailbox(runtime.native, HIDDEN, TOP_K, ROOM, {5: layer.native})
     block.keep_awake(True)
     areas = [[torch.from_numpy(area) for area in block.areas(slot)] for slot in range(2)]
-    yield [mailbox.SlotMemory(*area, torch.zeros(2, dtype=torch.int32)) for area in areas]
+    yield [SlotMemory(i, *area, torch.zeros(2, dtype=torch.int32)) for i, area in enumerate(areas)]
     block.close()
 
 
@@ -53,7 +54,7 @@ def batch(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_posted_is_computed_and_taken(
-    slots: list[mailbox.SlotMemory], layer: NativeExperts, dtype: torch.dtype
+    slots: list[SlotMemory], layer: NativeExperts, dtype: torch.dtype
 ) -> None:
     for tokens in (1, ROOM, 5):  # one program and several
         halves = [batch(tokens, dtype), batch(1, dtype)]
@@ -66,7 +67,7 @@ def test_what_is_posted_is_computed_and_taken(
     assert [int(slot.reply[1]) for slot in slots] == [0, 0]
 
 
-def test_a_failure_is_the_status_and_the_taker_goes_on(slots: list[mailbox.SlotMemory], layer: NativeExperts) -> None:
+def test_a_failure_is_the_status_and_the_taker_goes_on(slots: list[SlotMemory], layer: NativeExperts) -> None:
     arguments = batch(2, torch.float32)
     mailbox.post(slots[1], 8, *arguments)  # no such layer
     mailbox.take(slots[1], torch.empty(2, HIDDEN))
@@ -79,7 +80,7 @@ def test_tickets_leave_out_zero() -> None:
     host = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in (("request", 4), ("reply", 2))}
     rows, choices = torch.zeros(ROOM, HIDDEN), torch.zeros(ROOM, TOP_K)
     state = torch.tensor([-2, 0], dtype=torch.int32)
-    slot = mailbox.SlotMemory(**host, hidden=rows, ids=choices.int(), weights=choices, output=rows, state=state)
+    slot = SlotMemory(0, **host, hidden=rows, ids=choices.int(), weights=choices, output=rows, state=state)
     seen = []
     for _ in range(4):
         mailbox.post(slot, 7, *batch(3, torch.bfloat16))

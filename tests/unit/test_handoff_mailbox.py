@@ -21,6 +21,7 @@ from hybrid_k2.accelerator import HostTwin, Label, MailboxHandoff, Trace
 from hybrid_k2.errors import EngineError
 from hybrid_k2.experts import ExpertsRuntime
 from hybrid_k2.experts.cpu import NativeExperts
+from hybrid_k2.native import native
 from tests.conftest import REPO
 from tests.unit.experts_common import load_random_experts, native_runtime, random_routing
 
@@ -326,6 +327,32 @@ def test_a_fork_gets_an_error() -> None:
         [sys.executable, "-c", script], cwd=REPO, env=environment, capture_output=True, timeout=120, check=False
     )
     assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_a_payload_written_from_elsewhere_is_computed(
+    runtime: ExpertsRuntime, layers: dict[int, NativeExperts]
+) -> None:
+    """As a device's copies write it: the flags alone are raised and waited for."""
+    block = native.Mailbox(runtime.native, HIDDEN, TOP_K, 8, {2: layers[2].native})
+    request, reply, *areas = (torch.from_numpy(area) for area in block.areas(1))
+    for ticket, tokens in enumerate((8, 3), start=1):
+        arguments = batch(tokens)
+        for area, argument in zip(areas, arguments, strict=False):
+            area[:tokens] = argument
+        block.raise_request(1, 2, tokens, bf16=False)
+        assert block.wait_reply(1, 60.0)
+        assert torch.equal(areas[3][:tokens], layers[2].forward(*arguments))
+        assert request.tolist() == [ticket, 2, tokens, 0]
+        assert reply.tolist() == [ticket, 0]
+    assert block.take_failure() is None
+    block.raise_request(1, 9, 1, bf16=False)  # a layer that does not exist
+    assert block.wait_reply(1, 60.0)
+    assert reply.tolist() == [3, 1]
+    assert block.take_failure() == (9, "expected a layer with experts, got one without")
+    with pytest.raises(ValueError, match=r"slot: expected 0\.\.1, got 2"):
+        block.areas(2)
+    assert [size > 0 for _, size in block.blocks()] == [True] * 3
+    block.close()
 
 
 def test_random_steps_end_with_the_right_results(

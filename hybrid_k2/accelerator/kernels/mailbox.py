@@ -6,32 +6,15 @@ memory, so that a captured graph posts a new one each time it is replayed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybrid_k2.accelerator.slot_memory import SlotMemory
+
 BLOCK = 1024  # words of 32 bits that a program moves at once
 MAX_PROGRAMS = 32  # more would crowd out other kernels while they wait, and PCIe is full before
-
-
-@dataclass(frozen=True)
-class SlotMemory:
-    """One slot: its flags and payload in mapped host memory, its ticket in the card's.
-
-    Shapes: request [4], reply [2] int32; hidden, output [room, H] fp32; ids [room, K] int32; weights [room, K] fp32;
-    state [2] int32 on the card, zero at first: the last ticket, and how many programs of a post have written.
-    """
-
-    request: Tensor
-    reply: Tensor
-    hidden: Tensor
-    ids: Tensor
-    weights: Tensor
-    output: Tensor
-    state: Tensor
 
 
 @triton.jit
