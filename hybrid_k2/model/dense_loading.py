@@ -1,13 +1,15 @@
-"""Read the matrix of a linear layer straight into the host's form: pieces of rows, rounded or quantised on the way."""
+"""Read the matrix of a linear layer straight into its final form: pieces of rows, rounded or quantised on the way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hybrid_k2.accelerator.gpu_matrix import GpuMatrix
 from hybrid_k2.checkpoint import Checkpoint
 from hybrid_k2.dense import HostMatrix, Int8Weight, fits_blocks, quantize_int8
 from hybrid_k2.errors import CheckpointError, MemoryBudgetError
@@ -49,11 +51,43 @@ def load_host_matrix(
             hint="the plan counts on memory that another program or a limit has taken since",
         ) from error
     except CheckpointError as error:
-        if prefix in error.message:
-            raise
-        # Quantising knows no names.
-        file = checkpoint.linear_file(prefix)
-        raise CheckpointError(f"{prefix}.{error.message} (in {file.name})", hint=error.hint) from None
+        raise _named(error, checkpoint, prefix) from None
+
+
+def load_gpu_matrix(
+    checkpoint: Checkpoint, prefix: str, placement: Placement, device: torch.device, count: Callable[[int], None]
+) -> GpuMatrix | None:
+    """Load `prefix.weight` as int8 or fp8 on a GPU; None if it is to stay a plain tensor.
+
+    That is so on the host, in other dtypes, and for sizes that are not multiples of 32.
+    Effects: calls `count` with the bytes on disk of each piece.
+    Raises: CheckpointError naming tensor and file; MemoryBudgetError; HardwareError without triton.
+    """
+    rows, inputs = checkpoint.linear_shape(prefix)
+    if placement.memory == "host" or placement.dtype not in ("int8", "fp8") or not fits_blocks(rows, inputs):
+        return None
+    try:
+        matrix = GpuMatrix(rows, inputs, placement.dtype, device)
+        for first, piece, nbytes in _pieces(checkpoint, prefix, rows):
+            matrix.load_rows(first, piece)
+            count(nbytes)
+        return matrix
+    except torch.OutOfMemoryError as error:
+        raise MemoryBudgetError(
+            f"{prefix}: expected room on {placement.device}, got none left",
+            hint="another program may be using the GPU; the plan counts on all of its memory",
+        ) from error
+    except ValueError as error:  # fp8 cannot hold it
+        raise _named(CheckpointError(str(error)), checkpoint, prefix) from None
+    except CheckpointError as error:
+        raise _named(error, checkpoint, prefix) from None
+
+
+def _named(error: CheckpointError, checkpoint: Checkpoint, prefix: str) -> CheckpointError:
+    """Name tensor and file in an error of quantising, which knows no names."""
+    if prefix in error.message:
+        return error
+    return CheckpointError(f"{prefix}.{error.message} (in {checkpoint.linear_file(prefix).name})", hint=error.hint)
 
 
 def load_router(

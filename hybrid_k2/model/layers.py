@@ -1,7 +1,7 @@
 """The small parts that several blocks share: linear, RMSNorm, SwiGLU.
 
-The matrix of a linear layer is a torch tensor, or one of the host's own forms: `HostMatrix` on the native kernels, or
-`Int8Weight` where there are none.
+The matrix of a linear layer is a torch tensor; or one of the host's own forms, `HostMatrix` on the native kernels and
+`Int8Weight` where there are none; or a `GpuMatrix`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hybrid_k2.accelerator.gpu_matrix import GpuMatrix
 from hybrid_k2.dense import HostMatrix, Int8Weight, multiply_all
 
-Matrix = Tensor | HostMatrix | Int8Weight
+Matrix = Tensor | HostMatrix | Int8Weight | GpuMatrix
 WIDENED_NUMBERS = 1 << 20  # 4 MiB in fp32: stays in a CPU's caches, and is work for many threads
 UNSPLIT_NUMBERS = 1 << 15  # torch gives an elementwise function of no more numbers to one thread
 LANES = 64  # a multiple of the numbers that torch computes at once, for every CPU and dtype
@@ -25,11 +26,11 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
     """Multiply rows with a weight, on the weight's device.
 
     Computed in the weight's dtype, but for fp32 rows on the host: there a bf16 weight is widened, which is exact, so
-    that bf16 saves memory and costs no accuracy. The host's own forms add in fp32 and give x's dtype. Every dense
+    that bf16 saves memory and costs no accuracy. The other forms add in fp32 and give x's dtype. Every dense
     product but those inside attention and the router passes here.
     Shapes: x [T, in], weight [out, in] -> [T, out].
     """
-    if isinstance(weight, HostMatrix):
+    if isinstance(weight, (HostMatrix, GpuMatrix)):
         return weight(x)
     if isinstance(weight, Int8Weight):
         return _linear_widened(x.to(weight.device, torch.float32), weight).to(x.dtype)

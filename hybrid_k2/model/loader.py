@@ -24,7 +24,7 @@ from hybrid_k2.errors import MemoryBudgetError
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
 from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.model.attention import Attention
-from hybrid_k2.model.dense_loading import load_host_matrix, load_router
+from hybrid_k2.model.dense_loading import load_gpu_matrix, load_host_matrix, load_router
 from hybrid_k2.model.devices import torch_device, torch_dtype
 from hybrid_k2.model.expert_loading import load_experts, warn_of_small_pages
 from hybrid_k2.model.layer import Layer
@@ -203,9 +203,14 @@ class _Builder:
         return backend
 
     def matrix(self, name: str, what: str, layer: int | None = None) -> Matrix:
-        """Load the matrix of a linear layer, on the host in the form that its kernels read."""
+        """Load the matrix of a linear layer in the form that its kernels read."""
         prefix, placement = self.config.tensor_prefix + name, self.plan.where(what, layer)
-        matrix = load_host_matrix(self.checkpoint, prefix, placement, self.runtime_of(placement), self.count)
+        matrix: Matrix | None
+        if placement.memory == HOST:
+            matrix = load_host_matrix(self.checkpoint, prefix, placement, self.runtime_of(placement), self.count)
+        else:
+            device = torch_device(placement.device)
+            matrix = load_gpu_matrix(self.checkpoint, prefix, placement, device, self.count)
         return self.weight(name, what, layer) if matrix is None else matrix
 
     def router_matrix(self, name: str, layer: int) -> Tensor | HostMatrix:
@@ -218,9 +223,9 @@ class _Builder:
         return self.runtimes.get(placement.device, self.runtimes[HOST])
 
     def weight(self, name: str, what: str, layer: int | None = None) -> Tensor:
-        """Load a tensor; where its group is int8, it is one of those that stay bf16."""
+        """Load a tensor; where its group is int8 or fp8, it is one of those that stay bf16."""
         prefix, placement = self.config.tensor_prefix + name, self.plan.where(what, layer)
-        dtype = torch.bfloat16 if placement.dtype == "int8" else torch_dtype(placement.dtype)
+        dtype = torch.bfloat16 if placement.dtype in ("int8", "fp8") else torch_dtype(placement.dtype)
         tensor = self.place(prefix, placement.device, dtype, self.checkpoint.read_linear(prefix))
         self.count(self.checkpoint.linear_bytes(prefix))
         return tensor

@@ -47,7 +47,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "chunk_tokens": plan.chunk_tokens,
         "bytes_per_token": plan.bytes_per_token,
         "notes": list(plan.notes),
-        "not_in_this_version": [{"line": line, "what": part} for line, part in missing_parts(plan)],
+        "not_in_this_version": [part._asdict() for part in missing_parts(plan)],
     }
 
 

@@ -145,17 +145,17 @@ def test_the_twin_is_planned_and_can_be_loaded(call: Call, babbler: Path) -> Non
 def test_what_this_version_cannot_load_is_said(
     call: Call, babbler: Path, card: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    card.write_text(CARD.replace("lm_head, on: gpu", "lm_head, on: gpu, dtype: int8"))
+    card.write_text(CARD + "  - {what: routed_experts, on: gpu, hottest: 2}\n")
     done = call("chat", babbler, "--rules", card, "--dry-run")
     assert done.code == 0
-    assert done.out.endswith(f"\nnot in this version, so loading is refused: {card}:9: dtype: int8 on a GPU\n")
+    assert f"\nnot in this version, so loading is refused: {card}:10: hottest (leave the rule out: " in done.out
     values = json.loads(call("chat", babbler, "--rules", card, "--dry-run", "--json").out)
-    assert values["not_in_this_version"] == [{"line": 9, "what": "dtype: int8 on a GPU"}]
+    assert [(part["line"], part["what"]) for part in values["not_in_this_version"]] == [(10, "hottest")]
     gpus = (Gpu(0, "Test GPU", 24 << 30),)
     monkeypatch.setattr("hybrid_k2.placement.machine._probe_gpus", lambda root: (gpus, ""))
     refused = call("chat", babbler, "--rules", card, "-p", "hi")
     assert (refused.code, refused.out) == (1, "")
-    assert f"error: {card}:9: dtype: int8 on a GPU is not available in this version\n" in refused.err
+    assert f"error: {card}:10: hottest is not available in this version\n" in refused.err
 
 
 @pytest.mark.parametrize("size", [16, 24, 32, 48, 80])

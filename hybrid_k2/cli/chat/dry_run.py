@@ -26,9 +26,9 @@ def show_plan(model: str, rules: str | None, host_memory: str | None, output: Ou
         return
     output.line(f"rules: {plan.rules.reason or f'{plan.rules.source} (as asked)'}")
     output.line(plan.table())
-    for line, part in missing_parts(plan):
-        place = plan.rules.source if line is None else f"{plan.rules.source}:{line}"
-        output.line(f"not in this version, so loading is refused: {place}: {part}")
+    for part in missing_parts(plan):
+        place = plan.rules.source if part.line is None else f"{plan.rules.source}:{part.line}"
+        output.line(f"not in this version, so loading is refused: {place}: {part.what} ({part.hint})")
 
 
 def _read_size(text: str | None) -> int | None:
