@@ -206,8 +206,9 @@ def test_the_files_for_cards_place_other_checkpoints(size: int, shape: dict[str,
 def test_what_can_be_planned_and_not_loaded_is_listed_once() -> None:
     plan = make_plan(shipped_rules("gpu24"), K2_6, machine(576, 24))
     assert [(part.line, part.what) for part in missing_parts(plan)] == [(12, "hottest"), (17, "prefill: stream: auto")]
-    with pytest.raises(RulesError, match=r"^rules/gpu24.yaml:12: hottest is not available in this version$") as caught:
+    with pytest.raises(RulesError) as caught:
         check_loadable(plan)
+    assert caught.value.message == "rules/gpu24.yaml:12: hottest is not available in this version"
     assert caught.value.hint == "leave the rule out: the host computes all routed experts then"
     for name in ("gpu", "gpu16"):
         check_loadable(make_plan(shipped_rules(name), K2_6, machine(576, 24)))
