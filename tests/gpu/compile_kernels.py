@@ -99,7 +99,7 @@ def attention_cases(capability: int) -> Iterator[Case]:
 
 def small_cases(capability: int) -> Iterator[Case]:
     """Norm, rotation and cache, router, A16."""
-    eight = {"num_warps": 8}
+    eight = {"num_warps": 8, "enable_fp_fusion": True}
     types = {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "size": "i32", "eps": "fp32"}
     yield Case("rms_norm", norm_rope.rms_norm_kernel, types, {"COLUMNS": 8192}, eight)
     strides = dict.fromkeys(("q_token", "q_head", "out_token", "out_head", "heads"), "i32")

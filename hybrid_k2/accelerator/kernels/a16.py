@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybrid_k2.accelerator.kernels.bf16 import FUSED
+
 GROUP = 32
 GROUP_BYTES = 72
 GROUPS_AT_ONCE = 16
@@ -58,5 +60,5 @@ def pack_a16(x: Tensor) -> tuple[Tensor, Tensor]:
     fits = torch.empty(rows, groups, dtype=torch.int8, device=x.device)
     grid = (rows, triton.cdiv(groups, GROUPS_AT_ONCE))
     planes, words = packed.view(torch.int8), packed.view(torch.int32)
-    pack_a16_kernel[grid](x.contiguous(), planes, words, fits, groups, GROUPS=GROUPS_AT_ONCE)
+    pack_a16_kernel[grid](x.contiguous(), planes, words, fits, groups, GROUPS=GROUPS_AT_ONCE, **FUSED)
     return packed, fits.bool()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# For every launch: products and sums may become one instruction. Triton 3.9 warns where that is not said.
+FUSED = {"enable_fp_fusion": True}
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_k2.accelerator.kernels.bf16 import dot_wide, to_bf16
+from hybrid_k2.accelerator.kernels.bf16 import FUSED, dot_wide, to_bf16
 from hybrid_k2.accelerator.kernels.grouping import Grouping
 
 GROUP = 32
@@ -48,7 +48,7 @@ class Tiling:
         """Return the rows of a tile and the arguments of a launch for a matrix of this size: tiles must divide it."""
         tile_rows, groups = gcd(rows, self.rows), gcd(inputs // GROUP, self.groups)
         arguments = {"ROWS": tile_rows, "TOKENS": self.tokens, "GROUPS": groups, "EXACT": self.exact}
-        return tile_rows, {**arguments, "STAGES": self.stages, "num_warps": self.warps, "enable_fp_fusion": True}
+        return tile_rows, {**arguments, "STAGES": self.stages, "num_warps": self.warps, **FUSED}
 
 
 # Never timed on a GPU: sizes that fit the shared memory of every card from sm_80 on, without spilled registers.
@@ -231,7 +231,7 @@ def add_experts(
         *packed, inner, grouping.order, grouping.weights, *of_tiles, partial, **sizes, **launch
     )
     grid = (len(x), triton.cdiv(hidden, COMBINE_COLUMNS))
-    combine_kernel[grid](partial, grouping.slots, out, HIDDEN=hidden, K=top_k, COLUMNS=COMBINE_COLUMNS)
+    combine_kernel[grid](partial, grouping.slots, out, HIDDEN=hidden, K=top_k, COLUMNS=COMBINE_COLUMNS, **FUSED)
 
 
 @cache

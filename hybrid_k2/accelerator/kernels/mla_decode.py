@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_k2.accelerator.kernels.bf16 import dot, to_bf16
+from hybrid_k2.accelerator.kernels.bf16 import FUSED, dot, to_bf16
 
 LOG2_E = 1.4426950408889634
 
@@ -179,9 +179,9 @@ def mla_decode(
     sizes = {"ROPE": size - kv_lora, "PAGE": cache.shape[1], "TILE_HEADS": tiling.heads, "STAGES": tiling.stages}
     attend_kernel[rows, triton.cdiv(heads, tiling.heads), tiling.splits](
         q, cache, page_table, first_pages, lengths, contexts, peaks, totals, scale * LOG2_E,
-        **common, **sizes, KEYS=tiling.keys, num_warps=tiling.warps, enable_fp_fusion=True,
+        **common, **sizes, KEYS=tiling.keys, num_warps=tiling.warps, **FUSED,
     )  # fmt: skip
-    combine_kernel[rows, heads](contexts, peaks, totals, lengths, out, **common, KEYS=tiling.keys)
+    combine_kernel[rows, heads](contexts, peaks, totals, lengths, out, **common, KEYS=tiling.keys, **FUSED)
     return out
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_k2.accelerator.kernels.bf16 import to_bf16
+from hybrid_k2.accelerator.kernels.bf16 import FUSED, to_bf16
 
 ROTATED_HEADS = 16  # of one program
 
@@ -107,7 +107,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, size = x.contiguous(), x.shape[1]
     out = torch.empty_like(x)
     columns = triton.next_power_of_2(size)
-    rms_norm_kernel[len(x),](x, weight, out, size, eps, COLUMNS=columns, num_warps=8 if columns > 1024 else 4)
+    rms_norm_kernel[len(x),](x, weight, out, size, eps, COLUMNS=columns, num_warps=8 if columns > 1024 else 4, **FUSED)
     return out
 
 
@@ -139,5 +139,5 @@ def append_and_rotate(
     append_rotate_kernel[tokens, 1 + triton.cdiv(heads, ROTATED_HEADS)](
         latents, norm, *rotation, slots, cache, q_rope, q_rope.stride(0), q_rope.stride(1),
         q_out, q_out.stride(0), q_out.stride(1), eps, heads,
-        LORA=lora, COLUMNS=triton.next_power_of_2(lora), PAIRS=pairs, ROTATED=ROTATED_HEADS,
+        LORA=lora, COLUMNS=triton.next_power_of_2(lora), PAIRS=pairs, ROTATED=ROTATED_HEADS, **FUSED,
     )  # fmt: skip

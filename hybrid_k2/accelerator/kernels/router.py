@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybrid_k2.accelerator.kernels.bf16 import FUSED
+
 NO_SCORE = tl.constexpr(1e-20)  # keeps the normalisation finite; the original model's value
 
 
@@ -63,6 +65,6 @@ def route(logits: Tensor, bias: Tensor, experts_per_token: int, normalise: bool,
     weights = torch.empty(tokens, experts_per_token, dtype=torch.float32, device=logits.device)
     route_kernel[tokens,](
         logits.contiguous(), bias, ids, weights, experts, scale,
-        K=experts_per_token, WIDTH=triton.next_power_of_2(experts), NORMALISE=normalise,
+        K=experts_per_token, WIDTH=triton.next_power_of_2(experts), NORMALISE=normalise, **FUSED,
     )  # fmt: skip
     return ids, weights

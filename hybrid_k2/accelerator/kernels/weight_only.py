@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_k2.accelerator.kernels.bf16 import dot_wide, to_bf16
+from hybrid_k2.accelerator.kernels.bf16 import FUSED, dot_wide, to_bf16
 from hybrid_k2.dense import Int8Weight
 
 BLOCK = 32
@@ -110,7 +110,7 @@ class Tiling:
         parts = max(n for n in range(1, min(wanted, steps) + 1) if steps % n == 0) if self.exact else 1
         arguments = {"OUT": rows, "INPUTS": inputs, "PARTS": parts, "ROWS": tile_rows, "TOKENS": self.tokens}
         form = {"BLOCKS": blocks, "GROUPED": grouped, "EXACT": self.exact, "STAGES": self.stages}
-        return tile_rows, parts, {**arguments, **form, "num_warps": self.warps, "enable_fp_fusion": True}
+        return tile_rows, parts, {**arguments, **form, "num_warps": self.warps, **FUSED}
 
 
 # Never timed on a GPU.
@@ -205,7 +205,9 @@ def weight_only_linear(x: Tensor, weight: WeightOnly, tiling: Tiling = DECODE) -
     weight_only_kernel[grid](weight.values, scales, _shifts(x.device), x, target, tokens, **launch)
     if parts > 1:
         count = tokens * rows
-        add_parts_kernel[triton.cdiv(count, ADD_NUMBERS),](target, out, count, PARTS=parts, NUMBERS=ADD_NUMBERS)
+        add_parts_kernel[triton.cdiv(count, ADD_NUMBERS),](
+            target, out, count, PARTS=parts, NUMBERS=ADD_NUMBERS, **FUSED
+        )
     return out
 
 
