@@ -88,6 +88,8 @@ def attend_kernel(
         if q.dtype.element_ty == tl.float32:
             q_c, q_rope = to_bf16(q_c), to_bf16(q_rope)
         pages = page_table + tl.load(first_pages + row)
+        in_page = tl.arange(0, KEYS)[:, None] * (LORA + ROPE)
+        c_at, rope_at = in_page + column[None, :], in_page + LORA + rope[None, :]
         peak = tl.full((TILE_HEADS,), -float("inf"), tl.float32)
         total = tl.zeros((TILE_HEADS,), tl.float32)
         context = tl.zeros((TILE_HEADS, LORA), tl.float32)
@@ -95,10 +97,10 @@ def attend_kernel(
             page = tl.load(pages + start // PAGE).to(tl.int64)
             key = start + tl.arange(0, KEYS)
             key_used = key < length
-            latent = cache + (page * PAGE + start % PAGE + tl.arange(0, KEYS))[:, None] * (LORA + ROPE)
+            latents = cache + (page * PAGE + start % PAGE) * (LORA + ROPE)
             # What lies behind the last token was never written and may be a NaN.
-            c = tl.load(latent + column[None, :], mask=key_used[:, None], other=0.0)
-            k_rope = tl.load(latent + LORA + rope[None, :], mask=key_used[:, None], other=0.0)
+            c = tl.load(latents + c_at, mask=key_used[:, None], other=0.0)
+            k_rope = tl.load(latents + rope_at, mask=key_used[:, None], other=0.0)
             scores = dot(q_c, tl.trans(c), tl.zeros((TILE_HEADS, KEYS), tl.float32))
             scores = dot(q_rope, tl.trans(k_rope), scores) * scale
             scores = tl.where(key_used[None, :], scores, -float("inf"))
