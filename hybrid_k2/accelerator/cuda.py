@@ -65,6 +65,8 @@ class Span:
 class CudaAccelerator(Accelerator):
     """Launch operations on one stream of one GPU.
 
+    The time limit of `synchronize` watches what was launched. An operation that itself waits for the stream, such as a
+    copy to pageable memory, is not watched.
     Raises: HardwareError without the device.
     """
 
