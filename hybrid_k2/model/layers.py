@@ -19,7 +19,7 @@ from hybrid_k2.dense import HostMatrix, Int8Weight, multiply_all
 Matrix = Tensor | HostMatrix | Int8Weight | GpuMatrix
 WIDENED_NUMBERS = 1 << 20  # 4 MiB in fp32: stays in a CPU's caches, and is work for many threads
 UNSPLIT_NUMBERS = 1 << 15  # torch gives an elementwise function of no more numbers to one thread
-LANES = 64  # a multiple of the numbers that torch computes at once, for every CPU and dtype
+VECTOR_BYTES = 128  # a multiple of what torch computes at once, on every CPU
 
 
 def linear(x: Tensor, weight: Matrix) -> Tensor:
@@ -61,8 +61,8 @@ def rowwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     width = x.shape[1]
     if x.device.type != "cpu":
         return function(x)
-    if width % LANES:
-        return rowwise(function, functional.pad(x, (0, -width % LANES)))[:, :width].contiguous()
+    if rest := -width % (VECTOR_BYTES // x.element_size()):
+        return rowwise(function, functional.pad(x, (0, rest)))[:, :width].contiguous()
     if x.numel() <= UNSPLIT_NUMBERS:
         return function(x.contiguous())
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
