@@ -17,7 +17,7 @@ from hybrid_k2.placement.groups import expert_parameters, weight_bytes
 from hybrid_k2.placement.sizes import KIB, MIB
 
 SEQUENCES = 8  # that may decode at the same time
-WORK_BYTES = 4 * 64 * MIB  # work buffers of attention (model/mla.py), whatever the context
+WORK_BYTES = 64 * MIB  # a work buffer of attention (model/mla.py)
 DECODE_SPLITS = 128  # of a sequence's keys, each with partial sums (accelerator/kernels/mla_decode.py)
 EXPERT_TOKENS = 1024  # of a chunk that pass through experts on the GPU at a time
 # While some experts are computed, the next ones arrive, of the same layer or of the next: twice four are 190 MB at the
@@ -80,7 +80,7 @@ def workspace_bytes(work: Work) -> int:
     if work.hot or work.stream:
         inner = config.hidden_size + 2 * config.moe_intermediate_size
         experts = min(rows, EXPERT_TOKENS) * config.num_experts_per_tok * inner * FP32_BYTES
-    attention = rows * _attention_row(work) + WORK_BYTES + work.context_tokens * config.latent_dim * FP32_BYTES
+    attention = rows * _attention_row(work) + _attention_buffers(work)
     mlp = rows * 3 * max(config.intermediate_size, config.moe_intermediate_size) * _width(work) + experts
     return rows * _stream_row(work) + logits + max(attention, partial, mlp)
 
@@ -96,6 +96,13 @@ def _attention_row(work: Work) -> int:
     query = config.qk_head_dim * (_width(work) + 2 * FP32_BYTES)
     value = config.v_head_dim * (_width(work) + FP32_BYTES)
     return config.num_attention_heads * (query + value)
+
+
+def _attention_buffers(work: Work) -> int:
+    """Bytes of the longest context's latents and of one head's keys and values, in fp32; and scores, three times."""
+    config, tokens = work.config, work.context_tokens
+    head = config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim
+    return tokens * config.latent_dim * FP32_BYTES + max(WORK_BYTES, tokens * head * FP32_BYTES) + 3 * WORK_BYTES
 
 
 def _width(work: Work) -> int:
