@@ -131,8 +131,9 @@ class PyLayer {
       return MutablePackedMatrix{reinterpret_cast<uint32_t*>(words.mutable_data()), scales.mutable_data(), rows,
                                  inputs};
     };
-    layer->experts().unpack(expert, view(gate, gate_scale, i, h), view(up, up_scale, i, h),
-                            view(down, down_scale, h, i));
+    const MutablePackedMatrix g = view(gate, gate_scale, i, h), u = view(up, up_scale, i, h),
+                              d = view(down, down_scale, h, i);
+    without_gil([&] { layer->experts().unpack(expert, g, u, d); });
     return py::make_tuple(gate, gate_scale, up, up_scale, down, down_scale);
   }
 
@@ -142,7 +143,8 @@ class PyLayer {
     const LayerShape& s = layer->experts().shape();
     Array<uint8_t> w13({s.intermediate / kHalfBlock, s.hidden_groups(), kBlockBytes});
     Array<uint8_t> w2({s.hidden_groups(), s.intermediate_groups(), kBlockBytes});
-    layer->experts().copy_l32(expert, w13.mutable_data(), w2.mutable_data());
+    uint8_t *w13_data = w13.mutable_data(), *w2_data = w2.mutable_data();
+    without_gil([&] { layer->experts().copy_l32(expert, w13_data, w2_data); });
     return py::make_tuple(w13, w2);
   }
 

@@ -56,6 +56,13 @@ T* mutable_matrix(const char* name, const py::array& array, int64_t rows, int64_
   return mutable_array_data<T>(name, array, {rows, columns});
 }
 
+// Other threads of Python run meanwhile; `work` touches no Python object.
+template <class Work>
+void without_gil(Work work) {
+  const py::gil_scoped_release nogil;
+  work();
+}
+
 // Waits with the GIL released; false if the deadline passes first. After Ctrl-C the job is cancelled and the Python
 // exception is thrown; else throws what the job threw.
 bool finish(ThreadPool& pool, Job& job, Deadline deadline = std::nullopt);

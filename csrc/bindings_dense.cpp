@@ -66,12 +66,14 @@ class PyDense {
     const std::shared_ptr<DenseMatrix> m = open();
     if (!m->int8()) {
       Array<uint16_t> out({m->rows(), m->inputs()});
-      m->unpack_bf16(out.mutable_data());
+      uint16_t* data = out.mutable_data();
+      without_gil([&] { m->unpack_bf16(data); });
       return out;
     }
     Array<int8_t> values({m->rows(), m->inputs()});
     Array<uint16_t> scales({m->rows(), m->groups()});
-    m->unpack_int8({values.mutable_data(), scales.mutable_data()});
+    const Int8Rows rows{values.mutable_data(), scales.mutable_data()};
+    without_gil([&] { m->unpack_int8(rows); });
     return py::make_tuple(values, scales);
   }
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -243,3 +246,30 @@ def test_wrong_arguments_are_named(runtime: ExpertsRuntime) -> None:
     loaded.close()
     with pytest.raises(EngineError, match="dense matrix: expected an open one, got a closed one"):
         loaded(torch.randn(1, 64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_threads_run_while_a_matrix_is_read(dtype: str, runtime: ExpertsRuntime) -> None:
+    loaded = HostMatrix(runtime.native, 4096, 2048, dtype)
+    turns, ends = [0], threading.Event()
+
+    def take_turns() -> None:
+        while not ends.is_set():
+            turns[0] += 1
+            time.sleep(0)  # gives the interpreter away; this thread takes it from nobody
+
+    interval = sys.getswitchinterval()
+    other = threading.Thread(target=take_turns)
+    other.start()
+    try:
+        sys.setswitchinterval(60)
+        seen = []
+        for _ in range(20):
+            before = turns[0]
+            loaded._matrix.read()
+            seen.append(turns[0] - before)
+    finally:
+        sys.setswitchinterval(interval)
+        ends.set()
+        other.join()
+    assert max(seen) > 0
