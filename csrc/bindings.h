@@ -67,6 +67,7 @@ void without_gil(Work work) {
 // exception is thrown; else throws what the job threw.
 bool finish(ThreadPool& pool, Job& job, Deadline deadline = std::nullopt);
 
+void bind_experts(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_dense(py::module_& m);
 
