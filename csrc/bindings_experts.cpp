@@ -189,7 +189,8 @@ void bind_experts(py::module_& m) {
 
   py::class_<PyLayer>(m, "Layer")
       .def(py::init<std::shared_ptr<Runtime>, int, int, int, int>(), py::arg("runtime"), py::arg("hidden_size"),
-           py::arg("moe_intermediate_size"), py::arg("n_routed_experts"), py::arg("num_experts_per_tok"))
+           py::arg("moe_intermediate_size"), py::arg("n_routed_experts"), py::arg("num_experts_per_tok"),
+           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("nbytes", &PyLayer::bytes)
       .def_property_readonly("bound", &PyLayer::bound)
       .def_property_readonly("huge_page_share", &PyLayer::huge_page_share)

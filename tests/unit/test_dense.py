@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from torch import Tensor
 from hybrid_k2.dense import GROUP, HostMatrix, Int8Weight, fits_blocks, multiply_all, quantize_int8
 from hybrid_k2.errors import CheckpointError, EngineError
 from hybrid_k2.experts import ExpertsRuntime
+from hybrid_k2.experts.cpu import NativeRuntime
+from hybrid_k2.host.binding import warn_unbound
+from hybrid_k2.host.threads import NodeThreads, virtual_nodes
 from tests.unit.experts_common import ACTIVATIONS, NOT_FINITE, native_runtime, set_bits, usable_isas
 
 EPS = torch.finfo(torch.float32).eps
@@ -166,6 +170,26 @@ def test_a_row_keeps_its_bits_in_any_batch_on_any_threads_and_isa(dtype: str) ->
             for count in (*range(1, 14), 64, 65):
                 assert torch.equal(loaded(x[order[:count]]), expected[order[:count]]), (isa, threads, count)
             runtime.close()
+
+
+@pytest.mark.parametrize("rows", [32, 352])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nodes_give_the_bits_of_one(dtype: str, rows: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where memory cannot be bound to a node, because there is none of its number."""
+    weight, x = random_weight(rows, 288), torch.randn(70, 288)
+    with closing(native_runtime(threads=1)) as runtime:
+        one = [matrix(runtime, part, dtype) for part in (weight, weight[:32])]
+        expected = [loaded(x) for loaded in one]
+    warn_unbound.cache_clear()
+    for nodes in (virtual_nodes(2, 2), virtual_nodes(5, 3), (NodeThreads(2, 90_000), NodeThreads(1, 90_001))):
+        with closing(NativeRuntime(usable_isas()[0], sum(node.threads for node in nodes), nodes=nodes)) as runtime:
+            parts = [matrix(runtime, part, dtype) for part in (weight, weight[:32])]
+            assert parts[0].bound == (nodes[0].node is None)
+            assert torch.equal(widened(parts[0].read()), widened(one[0].read()))
+            assert torch.equal(parts[0](x[:1]), expected[0][:1])
+            for got, whole in zip(multiply_all(parts, x), expected, strict=True):
+                assert torch.equal(got, whole)
+    assert len([record for record in caplog.records if "mbind" in record.message]) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
