@@ -15,6 +15,6 @@ def warn_unbound() -> None:
     Effects: logs on the first call of the process alone.
     """
     log.warning(
-        "the system refuses to bind memory to NUMA nodes (in a container: give it the right to call mbind); the threads "
-        "of each node touch its weights first instead, which leaves them elsewhere where the node's memory is short"
+        "the system refuses to bind memory to NUMA nodes (in a container: give it the right to call mbind); the threads"
+        " of each node touch its weights first instead, which leaves them elsewhere where the node's memory is short"
     )
