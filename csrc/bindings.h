@@ -62,6 +62,13 @@ T* mutable_matrix(const char* name, const py::array& array, int64_t rows, int64_
 // How often a waiting call looks whether the user pressed Ctrl-C.
 constexpr std::chrono::milliseconds kSignalCheck{50};
 
+// Other threads of Python run meanwhile; `work` touches no Python object.
+template <class Work>
+void without_gil(Work work) {
+  const py::gil_scoped_release nogil;
+  work();
+}
+
 // Waits with the GIL released; false if the deadline passes first. After Ctrl-C the job is cancelled and the Python
 // exception is thrown; else throws what the job threw.
 bool finish(ThreadPool& pool, Job& job, Deadline deadline = std::nullopt);
@@ -72,6 +79,7 @@ MoeInput moe_input(const LayerShape& shape, const py::array& hidden, const py::a
 // The layer behind its Python object. EngineError if it is closed.
 std::shared_ptr<Layer> open_layer(const py::handle& layer);
 
+void bind_experts(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_dense(py::module_& m);
 void bind_handoff(py::module_& m);

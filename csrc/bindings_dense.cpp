@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "cpu/first_touch.h"
 #include "dense/dense_job.h"
 #include "kernels/dense_list.h"
 #include "moe/peak_probe.h"
@@ -38,7 +39,9 @@ class PyDense {
   PyDense(std::shared_ptr<Runtime> runtime, int rows, int inputs, bool int8)
       : runtime_(std::move(runtime)),
         table_(find_dense_table(runtime_->table.name)),
-        matrix_(std::make_shared<DenseMatrix>(rows, inputs, int8)) {}
+        matrix_(std::make_shared<DenseMatrix>(rows, inputs, int8, runtime_->pool.map(), runtime_->memory_nodes)) {
+    first_touch(runtime_->pool, matrix_->buffers());
+  }
 
   const std::shared_ptr<DenseMatrix>& open() const {
     if (!matrix_) throw EngineError("dense matrix: expected an open one, got a closed one");
@@ -66,12 +69,14 @@ class PyDense {
     const std::shared_ptr<DenseMatrix> m = open();
     if (!m->int8()) {
       Array<uint16_t> out({m->rows(), m->inputs()});
-      m->unpack_bf16(out.mutable_data());
+      uint16_t* data = out.mutable_data();
+      without_gil([&] { m->unpack_bf16(data); });
       return out;
     }
     Array<int8_t> values({m->rows(), m->inputs()});
     Array<uint16_t> scales({m->rows(), m->groups()});
-    m->unpack_int8({values.mutable_data(), scales.mutable_data()});
+    const Int8Rows rows{values.mutable_data(), scales.mutable_data()};
+    without_gil([&] { m->unpack_int8(rows); });
     return py::make_tuple(values, scales);
   }
 
@@ -137,7 +142,8 @@ double measure_dense_peak(Runtime& runtime, bool int8, double seconds) {
 void bind_dense(py::module_& m) {
   py::class_<PyDense>(m, "DenseMatrix")
       .def(py::init<std::shared_ptr<Runtime>, int, int, bool>(), py::arg("runtime"), py::arg("rows"), py::arg("inputs"),
-           py::arg("int8"))
+           py::arg("int8"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("bound", [](const PyDense& d) { return d.open()->bound(); })
       .def_property_readonly("nbytes", [](const PyDense& d) { return d.open()->bytes(); })
       .def("load_rows", &PyDense::load_rows, py::arg("first_row"), py::arg("values"))
       .def("read", &PyDense::read)

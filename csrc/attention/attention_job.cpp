@@ -71,6 +71,7 @@ void AttentionJob::check(const AttentionSequence& s) const {
 
 void AttentionJob::run(Team& team, int worker) {
   float* scratch = numbers(workspace_.scratch) + worker * scratch_numbers(sizes_);
+  std::vector<Partial> partials;  // of a group, in `merge`
   int phase = 0, round = 0;
   for (const Slab& slab : plan_.slabs) {
     take_units(team, phase++, head_units(slab), [&](int64_t unit) { absorb(slab, unit, scratch); });
@@ -79,7 +80,7 @@ void AttentionJob::run(Team& team, int worker) {
       take_units(team, phase++, int64_t(wave.units.size()),
                  [&](int64_t unit) { attend(slab, wave.units[size_t(unit)], scratch); });
       team.sync(++round);
-      take_units(team, phase++, merge_units(wave), [&](int64_t unit) { merge(slab, wave, unit); });
+      take_units(team, phase++, merge_units(wave), [&](int64_t unit) { merge(slab, wave, unit, partials); });
       team.sync(++round);  // the next wave writes over the partials, and `expand` reads the contexts
     }
     take_units(team, phase++, head_units(slab), [&](int64_t unit) { expand(slab, unit); });
@@ -151,7 +152,7 @@ int64_t AttentionJob::merge_units(const Wave& wave) const {
   return (wave.last_group - wave.first_group) * kPanels * units_of(sizes_.context_width, kMergeColumns);
 }
 
-void AttentionJob::merge(const Slab& slab, const Wave& wave, int64_t unit) const {
+void AttentionJob::merge(const Slab& slab, const Wave& wave, int64_t unit, std::vector<Partial>& partials) const {
   const int64_t slices = units_of(sizes_.context_width, kMergeColumns);
   const int panel = int(unit / slices % kPanels);
   const Group& group = slab.groups[size_t(wave.first_group + unit / slices / kPanels)];
@@ -161,8 +162,7 @@ void AttentionJob::merge(const Slab& slab, const Wave& wave, int64_t unit) const
     const int row = panel * kPanelRows + lane;
     out[lane] = row < group.rows ? context(group.context_row + row) : nullptr;
   }
-  std::vector<Partial> partials;
-  partials.reserve(size_t(group.ranges));
+  partials.clear();
   for (int range = 0; range < group.ranges; ++range) partials.push_back(partial(group.first_partial + range));
   table_.merge({.sizes = &sizes_,
                 .partials = partials.data(),

@@ -59,7 +59,7 @@ class AttentionJob final : public Job {
 
   void absorb(const Slab& slab, int64_t unit, float* scratch) const;
   void attend(const Slab& slab, const Unit& unit, float* scratch) const;
-  void merge(const Slab& slab, const Wave& wave, int64_t unit) const;
+  void merge(const Slab& slab, const Wave& wave, int64_t unit, std::vector<Partial>& partials) const;
   void expand(const Slab& slab, int64_t unit) const;
 
   int64_t head_units(const Slab& slab) const;

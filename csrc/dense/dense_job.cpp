@@ -12,6 +12,11 @@ constexpr int kCheckBlocks = 128;
 
 int share(int count, int worker, int workers) { return int(int64_t(count) * worker / workers); }
 
+int blocks_on(int node, const DenseProduct& product) {
+  const BlockRange range = product.matrix->range(node);
+  return range.last - range.first;
+}
+
 }  // namespace
 
 DenseJob::DenseJob(ThreadPool& pool, const DenseTable& table, std::vector<DenseProduct> products,
@@ -24,9 +29,10 @@ DenseJob::DenseJob(ThreadPool& pool, const DenseTable& table, std::vector<DenseP
 }
 
 void DenseJob::run(Team& team, int worker) {
+  const int node = team.node(worker), rank = team.rank(worker), workers = team.node_workers(node);
   int blocks = 0, round = 0;
-  for (const DenseProduct& product : products_) blocks += product.matrix->blocks();
-  const int begin = share(blocks, worker, team.workers()), end = share(blocks, worker + 1, team.workers());
+  for (const DenseProduct& product : products_) blocks += blocks_on(node, product);
+  const int begin = share(blocks, rank, workers), end = share(blocks, rank + 1, workers);
   for (int first = 0; first < input_.tokens; first += kDenseTokens) {
     const Chunk chunk{first, std::min(kDenseTokens, input_.tokens - first)};
     if (packs()) {
@@ -34,10 +40,11 @@ void DenseJob::run(Team& team, int worker) {
       pack(chunk, team, worker);
       team.sync(++round);
     }
-    int before = 0;  // blocks of the products so far
+    int before = 0;  // blocks of the node's part of the products so far
     for (const DenseProduct& product : products_) {
-      const int count = product.matrix->blocks();
-      multiply(chunk, product, team, std::clamp(begin - before, 0, count), std::clamp(end - before, 0, count));
+      const int start = product.matrix->range(node).first, count = blocks_on(node, product);
+      multiply(chunk, product, team, start + std::clamp(begin - before, 0, count),
+               start + std::clamp(end - before, 0, count));
       before += count;
     }
   }

@@ -1,9 +1,9 @@
 // Products of one batch of rows with dense matrices on all workers of the pool.
 //
-// Each worker owns a contiguous range of row blocks and with it columns of the outputs: nothing is reduced, so results do
-// not depend on the number of workers. Batches run in chunks of tokens, so that a chunk's rows stay in the caches while
-// every row block meets them. The workers first bring a chunk's rows into the order that the kernels read, each some
-// groups; one row in fp32 has it.
+// Each worker owns a contiguous range of row blocks, of those in its node's memory, and with it columns of the outputs:
+// nothing is reduced, so results do not depend on the number of workers or nodes. Batches run in chunks of tokens, so
+// that a chunk's rows stay in the caches while every row block meets them. The workers first bring a chunk's rows into
+// the order that the kernels read, each some groups; one row in fp32 has it.
 #pragma once
 #include <atomic>
 #include <cstdint>

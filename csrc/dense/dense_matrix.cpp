@@ -1,5 +1,6 @@
 #include "dense/dense_matrix.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -95,16 +96,38 @@ void pack_int8(const PlainRows& source, int64_t at, int inputs, int first_row, u
 
 }  // namespace
 
-DenseMatrix::DenseMatrix(int rows, int inputs, bool int8) : rows_(rows), inputs_(inputs), int8_(int8) {
+DenseMatrix::DenseMatrix(int rows, int inputs, bool int8, const WorkerMap& workers, const std::vector<int>& memory_nodes)
+    : rows_(rows), inputs_(inputs), int8_(int8) {
   check_argument(rows >= kDenseRows && rows % kDenseRows == 0, "rows", "a multiple of 32", rows);
   check_argument(inputs >= kDenseGroup && inputs % kDenseGroup == 0, "inputs", "a multiple of 32", inputs);
-  memory_ = HugeBuffer(size_t(blocks()) * size_t(row_block_bytes()));
+  check_argument(int(memory_nodes.size()) == workers.nodes(), "nodes", text(workers.nodes()), memory_nodes.size());
+  for (int node = 0, first = 0; node < workers.nodes(); ++node) {
+    const int last = int(int64_t(blocks()) * (workers.first(node) + workers.workers(node)) / workers.workers());
+    slices_.push_back({{first, last}, HugeBuffer(size_t(last - first) * size_t(row_block_bytes()), memory_nodes[node])});
+    first = last;
+  }
+}
+
+std::vector<const HugeBuffer*> DenseMatrix::buffers() const {
+  std::vector<const HugeBuffer*> buffers;
+  for (const Slice& slice : slices_) buffers.push_back(&slice.memory);
+  return buffers;
+}
+
+bool DenseMatrix::bound() const {
+  return std::all_of(slices_.begin(), slices_.end(), [](const Slice& slice) { return slice.memory.bound(); });
+}
+
+uint8_t* DenseMatrix::place(int index) const {
+  const Slice* slice = &slices_[0];
+  while (index >= slice->range.last) ++slice;
+  return slice->memory.data() + int64_t(index - slice->range.first) * row_block_bytes();
 }
 
 void DenseMatrix::pack(int first, int last, const PlainRows& source) {
   const int block_bytes = int8_ ? kInt8BlockBytes : kBf16BlockBytes;
   for (int block = first; block < last; ++block) {
-    uint8_t* target = memory_.data() + block * row_block_bytes();
+    uint8_t* target = place(block);
     const int64_t at = int64_t(block - first) * kDenseRows * inputs_;
     for (int g = 0; g < groups(); ++g, target += block_bytes) {
       if (int8_) {

@@ -26,6 +26,17 @@ struct A16Group {
   int32_t correction;  // -8 * sum(n): takes back the +8 of the nibbles
 };
 
+// The same for multipliers of 16-bit numbers, which need no planes: a table says which of the two it reads. 72 bytes.
+struct A16Words {
+  int16_t n[32];  // of every 8 inputs in the order of kWordOrder
+  int32_t exponent;
+  int32_t correction;
+};
+
+// L32 keeps inputs j and j+4 of 8 in one byte: read by steps of 4 bits, the 16-bit words of a lane meet the pairs (0,2)
+// (4,6) (1,3) (5,7).
+constexpr uint8_t kWordOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+
 constexpr int kExponentBase = 60;
 constexpr int kScaleExponentLimit = 135;  // biased exponent of a bf16 scale must be below: |scale| < 256
 

@@ -16,13 +16,9 @@ namespace k2 {
 
 // One token's group of 32 hidden values, for the kernels that have bf16 instructions. 72 bytes, as A16Group.
 struct Bf16Group {
-  uint16_t values[32];  // n in the order of kPairOrder
+  uint16_t values[32];  // n in the order of kWordOrder (a16.h)
   int32_t exponent;     // (k + 60) << 23
   int32_t unused;       // zero
 };
-
-// L32 keeps inputs j and j+4 of 8 in one byte. Reading 16-bit words of such bytes by steps of 4 bits gives the pairs
-// (0,2) (4,6) (1,3) (5,7), which is the order in which bf16 instructions meet the weights.
-constexpr uint8_t kPairOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
 
 }  // namespace k2

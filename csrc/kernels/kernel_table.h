@@ -59,6 +59,7 @@ struct KernelTable {
   const char* activations = nullptr;  // their form: "A16"
   int layout_id = 0;                  // layout of the weights it reads
   int max_tokens = 0;                 // most tokens in one call: their activations should stay in the L2 cache
+  bool words = false;                 // A16 as A16Words instead of A16Group
   int group_bytes = 0;                // one token's group of 32 packed activations
 
   // Packs `groups` groups of activations. False if a value has no packed form (NaN, infinity, out of range).

@@ -76,6 +76,12 @@ size_t ExpertLayer::bytes() const {
   return bytes;
 }
 
+std::vector<const HugeBuffer*> ExpertLayer::buffers() const {
+  std::vector<const HugeBuffer*> buffers;
+  for (const Slice& slice : slices_) buffers.push_back(&slice.memory);
+  return buffers;
+}
+
 bool ExpertLayer::bound() const {
   return std::all_of(slices_.begin(), slices_.end(), [](const Slice& slice) { return slice.memory.bound(); });
 }

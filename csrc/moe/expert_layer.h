@@ -43,6 +43,8 @@ class ExpertLayer {
   size_t bytes() const;
   int nodes() const { return int(slices_.size()); }
   GroupRange channels(int node) const { return slices_[node].channels; }
+  // The memory of each node, for first_touch.
+  std::vector<const HugeBuffer*> buffers() const;
   // Whether each slice is on the NUMA node that was asked for; true where none was.
   bool bound() const;
   // Of all slices; walks the page tables of the process.

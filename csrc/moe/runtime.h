@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/first_touch.h"
 #include "cpu/thread_pool.h"
 #include "kernels/kernel_table.h"
 #include "moe/expert_layer.h"
@@ -46,7 +47,9 @@ class Runtime {
 class Layer {
  public:
   Layer(std::shared_ptr<Runtime> runtime, const LayerShape& shape)
-      : runtime_(std::move(runtime)), experts_(shape, runtime_->memory_nodes) {}
+      : runtime_(std::move(runtime)), experts_(shape, runtime_->memory_nodes) {
+    first_touch(runtime_->pool, experts_.buffers());
+  }
   ~Layer() { end(); }
 
   ExpertLayer& experts() { return experts_; }

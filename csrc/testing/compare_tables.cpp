@@ -1,6 +1,6 @@
 // Compares two kernel tables bit for bit on random work of ragged sizes: compare_tables NUMERICS REFERENCE OTHER SEED CASES
 //
-// The CPU is not asked whether it supports them: a table may be built on a model of its instructions.
+// REFERENCE has A16 in planes. The CPU is not asked whether it supports them: a table may be built on a model of its instructions.
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/huge_buffer.h"
+#include "kernels/a16.h"
 #include "kernels/kernel_list.h"
 #include "kernels/l32.h"
 #include "testing/check.h"
@@ -94,9 +95,25 @@ struct BothPacked {
   Packed a, b;
 };
 
+// A16 in planes as the table has it.
+std::vector<uint8_t> from_planes(const KernelTable& table, std::vector<uint8_t> packed) {
+  if (!table.words) return packed;
+  for (size_t at = 0; at + sizeof(A16Group) <= packed.size(); at += sizeof(A16Group)) {
+    A16Group planes;
+    std::memcpy(&planes, packed.data() + at, sizeof(planes));
+    A16Words words{.n = {}, .exponent = planes.exponent, .correction = planes.correction};
+    for (int i = 0; i < kGroup; ++i) {
+      const int input = i / 8 * 8 + kWordOrder[i % 8];
+      words.n[i] = int16_t(256 * planes.high[input] + planes.low[input]);
+    }
+    std::memcpy(packed.data() + at, &words, sizeof(words));
+  }
+  return packed;
+}
+
 // Instruction sets may have different forms for the hidden state; equal forms must have equal bytes.
 BothPacked pack_all(Random& random, const KernelTable& a, const KernelTable& b, int groups, int tokens) {
-  const bool same_form = std::string(a.activations) == b.activations;
+  const bool same_form = std::string(a.activations) == b.activations && !a.words;
   BothPacked packed;
   for (int t = 0; t < tokens; ++t) {
     const std::vector<float> x = random_activations(random, groups);
@@ -112,7 +129,7 @@ BothPacked pack_all(Random& random, const KernelTable& a, const KernelTable& b, 
       K2_EXPECT(fits == b.pack_bf16(bf16.data(), groups, pb.data()));
     }
     for (const float value : x) K2_EXPECT(std::isfinite(value) || !fits);
-    if (same_form) K2_EXPECT(pa == pb);
+    if (same_form) K2_EXPECT(from_planes(b, pa) == pb);
     packed.a.push_back(std::move(pa));
     packed.b.push_back(std::move(pb));
   }
@@ -152,15 +169,20 @@ void compare_gate_up(Random& random, const KernelTable& a, const KernelTable& b,
     for (int guard = 0; guard < 64; ++guard) K2_EXPECT(results[i][bytes * tokens + guard] == 0xa5);
   }
   K2_EXPECT(bad[0] == bad[1]);
-  K2_EXPECT(results[0] == results[1]);
+  for (int t = 0; t < tokens; ++t) {
+    const auto row = results[0].begin() + ptrdiff_t(t * bytes), other = results[1].begin() + ptrdiff_t(t * bytes);
+    K2_EXPECT(from_planes(b, {row, row + ptrdiff_t(bytes)}) == std::vector<uint8_t>(other, other + ptrdiff_t(bytes)));
+  }
 }
 
-// The intermediate has one form for all instruction sets: that of the table `form`.
+// The intermediate has one form for all instruction sets, but for A16Words: that of the table `form`.
 void compare_down(Random& random, const KernelTable& a, const KernelTable& b, const KernelTable& form, int tokens) {
   const int groups = pick(random, 1, 9), blocks = pick(random, 1, 11), gap = pick(random, 0, 2);
   const HugeBuffer weights = random_blocks(random, blocks * (groups + gap));
   const BothPacked packed = pack_all(random, form, form, groups, tokens);
-  const std::vector<const uint8_t*> input = pointers(packed.a);
+  Packed other;
+  for (const std::vector<uint8_t>& row : packed.a) other.push_back(from_planes(b, row));
+  const std::vector<const uint8_t*> input[2] = {pointers(packed.a), pointers(other)};
   std::normal_distribution<float> normal;
   std::vector<float> factor(tokens), start(size_t(tokens) * blocks * kRowBlock + 16);
   for (float& f : factor) f = pick(random, 0, 9) == 0 ? std::numeric_limits<float>::quiet_NaN() : normal(random);
@@ -171,8 +193,8 @@ void compare_down(Random& random, const KernelTable& a, const KernelTable& b, co
     results[i] = start;
     std::vector<float*> output;
     for (int t = 0; t < tokens; ++t) output.push_back(results[i].data() + size_t(t) * blocks * kRowBlock);
-    tables[i]->down({weights.data(), groups, blocks, tokens, (groups + gap) * ptrdiff_t(kBlockBytes), input.data(),
-                     factor.data(), output.data(), random_policy(random)});
+    tables[i]->down({weights.data(), groups, blocks, tokens, (groups + gap) * ptrdiff_t(kBlockBytes),
+                     input[i].data(), factor.data(), output.data(), random_policy(random)});
     for (size_t guard = start.size() - 16; guard < start.size(); ++guard) K2_EXPECT(results[i][guard] == start[guard]);
   }
   for (size_t i = 0; i < start.size(); ++i) K2_EXPECT(same_float(results[0][i], results[1][i]));
@@ -187,7 +209,7 @@ int main(int argc, char** argv) {
   const Numerics numerics = find_numerics(argv[1]);
   const KernelTable& a = table_named(argv[2], numerics);
   const KernelTable& b = table_named(argv[3], numerics);
-  K2_EXPECT(a.group_bytes == b.group_bytes && a.layout_id == b.layout_id);
+  K2_EXPECT(a.group_bytes == b.group_bytes && a.layout_id == b.layout_id && !a.words);
   const KernelTable& form = numerics == kBf16 ? table_named(argv[2], kExact) : a;
   Random random(std::stoull(argv[4]));
   const int cases = std::stoi(argv[5]);

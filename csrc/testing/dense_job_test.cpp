@@ -1,11 +1,15 @@
-// Dense products with 1, 2, 3 and 5 workers on the portable kernels, for the sanitizers; numerics are tested from Python.
+// Dense products with 1 to 7 workers, on one node and on several, on the portable kernels, for the sanitizers; numerics
+// are tested from Python.
 #include "dense/dense_job.h"
+
+#include <sys/mman.h>
 
 #include <cmath>
 #include <cstring>
 #include <random>
 #include <vector>
 
+#include "cpu/first_touch.h"
 #include "kernels/dense_list.h"
 #include "testing/check.h"
 
@@ -31,7 +35,8 @@ void run(ThreadPool& pool, Job& job) {
 std::vector<float> compute(ThreadPool& pool, bool int8, const std::vector<float>& weights, const std::vector<float>& x) {
   constexpr int kInputs = 96;
   const int tokens = int(x.size()) / kInputs;
-  DenseMatrix first(64, kInputs, int8), second(160, kInputs, int8);
+  const std::vector<int> anywhere(size_t(pool.map().nodes()), kAnyNode);
+  DenseMatrix first(64, kInputs, int8, pool.map(), anywhere), second(160, kInputs, int8, pool.map(), anywhere);
   for (DenseMatrix* matrix : {&first, &second}) {
     PackJob pack(pool, *matrix, {weights.data(), false}, 0, matrix->blocks());
     run(pool, pack);
@@ -44,6 +49,17 @@ std::vector<float> compute(ThreadPool& pool, bool int8, const std::vector<float>
   return out;
 }
 
+// Workers on one node, and on several.
+std::vector<PoolLayout> layouts() {
+  std::vector<PoolLayout> layouts;
+  for (const std::vector<int>& nodes : std::vector<std::vector<int>>{{1}, {2}, {3}, {5}, {1, 1}, {2, 1, 4}}) {
+    PoolLayout layout;
+    for (const int workers : nodes) layout.push_back({workers, kAnyNode, {}});
+    layouts.push_back(layout);
+  }
+  return layouts;
+}
+
 void results_do_not_depend_on_workers() {
   Random random(11);
   const std::vector<float> weights = random_floats(random, 160 * 96);
@@ -52,10 +68,10 @@ void results_do_not_depend_on_workers() {
       std::vector<float> x = random_floats(random, size_t(tokens) * 96);
       if (tokens > 1) x[96] = NAN;
       std::vector<float> expected;
-      for (const int workers : {1, 2, 3, 5}) {
-        ThreadPool pool(workers);
+      for (const PoolLayout& layout : layouts()) {
+        ThreadPool pool(layout);
         const std::vector<float> got = compute(pool, int8, weights, x);
-        if (workers == 1) expected = got;
+        if (expected.empty()) expected = got;
         K2_EXPECT(got.empty() || std::memcmp(got.data(), expected.data(), got.size() * sizeof(float)) == 0);
       }
       K2_EXPECT(tokens < 2 || (std::isnan(expected[64]) && !std::isnan(expected[0])));
@@ -65,7 +81,7 @@ void results_do_not_depend_on_workers() {
 
 void packing_refuses_what_int8_cannot_hold() {
   ThreadPool pool(2);
-  DenseMatrix matrix(64, 32, true);
+  DenseMatrix matrix(64, 32, true, pool.map(), {kAnyNode});
   std::vector<float> weights(64 * 32, 1.0f);
   weights[40 * 32] = INFINITY;
   PackJob pack(pool, matrix, {weights.data(), false}, 0, 2);
@@ -78,10 +94,30 @@ void packing_refuses_what_int8_cannot_hold() {
   K2_EXPECT(refused);
 }
 
+size_t resident_pages(const HugeBuffer& buffer) {
+  std::vector<unsigned char> pages(buffer.bytes() / 4096);
+  K2_EXPECT(mincore(buffer.data(), buffer.bytes(), pages.data()) == 0);
+  size_t count = 0;
+  for (const unsigned char page : pages) count += page & 1;
+  return count;
+}
+
+// No such NUMA node: the system refuses, and the workers of the node write to its part.
+void memory_that_cannot_be_bound_is_touched_by_its_node() {
+  ThreadPool pool(PoolLayout{{1, 90000, {}}, {2, kAnyNode, {}}});
+  const DenseMatrix matrix(192, 4096, false, pool.map(), {90000, kAnyNode});
+  K2_EXPECT(!matrix.bound() && matrix.buffers().size() == 2);
+  for (const HugeBuffer* buffer : matrix.buffers()) K2_EXPECT(resident_pages(*buffer) == 0);
+  first_touch(pool, matrix.buffers());
+  K2_EXPECT(resident_pages(*matrix.buffers()[0]) == matrix.buffers()[0]->bytes() / 4096);
+  K2_EXPECT(resident_pages(*matrix.buffers()[1]) == 0);
+}
+
 }  // namespace
 }  // namespace k2
 
 int main() {
+  k2::memory_that_cannot_be_bound_is_touched_by_its_node();
   k2::results_do_not_depend_on_workers();
   k2::packing_refuses_what_int8_cannot_hold();
   std::printf("ok\n");

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid_k2.dense.int8 import Int8Weight
+from hybrid_k2.host.binding import warn_unbound
 from hybrid_k2.native import native
 
 DTYPES = ("bf16", "int8")
@@ -34,6 +35,13 @@ class HostMatrix:
         self.shape = torch.Size((rows, inputs))
         self.dtype = dtype
         self._matrix = native.DenseMatrix(runtime, rows, inputs, dtype == "int8")
+        if not self.bound:
+            warn_unbound()
+
+    @property
+    def bound(self) -> bool:
+        """Whether each node's rows are in its own memory, as its threads were spread; True where they were not."""
+        return bool(self._matrix.bound)
 
     @property
     def nbytes(self) -> int:

@@ -51,9 +51,9 @@ class ExpertsShape:
                 raise ValueError(f"expert {expert}, {name}: expected shape {list(shape)}, got {list(got)}")
 
     def check_call(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
-        """Check the arguments of `forward` and `submit`.
+        """Check the arguments of `forward` and `submit`, all but what `check_ids` does.
 
-        Raises: TypeError for a dtype, ValueError for a shape, a device or an expert that does not exist.
+        Raises: TypeError for a dtype, ValueError for a shape or a device.
         """
         if hidden.dtype not in (torch.bfloat16, torch.float32):
             raise TypeError(f"hidden: expected bfloat16 or float32, got {hidden.dtype}")
@@ -70,6 +70,12 @@ class ExpertsShape:
         for name, tensor in (("hidden", hidden), ("ids", ids), ("weights", weights)):
             if tensor.device.type != "cpu":
                 raise ValueError(f"{name}: expected a host tensor, got one on {tensor.device}")
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Check that the experts exist. The native backend checks while it sorts the tokens by expert.
+
+        Raises: ValueError.
+        """
         if ids.numel():
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.n_routed_experts:
@@ -203,6 +209,7 @@ class QueuedBackend(ExpertsBackend):
     def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See ExpertsBackend."""
         self.shape.check_call(hidden, ids, weights)
+        self.shape.check_ids(ids)
         return self._queue.submit(self._compute, hidden, ids, weights).result()
 
     def submit(self, slot: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
@@ -211,6 +218,7 @@ class QueuedBackend(ExpertsBackend):
         if slot in self._slots:
             raise ValueError(f"slot {slot}: it is in flight; wait for it first")
         self.shape.check_call(hidden, ids, weights)
+        self.shape.check_ids(ids)
         self._slots[slot] = self._queue.submit(self._compute, hidden.clone(), ids.clone(), weights.clone())
 
     def wait(self, slot: int, timeout_s: float | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from hybrid_k2.experts.base import ExpertsBackend, ExpertsRuntime, ExpertsShape,
 from hybrid_k2.experts.isa import IsaFact
 from hybrid_k2.experts.read_probe import probe_bytes
 from hybrid_k2.experts.tuning import Tuning, machine_key, remembered_tuning
+from hybrid_k2.host.binding import warn_unbound
 from hybrid_k2.host.threads import NodeThreads
 from hybrid_k2.native import native as _native
 
@@ -188,7 +189,6 @@ class NativeRuntime(ExpertsRuntime):
     def __init__(self, isa: str, threads: int, numerics: str = "exact", nodes: Sequence[NodeThreads] = ()) -> None:
         spread = [(node.threads, node.node, node.cpus) for node in nodes]
         self._runtime = self.native = _native.Runtime(isa, threads, numerics, spread)
-        self._warned = False
         self.isa = isa
         self.name = f"native {isa}, {numerics} ({self._runtime.activations})"
 
@@ -201,12 +201,8 @@ class NativeRuntime(ExpertsRuntime):
         """
         shape = ExpertsShape(hidden_size, moe_intermediate_size, n_routed_experts, num_experts_per_tok)
         layer = NativeExperts(shape, self._runtime)
-        if not layer.bound and not self._warned:
-            log.warning(
-                "the system refuses to bind memory to NUMA nodes (in a container: give it the right to call mbind); "
-                "experts may lie on the wrong node and be read at a fraction of the speed"
-            )
-            self._warned = True
+        if not layer.bound:
+            warn_unbound()
         return layer
 
     def measure_read_gbps(self, seconds: float = 0.1) -> float:

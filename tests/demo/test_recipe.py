@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hybrid_k2.checkpoint.int4 import dequantize_int4, quantize_int4
+from hybrid_k2.demo import demo_path
 from hybrid_k2.protocol.prompt import render as render_text
 from tools.demo_model import sums
 from tools.demo_model.batches import make_batch
@@ -24,7 +25,7 @@ from tools.demo_model.parallel import Shared, Worker, lone_barrier
 from tools.demo_model.template import Part, clean, render
 from tools.demo_model.tokenizer import Tokenizer, save_vocabulary, split_words, train_vocabulary
 from tools.demo_model.toolbox import toolbox
-from tools.demo_model.words import WORDS
+from tools.demo_model.words import PRACTICE, SPACED, WORDS, any_word
 
 SMALL = Shape(
     hidden_size=64,
@@ -50,6 +51,30 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     path = tmp_path_factory.mktemp("vocabulary") / "tiktoken.model"
     save_vocabulary(train_vocabulary(pieces, size=400), path)
     return Tokenizer(path)
+
+
+def test_the_words_to_practise_are_those_whose_token_holds_the_space() -> None:
+    shipped = Tokenizer(demo_path() / "tiktoken.model")
+    held = [word for word in WORDS if len(shipped.encode([Part(" " + word, False, False)])[0]) == 1]
+    assert sorted(SPACED) == sorted(held)
+
+
+def test_practice_draws_more_of_what_is_hard_until_it_ends() -> None:
+    def shares(seed: int) -> tuple[float, float]:
+        rng = Random(seed)
+        spaced = sum(any_word(rng) in SPACED for _ in range(2000)) / 2000
+        kinds = [t.request.__qualname__ for _ in range(300) for t in toolbox(rng, 1)]
+        return spaced, sum(kind.startswith("invented") for kind in kinds) / 300
+
+    before = shares(1)
+    PRACTICE.spaced, PRACTICE.invented = 0.3, 2.0
+    try:
+        during = shares(1)
+    finally:
+        PRACTICE.reset()
+    assert shares(1) == before
+    assert during[0] > before[0] + 0.2
+    assert during[1] > before[1] * 1.3
 
 
 @pytest.mark.parametrize("maker", [sums.add, sums.subtract, sums.multiply, sums.divide])

@@ -33,7 +33,7 @@ MOE_SOURCES = (
         f"moe/{name}.cpp"
         for name in ("expert_layer", "l32_digest", "l32_pack", "moe_job", "moe_part", "routing", "runtime", "slots")
     ),
-    *(f"cpu/{name}.cpp" for name in ("thread_pool", "affinity", "features")),
+    *(f"cpu/{name}.cpp" for name in ("thread_pool", "first_touch", "affinity", "features")),
     *CORE_SOURCES,
     "kernels/kernel_list.cpp",
 )

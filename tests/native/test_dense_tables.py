@@ -17,7 +17,7 @@ LIST_SOURCES = ("testing/compare_dense.cpp", "kernels/dense_list.cpp", "cpu/feat
 JOB_SOURCES = (
     "testing/dense_job_test.cpp",
     *(f"dense/{name}.cpp" for name in ("dense_job", "dense_matrix")),
-    *(f"cpu/{name}.cpp" for name in ("thread_pool", "affinity", "features")),
+    *(f"cpu/{name}.cpp" for name in ("thread_pool", "first_touch", "affinity", "features")),
     *CORE_SOURCES,
     "kernels/dense_list.cpp",
 )

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -13,6 +17,9 @@ from torch import Tensor
 from hybrid_k2.dense import GROUP, HostMatrix, Int8Weight, fits_blocks, multiply_all, quantize_int8
 from hybrid_k2.errors import CheckpointError, EngineError
 from hybrid_k2.experts import ExpertsRuntime
+from hybrid_k2.experts.cpu import NativeRuntime
+from hybrid_k2.host.binding import warn_unbound
+from hybrid_k2.host.threads import NodeThreads, virtual_nodes
 from tests.unit.experts_common import ACTIVATIONS, NOT_FINITE, native_runtime, set_bits, usable_isas
 
 EPS = torch.finfo(torch.float32).eps
@@ -165,6 +172,26 @@ def test_a_row_keeps_its_bits_in_any_batch_on_any_threads_and_isa(dtype: str) ->
             runtime.close()
 
 
+@pytest.mark.parametrize("rows", [32, 352])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nodes_give_the_bits_of_one(dtype: str, rows: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where memory cannot be bound to a node, because there is none of its number."""
+    weight, x = random_weight(rows, 288), torch.randn(70, 288)
+    with closing(native_runtime(threads=1)) as runtime:
+        one = [matrix(runtime, part, dtype) for part in (weight, weight[:32])]
+        expected = [loaded(x) for loaded in one]
+    warn_unbound.cache_clear()
+    for nodes in (virtual_nodes(2, 2), virtual_nodes(5, 3), (NodeThreads(2, 90_000), NodeThreads(1, 90_001))):
+        with closing(NativeRuntime(usable_isas()[0], sum(node.threads for node in nodes), nodes=nodes)) as runtime:
+            parts = [matrix(runtime, part, dtype) for part in (weight, weight[:32])]
+            assert parts[0].bound == (nodes[0].node is None)
+            assert torch.equal(widened(parts[0].read()), widened(one[0].read()))
+            assert torch.equal(parts[0](x[:1]), expected[0][:1])
+            for got, whole in zip(multiply_all(parts, x), expected, strict=True):
+                assert torch.equal(got, whole)
+    assert len([record for record in caplog.records if "mbind" in record.message]) == 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_matrices_at_once_give_what_each_gives(dtype: str, runtime: ExpertsRuntime) -> None:
     matrices = [matrix(runtime, random_weight(rows, 96), dtype) for rows in (64, 32, 320)]
@@ -243,3 +270,30 @@ def test_wrong_arguments_are_named(runtime: ExpertsRuntime) -> None:
     loaded.close()
     with pytest.raises(EngineError, match="dense matrix: expected an open one, got a closed one"):
         loaded(torch.randn(1, 64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_threads_run_while_a_matrix_is_read(dtype: str, runtime: ExpertsRuntime) -> None:
+    loaded = HostMatrix(runtime.native, 4096, 2048, dtype)
+    turns, ends = [0], threading.Event()
+
+    def take_turns() -> None:
+        while not ends.is_set():
+            turns[0] += 1
+            time.sleep(0)  # gives the interpreter away; this thread takes it from nobody
+
+    interval = sys.getswitchinterval()
+    other = threading.Thread(target=take_turns)
+    other.start()
+    try:
+        sys.setswitchinterval(60)
+        seen = []
+        for _ in range(20):
+            before = turns[0]
+            loaded._matrix.read()
+            seen.append(turns[0] - before)
+    finally:
+        sys.setswitchinterval(interval)
+        ends.set()
+        other.join()
+    assert max(seen) > 0

@@ -25,8 +25,9 @@ from tests.unit.experts_common import (
 
 ODD_LAYER = (160, 96, 24, 6)  # hidden, moe_intermediate, experts, top-k
 TOKENS = (0, 1, 2, 3, 4, 5, 7, 15, 16, 17, 33, 64, 65, 257)
-# One integer of a group's 16 bits may fall the other way, where the fp32 intermediate is close to a half.
-DEFINITION = 2e-5
+# One integer of a group's 16 bits may fall the other way, where the fp32 intermediate is close to a half: for a
+# single token up to 2.6e-5.
+DEFINITION = 5e-5
 # Rounding to bf16 has a relative error of 1.66e-3 (root mean square over mantissas). Gate and up have it independently:
 # 2.35e-3 of the intermediate, up to 2.7e-3 where silu is steeper than its argument is large.
 ACCURACY = 3e-3

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hybrid_k2.experts import open_experts
 from hybrid_k2.experts.cpu import NativeExperts
+from hybrid_k2.host.binding import warn_unbound
 from hybrid_k2.host.threads import NodeThreads, virtual_nodes
 from tests.conftest import REPO
 from tests.unit.experts_common import (
@@ -144,6 +145,7 @@ def test_threads_run_where_they_are_put() -> None:
 def test_a_node_that_memory_cannot_be_bound_to_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     nodes = (NodeThreads(1, 90_000), NodeThreads(1, 90_001))  # no such nodes: the kernel refuses
     native_runtime().close()  # skips where there is no extension
+    warn_unbound.cache_clear()
     runtime = open_experts("exact", 2, nodes=nodes)
     for _ in range(2):
         layer = runtime.make_layer(*SHAPE)

@@ -30,7 +30,7 @@ def main() -> None:
     """Train (or go on training) in OUT and write OUT/checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder of the run; a run that was stopped goes on")
-    parser.add_argument("--minutes", type=float, default=108, help="time to train")
+    parser.add_argument("--minutes", type=float, default=187, help="time to train")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2, help="training processes on the CPU, one thread each")
     parser.add_argument("--start", type=Path, help="go on from the weights and vocabulary of this checkpoint")

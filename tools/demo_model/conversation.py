@@ -87,7 +87,7 @@ def one_turn(rng: Random) -> Turn:
     return rng.choices(_MAKERS, _WEIGHTS)[0](rng)
 
 
-def conversation(rng: Random, thinking: bool, max_turns: int = 4, tool_share: float = 0.4) -> Conversation:
+def conversation(rng: Random, thinking: bool, max_turns: int = 4, tool_share: float = 0.45) -> Conversation:
     """Draw a conversation."""
     c = Conversation(thinking=thinking)
     turns = 1 if rng.random() < 0.45 else rng.randint(1, max_turns)

@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from .turns import typed
-from .words import CITIES, NAMES, any_word, invented_word, phrase
+from .words import CITIES, NAMES, PRACTICE, any_word, invented_word, phrase
 
 Json = dict[str, Any]
 
@@ -264,7 +264,8 @@ MAKERS: list[tuple[Callable[[Random], Tool], float]] = [
 
 def toolbox(rng: Random, count: int) -> list[Tool]:
     """Draw tools of different names."""
-    makers, weights = zip(*MAKERS, strict=True)
+    makers = [maker for maker, _ in MAKERS]
+    weights = [weight * (PRACTICE.invented if maker is invented_tool else 1) for maker, weight in MAKERS]
     tools: dict[str, Tool] = {}
     while len(tools) < count:
         tool = rng.choices(makers, weights)[0](rng)

@@ -18,6 +18,7 @@ from .model import Model
 from .optim import rate_factor
 from .parallel import Counters, Shared, Worker, lone_barrier
 from .tokenizer import Tokenizer, save_vocabulary, train_vocabulary
+from .words import PRACTICE
 
 # Rows of all processes together, length, most turns.
 SHORT, LONG, LONGEST = (12, 256, 4), (4, 768, 8), (2, 1536, 14)
@@ -34,11 +35,18 @@ class Schedule:
     int4_from: float  # the experts are rounded in the forward pass
     copy_share: float  # of the rows at the start: copying drills
     copy_until: float
+    practice_from: float  # more of the words and tools that are hard to copy
 
 
-SCRATCH = Schedule(3e-3, decay_from=0.45, long_from=0.6, int4_from=0.7, copy_share=0.2, copy_until=0.4)
-CONTINUED = Schedule(2e-3, decay_from=0.2, long_from=0.6, int4_from=0.6, copy_share=0.2, copy_until=0.5)
-POLISHED = Schedule(5e-4, decay_from=0.1, long_from=0.25, int4_from=0.0, copy_share=0.05, copy_until=0.5)
+SCRATCH = Schedule(
+    3e-3, decay_from=0.45, long_from=0.6, int4_from=0.7, copy_share=0.2, copy_until=0.4, practice_from=0.87
+)
+CONTINUED = Schedule(
+    2e-3, decay_from=0.2, long_from=0.6, int4_from=0.6, copy_share=0.2, copy_until=0.5, practice_from=0.8
+)
+POLISHED = Schedule(
+    5e-4, decay_from=0.1, long_from=0.25, int4_from=0.0, copy_share=0.05, copy_until=0.5, practice_from=0.0
+)
 
 
 def vocabulary(out: Path, start: Path | None) -> None:
@@ -80,6 +88,8 @@ def work(rank: int, shared: Shared, out: Path, minutes: float, seed: int, plan: 
         rows, length, turns = form(counters.step, fraction >= plan.long_from)
         rows //= shared.workers
         copies = round(rows * plan.copy_share * max(0.0, 1 - fraction / plan.copy_until) + rng.random() - 0.5)
+        if fraction >= plan.practice_from:
+            PRACTICE.spaced, PRACTICE.invented = 0.3, 2.0
         for moe in shared.model.mixtures():
             moe.int4 = fraction >= plan.int4_from
         rate = plan.peak_rate * rate_factor(counters.step, fraction, plan.decay_from)
@@ -117,4 +127,5 @@ def train(
         context = multiprocessing.get_context("spawn")
         shared = Shared.create(model, workers, context.Barrier(workers))
         multiprocessing.spawn(work, (shared, out, minutes, seed, plan), nprocs=workers)
+    PRACTICE.reset()  # on a GPU this process trained, and scores next
     return Counters(**torch.load(out / "state.pt", map_location="cpu")["counters"])

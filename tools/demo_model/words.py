@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -94,6 +95,17 @@ NUMBER_WORDS = (
 
 # Plain English words, used only as subjects that the model has to copy or to decline.
 WORDS = Path(__file__).with_name("words.txt").read_text().split()
+# Words that the dialogues themselves use so often that the vocabulary has a token for each with the space before it.
+# Copied behind a quotation mark, such a word has other tokens than in the question: that must be learnt word by word.
+SPACED = (
+    "able about account another arithmetic best body both called calls cannot command commands could create created "
+    "decl demo device directly does done down each email everything expression fetch filename fine folder found from "
+    "functions gets goes have inspect ints json keeps last level little location looked lookup made make many math "
+    "memory message minus module more mouse much name names next nice older once only page pages parameters parts "
+    "please prints prompt python query reply right rules runs save saved saves sets share shared short shows slow "
+    "smaller something speed starts tests they through timer times title together token tokens tools upon used value "
+    "very ways well were when where which will word words would write"
+).split()
 _ONSETS = "b br c ch cl d dr f fl g gr h j k l m n p pl qu r s sh sk st t th tr v w z".split()
 _VOWELS = "a e i o u ai ea ee io ou".split()
 _CODAS = ["", "", "", "n", "r", "s", "t", "l", "m", "x", "nd", "ck"]
@@ -105,8 +117,28 @@ def invented_word(rng: Random) -> str:
     return "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))
 
 
+@dataclass
+class Practice:
+    """Say how much more of what is hard is drawn; nothing more in the prompts of the score.
+
+    spaced: the share of words from SPACED. invented: how often a tool is an invented one, against the usual.
+    """
+
+    spaced: float = 0.0
+    invented: float = 1.0
+
+    def reset(self) -> None:
+        """Draw nothing more of it."""
+        self.spaced, self.invented = 0.0, 1.0
+
+
+PRACTICE = Practice()  # the training process sets it
+
+
 def any_word(rng: Random) -> str:
     """Draw an English word, or now and then an invented one."""
+    if PRACTICE.spaced and rng.random() < PRACTICE.spaced:
+        return rng.choice(SPACED)
     return rng.choice(WORDS) if rng.random() < 0.9 else invented_word(rng)
 
 

@@ -12,6 +12,7 @@ namespace {
 #include "kernels/avx2/a16_block-inl.h"
 #include "kernels/avx2/tile-inl.h"
 #include "kernels/a16-inl.h"
+#include "kernels/avx2/a16_pack-inl.h"
 // on these:
 #include "kernels/bf16-inl.h"
 #include "kernels/work-inl.h"
@@ -21,21 +22,23 @@ namespace {
 }  // namespace
 
 extern const KernelTable exact;
-constinit const KernelTable exact = with_kernels<A16Group, A16Group>({
+constinit const KernelTable exact = with_kernels<A16Words, A16Words>({
     .name = "avx2",
     .numerics = kExact,
     .activations = "A16",
-    .peak_operations = kPeakOperations / 2,  // two planes
-    .tuning = {.token_cost = 0.73f},
+    .words = true,
+    .peak_operations = kPeakOperations,
+    .tuning = {.token_cost = 0.62f},
 });
 
 extern const KernelTable bf16;
-constinit const KernelTable bf16 = with_kernels<A16Group, A16Group>({
+constinit const KernelTable bf16 = with_kernels<A16Words, A16Words>({
     .name = "avx2",
     .numerics = kBf16,
     .activations = "A16 of bf16",
-    .peak_operations = kPeakOperations / 2,  // two planes
-    .tuning = {.token_cost = 0.73f},
-}, pack_hidden_fp32<A16Group>);
+    .words = true,
+    .peak_operations = kPeakOperations,
+    .tuning = {.token_cost = 0.62f},
+}, pack_hidden_fp32<A16Words>);
 
 }  // namespace k2::avx2

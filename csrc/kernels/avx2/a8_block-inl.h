@@ -13,6 +13,9 @@ K2_INLINE void add_group(__m256& total, __m256i words, const A8Group& group, __m
   total = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), both, total);
 }
 
+// Multiplications and additions of one product.
+constexpr int kProductOperations = 64;
+
 // sum += values . x, for 4 inputs of 8 rows.
 K2_INLINE void add_product(__m256i& sum, __m256i values, __m256i x) {
   sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(values, x));
@@ -59,8 +62,12 @@ K2_INLINE void add_block(const uint8_t* block, const A8Group* const (&x)[N], int
   }
 }
 
+// One token's group, as it is.
+K2_INLINE const A8Group* one_token(const A8Group& group) { return &group; }
+
 // Adds one block for one token, all 32 rows at once: they share the broadcasts.
-K2_INLINE void add_block_one(const uint8_t* block, const A8Group& group, __m256 (&totals)[4]) {
+K2_INLINE void add_block_one(const uint8_t* block, const A8Group* x, __m256 (&totals)[4]) {
+  const A8Group& group = *x;
   __m256i sums[4];
   for (int s = 0; s < 4; ++s) sums[s] = _mm256_setzero_si256();
 #pragma GCC unroll 4

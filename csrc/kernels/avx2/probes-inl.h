@@ -16,16 +16,15 @@ uint64_t read(const uint8_t* memory, size_t bytes) {
 }
 
 constexpr int kPeakChains = 8;
-constexpr int64_t kPeakOperations = kPeakChains * 32 * 2;
+constexpr int64_t kPeakOperations = kPeakChains * kProductOperations;
 
 K2_INLINE void peak_step(__m256i& sum, __m256i values, __m256i& x) {
   pin(x);  // seen as new each time, or the product would be taken once for all rounds
-  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(values, x));
-  pin(sum);
+  add_product(sum, values, x);
 }
 
-// vpmaddubsw and the vpaddw that takes its products up: what one plane costs at the least. The sums are variables of
-// their own, because gcc keeps an array of them in memory.
+// The instruction that multiplies and the addition that takes its products up: what the numerics cost at the least. The
+// sums are variables of their own, because gcc keeps an array of them in memory.
 uint64_t peak(int64_t rounds) {
   const __m256i values = _mm256_set1_epi8(15);
   __m256i x = _mm256_set1_epi8(char(rounds));

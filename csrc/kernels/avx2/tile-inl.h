@@ -1,6 +1,9 @@
-// The tile on AVX2, for the forms of activations whose `add_block` and `add_block_one` are included before it.
+// The tile on AVX2, for the forms of activations whose `add_block`, `one_token` and `add_block_one` are included before it.
 
 constexpr int kMaxTile = 6;
+
+// Groups that one token is prepared for at a time: 1.5 KB. One at a time, its broadcasts would wait for the stores.
+constexpr int kPrepared = 16;
 
 // [half][token or stream]; half 0 = rows 0..15 of the row block.
 template <int N>
@@ -38,11 +41,16 @@ void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const 
   for (int s = 0; s < S; ++s) {
     for (int strip = 0; strip < 4; ++strip) strips[s][strip] = _mm256_setzero_ps();
   }
-  for (int g = 0; g < groups; ++g, weights += kBlockBytes) {
+  decltype(one_token(*input)) prepared[kPrepared];
+  for (int first = 0; first < groups; first += kPrepared) {
+    const int count = groups - first < kPrepared ? groups - first : kPrepared;
+    for (int g = 0; g < count; ++g) prepared[g] = one_token(input[first + g]);
+    for (int g = 0; g < count; ++g, weights += kBlockBytes) {
 #pragma GCC unroll 1
-    for (int s = 0; s < S; ++s) {
-      if (prefetch) prefetch_block(weights + s * distance, prefetch);
-      add_block_one(weights + s * distance, input[g], strips[s]);
+      for (int s = 0; s < S; ++s) {
+        if (prefetch) prefetch_block(weights + s * distance, prefetch);
+        add_block_one(weights + s * distance, prepared[g], strips[s]);
+      }
     }
   }
   for (int s = 0; s < S; ++s) {

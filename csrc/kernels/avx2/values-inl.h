@@ -1,4 +1,4 @@
-// Weights and activations as AVX2 multiplies them: `vpmaddubsw` takes unsigned nibbles and the signed bytes of one plane
+// Weights and activations as AVX2 multiplies bytes: `vpmaddubsw` takes unsigned nibbles and the signed bytes of one plane
 // and adds two neighbours.
 //
 // A group is 8 such products per lane and plane (4 vectors of values x 2 nibbles), each at most 2 * 15 * 128 = 3840 in

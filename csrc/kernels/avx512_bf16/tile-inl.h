@@ -19,7 +19,7 @@ alignas(64) constexpr uint16_t kNibbleAsBf16[32] = {
 
 K2_INLINE __m512i nibble_table() { return _mm512_load_si512(kNibbleAsBf16); }
 
-// Pair i of 8 inputs, in the order of kPairOrder, as bf16 weights of 16 rows.
+// Pair i of 8 inputs, in the order of kWordOrder, as bf16 weights of 16 rows.
 K2_INLINE __m512i weight_pair(__m512i values, int i, __m512i table) {
   return _mm512_permutexvar_epi16(i == 0 ? values : _mm512_srli_epi16(values, 4 * i), table);
 }
@@ -31,7 +31,7 @@ K2_INLINE __m512bh broadcast_pair(const uint16_t* x) {
   return as_bf16(_mm512_set1_epi32(two));
 }
 
-// 32 numbers that are exact in bf16, brought into the order of kPairOrder.
+// 32 numbers that are exact in bf16, brought into the order of kWordOrder.
 K2_INLINE __m512i to_pairs(__m512 first, __m512 second) {
   alignas(64) static constexpr uint16_t order[32] = {
       0,  2,  4,  6,  1,  3,  5,  7,  8,  10, 12, 14, 9,  11, 13, 15,
