@@ -36,7 +36,10 @@ def built_isas() -> list[str]:
 
 def sources() -> list[str]:
     """List the files of the extension."""
-    folders = [CSRC, *(CSRC / part for part in ("attention", "core", "cpu", "dense", "io", "kernels", "moe"))]
+    folders = [
+        CSRC,
+        *(CSRC / part for part in ("attention", "core", "cpu", "dense", "io", "kernels", "moe", "runtime")),
+    ]
     folders += [CSRC / "kernels" / isa for isa in ("portable", *built_isas())]
     return sorted(str(path) for folder in folders for path in folder.glob("*.cpp"))
 
