@@ -11,9 +11,9 @@
 #include "cpu/affinity.h"
 #include "cpu/features.h"
 #include "kernels/kernel_list.h"
-#include "moe/peak_probe.h"
-#include "moe/read_probe.h"
-#include "moe/runtime.h"
+#include "runtime/peak_probe.h"
+#include "runtime/read_probe.h"
+#include "runtime/runtime.h"
 #include "moe/tuning_probe.h"
 
 namespace k2 {
@@ -90,12 +90,13 @@ void tune(Runtime& runtime, const TuningTuple& tuple) {
 
 py::list instruction_sets() {
   py::list out;
-  for (const KernelEntry& entry : kernel_list()) {
+  for (int i = 0; i < kIsaCount; ++i) {
+    const Isa isa = Isa(i);
     py::list numerics;
-    for (const KernelTable* table : entry.tables) {
-      if (table) numerics.append(numerics_name(table->numerics));
+    for (int n = 0; n < kNumericsCount; ++n) {
+      if (kernel_table(isa, Numerics(n))) numerics.append(numerics_name(Numerics(n)));
     }
-    out.append(py::make_tuple(entry.name, numerics, feature_names(missing_features(entry))));
+    out.append(py::make_tuple(isa_name(isa), numerics, feature_names(missing_features(isa))));
   }
   return out;
 }

@@ -11,7 +11,7 @@
 
 #include "core/error.h"
 #include "cpu/thread_pool.h"
-#include "moe/runtime.h"
+#include "moe/layer.h"
 
 namespace k2 {
 

@@ -9,8 +9,8 @@
 #include "cpu/first_touch.h"
 #include "dense/dense_job.h"
 #include "kernels/dense_list.h"
-#include "moe/peak_probe.h"
-#include "moe/runtime.h"
+#include "runtime/peak_probe.h"
+#include "runtime/runtime.h"
 
 namespace k2 {
 namespace {

@@ -11,7 +11,7 @@
 #include "bindings.h"
 #include "core/error.h"
 #include "io/expert_reader.h"
-#include "moe/runtime.h"
+#include "moe/layer.h"
 
 namespace k2 {
 namespace {

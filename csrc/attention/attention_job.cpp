@@ -20,7 +20,7 @@ size_t scratch_numbers(const MlaSizes& s) {
 }
 
 void reserve_numbers(HugeBuffer& buffer, size_t numbers) {
-  if (buffer.bytes() < numbers * sizeof(float)) buffer = HugeBuffer(numbers * sizeof(float));
+  reserve(buffer, numbers * sizeof(float));
 }
 
 float* numbers(const HugeBuffer& buffer) { return reinterpret_cast<float*>(buffer.data()); }

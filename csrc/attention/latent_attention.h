@@ -6,8 +6,8 @@
 
 #include "attention/attention_job.h"
 #include "kernels/attention_list.h"
-#include "moe/peak_probe.h"
-#include "moe/runtime.h"
+#include "runtime/peak_probe.h"
+#include "runtime/runtime.h"
 
 namespace k2 {
 

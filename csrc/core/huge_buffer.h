@@ -34,4 +34,11 @@ class HugeBuffer {
   bool bound_ = true;
 };
 
+// Makes `buffer` at least that large; what it held is lost when it grows, before the new memory is asked for.
+inline void reserve(HugeBuffer& buffer, size_t bytes) {
+  if (buffer.bytes() >= bytes) return;
+  buffer = HugeBuffer();
+  buffer = HugeBuffer(bytes);
+}
+
 }  // namespace k2

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cpu/share.h"
+
 namespace k2 {
 namespace {
 
@@ -13,11 +15,12 @@ class TouchJob final : public Job {
 
  private:
   void run(Team& team, int worker) override {
-    const int node = team.node(worker), rank = team.rank(worker), workers = team.node_workers(node);
+    const int node = team.node(worker);
+    const Share share{team.rank(worker), team.node_workers(node)};
     const HugeBuffer& buffer = *buffers_[node];
     if (buffer.bound()) return;
     const size_t pages = (buffer.bytes() + kPage - 1) / kPage;
-    for (size_t page = pages * rank / workers; page < pages * (rank + 1) / workers; ++page) {
+    for (size_t page = share.begin(pages); page < share.end(pages); ++page) {
       static_cast<volatile uint8_t*>(buffer.data())[page * kPage] = 0;
       if (page % 65536 == 0) team.check_cancelled();
     }

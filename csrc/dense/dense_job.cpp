@@ -4,13 +4,13 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/share.h"
+
 namespace k2 {
 namespace {
 
 // Row blocks between two looks at whether the job was cancelled: well below a second, but for the portable kernels.
 constexpr int kCheckBlocks = 128;
-
-int share(int count, int worker, int workers) { return int(int64_t(count) * worker / workers); }
 
 int blocks_on(int node, const DenseProduct& product) {
   const BlockRange range = product.matrix->range(node);
@@ -29,10 +29,11 @@ DenseJob::DenseJob(ThreadPool& pool, const DenseTable& table, std::vector<DenseP
 }
 
 void DenseJob::run(Team& team, int worker) {
-  const int node = team.node(worker), rank = team.rank(worker), workers = team.node_workers(node);
+  const int node = team.node(worker);
+  const Share share{team.rank(worker), team.node_workers(node)};
   int blocks = 0, round = 0;
   for (const DenseProduct& product : products_) blocks += blocks_on(node, product);
-  const int begin = share(blocks, rank, workers), end = share(blocks, rank + 1, workers);
+  const int begin = share.begin(blocks), end = share.end(blocks);
   for (int first = 0; first < input_.tokens; first += kDenseTokens) {
     const Chunk chunk{first, std::min(kDenseTokens, input_.tokens - first)};
     if (packs()) {
@@ -51,7 +52,8 @@ void DenseJob::run(Team& team, int worker) {
 }
 
 void DenseJob::pack(const Chunk& chunk, const Team& team, int worker) {
-  const int first = share(groups(), worker, team.workers()), last = share(groups(), worker + 1, team.workers());
+  const Share share{worker, team.workers()};
+  const int first = share.begin(groups()), last = share.end(groups());
   for (int t = 0; t < chunk.tokens; ++t) {
     const float* row = input_.rows + int64_t(chunk.first + t) * inputs() + first * kDenseGroup;
     const ptrdiff_t stride = ptrdiff_t(chunk.tokens) * group_bytes();
@@ -92,7 +94,8 @@ void DenseJob::refuse(const Chunk& chunk, const DenseProduct& product, int first
 }
 
 void PackJob::run(Team& team, int worker) {
-  const int first = share(blocks_, worker, team.workers()), last = share(blocks_, worker + 1, team.workers());
+  const Share share{worker, team.workers()};
+  const int first = share.begin(blocks_), last = share.end(blocks_);
   const int64_t at = int64_t(first) * kDenseRows * matrix_.inputs();
   const PlainRows mine{static_cast<const uint8_t*>(source_.values) + at * (source_.bf16 ? 2 : 4), source_.bf16};
   matrix_.pack(first_block_ + first, first_block_ + last, mine);

@@ -27,7 +27,7 @@ bool residency_is_told(int fd, const struct stat& info) {
 }
 
 uint8_t* reserve_staging(HugeBuffer& staging, int64_t bytes) {
-  if (staging.bytes() < size_t(bytes)) staging = HugeBuffer(size_t(bytes));
+  reserve(staging, size_t(bytes));
   return staging.data();
 }
 

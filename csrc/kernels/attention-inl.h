@@ -13,6 +13,8 @@
 //
 // No include guard: it has no meaning outside those namespaces.
 
+#include "kernels/exp-inl.h"
+
 // W_UK is read in the order it lies in memory, so many rows at a time; the sums of a row stay in the L1 cache between.
 constexpr int kAbsorbDepth = 16;
 
@@ -34,19 +36,8 @@ K2_INLINE F32x16 load_part(const Number* x, int n) {
 
 // exp(x) for x <= 0 and NaN; exactly 0 below -87.7. Relative error below 2^-22 where the result is a normal number.
 K2_INLINE F32x16 exp_to_zero(F32x16 x) {
-  x = max_f32(f32(-104.0f), x);  // the second operand where x is NaN
-  const I32x16 n = to_i32(mul(x, f32(1.44269504089f)));
-  const F32x16 n_f32 = to_f32(n);
-  F32x16 r = fma(n_f32, f32(-0.693359375f), x);
-  r = fma(n_f32, f32(2.12194440e-4f), r);
-  F32x16 p = f32(1.9875691500e-4f);
-  p = fma(p, r, f32(1.3981999507e-3f));
-  p = fma(p, r, f32(8.3334519073e-3f));
-  p = fma(p, r, f32(4.1665795894e-2f));
-  p = fma(p, r, f32(1.6666665459e-1f));
-  p = fma(p, r, f32(5.0000001201e-1f));
-  p = fma(mul(p, r), r, add(r, f32(1.0f)));
-  return mul(p, as_f32(shift_left<23>(max_i32(add(n, i32(127)), i32(0)))));
+  const Exponential e = exponential(max_f32(f32(-104.0f), x));  // the second operand where x is NaN
+  return mul(e.mantissa, power_of_two(max_i32(e.exponent, i32(-127))));
 }
 
 // out[row][panel] = start + sum over k < depth of a[row][k] * b[k][panel], strides in numbers.

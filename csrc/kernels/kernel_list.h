@@ -1,25 +1,14 @@
-// The instruction sets that hybrid-k2 knows, best first, and the numerics that each has kernels for; whether or not this
-// binary and this CPU have them.
+// The experts' kernels of every instruction set, for each of the numerics that it has kernels for.
 #pragma once
-#include <cstdint>
-#include <span>
 #include <string>
 
+#include "kernels/isa_list.h"
 #include "kernels/kernel_table.h"
 
 namespace k2 {
 
-struct KernelEntry {
-  const char* name;
-  uint32_t required;                          // Feature bits
-  const KernelTable* tables[kNumericsCount];  // null where there are no such kernels, or this binary lacks them
-};
-
-// Best first; the last one, "portable", is always built and needs nothing.
-std::span<const KernelEntry> kernel_list();
-
-// Feature bits that the entry needs and this machine lacks.
-uint32_t missing_features(const KernelEntry& entry);
+// Null where there are no such kernels, or this binary lacks them.
+const KernelTable* kernel_table(Isa isa, Numerics numerics);
 
 // "exact", "fast", "bf16".
 const char* numerics_name(Numerics numerics);

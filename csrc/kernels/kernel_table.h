@@ -57,9 +57,11 @@ struct KernelTable {
   const char* name = nullptr;         // instruction set, as HYBRID_K2_ISA names it
   Numerics numerics = kExact;         // what it computes
   const char* activations = nullptr;  // their form: "A16"
-  int layout_id = 0;                  // layout of the weights it reads
   int max_tokens = 0;                 // most tokens in one call: their activations should stay in the L2 cache
   bool words = false;                 // A16 as A16Words instead of A16Group
+  // Most tokens whose activations are in scratch at once, 53 KB each at full size. The weights are read anew for each such
+  // chunk: a read should hide behind the multiplications, which at 1024 tokens are 21 per expert.
+  int chunk_tokens = 1024;
   int group_bytes = 0;                // one token's group of 32 packed activations
 
   // Packs `groups` groups of activations. False if a value has no packed form (NaN, infinity, out of range).

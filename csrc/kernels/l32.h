@@ -27,6 +27,5 @@ constexpr int kRowBlock = 32;     // rows of a block
 constexpr int kHalfBlock = 16;    // rows of one 64-byte vector of a block
 constexpr int kScaleBytes = 64;   // scales at the head of a block
 constexpr int kBlockBytes = 576;  // scales and values
-constexpr int kLayoutL32 = 1;     // `layout_id` of tables that read this layout
 
 }  // namespace k2

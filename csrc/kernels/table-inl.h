@@ -9,7 +9,6 @@ constexpr KernelTable with_kernels(KernelTable table,
                                    bool (*pack_fp32)(const float*, int, uint8_t*) = pack_rows<Hidden, float>,
                                    uint64_t (*gate_up_kernel)(const GateUpTask&) = gate_up<Hidden, Middle>,
                                    void (*down_kernel)(const DownTask&) = down<Middle>) {
-  table.layout_id = kLayoutL32;
   table.group_bytes = sizeof(Hidden);
   table.pack_fp32 = pack_fp32;
   table.pack_bf16 = pack_rows<Hidden, uint16_t>;

@@ -6,13 +6,6 @@
 #include "core/error.h"
 
 namespace k2 {
-namespace {
-
-// Tokens whose activations are in scratch at once: 1024 of the full size take 54 MB. The weights are read again for
-// each chunk, which at 21 tokens per expert and chunk hides behind the multiplications.
-constexpr int kChunkTokens = 1024;
-
-}  // namespace
 
 MoeJob::MoeJob(ThreadPool& pool, const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer,
                WorkspaceStore& store, const MoeInput& input, float* output)
@@ -20,9 +13,9 @@ MoeJob::MoeJob(ThreadPool& pool, const KernelTable& table, const Tuning& tuning,
   check_argument(layer.nodes() == pool.map().nodes(), "nodes", text(pool.map().nodes()), layer.nodes());
   check_ids(input);
   const LayerShape& shape = layer.shape();
-  for (int first = 0; first < tokens_; first += kChunkTokens) {
+  for (int first = 0; first < tokens_; first += table.chunk_tokens) {
     const int64_t at = int64_t(first) * shape.experts_per_token;
-    const int count = std::min(kChunkTokens, tokens_ - first);
+    const int count = std::min(table.chunk_tokens, tokens_ - first);
     chunks_.push_back(
         route(input.ids + at, input.weights + at, first, count, shape.experts_per_token, shape.experts));
   }
@@ -68,12 +61,12 @@ void MoeJob::run(Team& team, int worker) {
   parts_[team.node(worker)]->run(team, worker);
   if (parts_.size() == 1) return;
   team.sync(1);
-  add_partial_sums(worker, team.workers());
+  add_partial_sums({worker, team.workers()});
 }
 
-void MoeJob::add_partial_sums(int worker, int workers) {
+void MoeJob::add_partial_sums(Share share) {
   const int64_t blocks = int64_t(tokens_) * layer_.shape().hidden_groups();
-  const int64_t first = blocks * worker / workers * kRowBlock, last = blocks * (worker + 1) / workers * kRowBlock;
+  const int64_t first = share.begin(blocks) * kRowBlock, last = share.end(blocks) * kRowBlock;
   float* sum = parts_[0]->output_row(0);
   for (size_t node = 1; node < parts_.size(); ++node) {
     const float* partial = parts_[node]->output_row(0);

@@ -13,7 +13,7 @@
 #include "moe/expert_layer.h"
 #include "moe/moe_part.h"
 #include "moe/routing.h"
-#include "moe/workspace.h"
+#include "runtime/workspace.h"
 
 namespace k2 {
 
@@ -44,7 +44,7 @@ class MoeJob final : public Job {
   void check_ids(const MoeInput& input) const;
   const uint8_t* copy_hidden(const MoeInput& input);
   void run(Team& team, int worker) override;
-  void add_partial_sums(int worker, int workers);
+  void add_partial_sums(Share share);
 
   const ThreadPool& pool_;
   const ExpertLayer& layer_;

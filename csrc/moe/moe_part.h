@@ -14,11 +14,12 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/share.h"
 #include "cpu/thread_pool.h"
 #include "kernels/kernel_table.h"
 #include "moe/expert_layer.h"
 #include "moe/routing.h"
-#include "moe/workspace.h"
+#include "runtime/workspace.h"
 
 namespace k2 {
 
@@ -47,14 +48,6 @@ class MoePart {
     std::unique_ptr<std::atomic<int>[]> units_done;   // [active experts]
     std::unique_ptr<std::atomic<bool>[]> row_bad;     // [rows] an intermediate value has no packed form
     std::unique_ptr<std::atomic<bool>[]> token_bad;   // [tokens] the input has no packed form
-  };
-  // The worker's share of one step.
-  struct Share {
-    int rank;
-    int of;
-
-    int begin(int count) const { return int(int64_t(count) * rank / of); }
-    int end(int count) const { return int(int64_t(count) * (rank + 1) / of); }
   };
 
   void pack(const RoutedChunk& chunk, ChunkState& state, Share share);

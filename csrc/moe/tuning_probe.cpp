@@ -1,13 +1,14 @@
 #include "moe/tuning_probe.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <vector>
 
 #include "core/error.h"
 #include "core/huge_buffer.h"
+#include "cpu/share.h"
 #include "kernels/l32.h"
+#include "runtime/timing.h"
 
 namespace k2 {
 namespace {
@@ -53,8 +54,9 @@ class Touch final : public Job {
 
  private:
   void run(Team& team, int worker) override {
-    const size_t lines = buffer_.bytes() / 64;
-    const size_t first = lines * worker / team.workers() * 64, last = lines * (worker + 1) / team.workers() * 64;
+    const Share share{worker, team.workers()};
+    const int64_t lines = int64_t(buffer_.bytes() / 64);
+    const size_t first = size_t(share.begin(lines)) * 64, last = size_t(share.end(lines)) * 64;
     std::memset(buffer_.data() + first, 0, last - first);
   }
 
@@ -74,8 +76,8 @@ class Pass final : public Job {
 
  private:
   void run(Team& team, int worker) override {
-    const int first = int(int64_t(pairs_) * worker / team.workers());
-    const int last = int(int64_t(pairs_) * (worker + 1) / team.workers());
+    const Share share{worker, team.workers()};
+    const int first = share.begin(pairs_), last = share.end(pairs_);
     const std::vector<uint8_t> input(size_t(kGroups) * table_.group_bytes);
     std::vector<uint8_t> output(size_t(last - first) * table_.group_bytes);
     const std::vector<const uint8_t*> inputs(tokens_, input.data());
@@ -95,14 +97,6 @@ class Pass final : public Job {
   const int tokens_;
   const CallPolicy policy_;
 };
-
-double time_job(ThreadPool& pool, Job& job) {
-  const Clock::time_point start = Clock::now();
-  pool.submit(job);
-  pool.wait(job);
-  job.rethrow();
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 struct Candidate {
   CallPolicy policy;

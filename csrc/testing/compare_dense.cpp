@@ -21,9 +21,8 @@ using Random = std::mt19937_64;
 int pick(Random& random, int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); }
 
 const DenseTable& table_named(const std::string& name) {
-  for (const DenseEntry& entry : dense_list()) {
-    if (name == entry.name && entry.table) return *entry.table;
-  }
+  const DenseTable& table = find_dense_table(name);
+  if (table.name == name) return table;
   std::fprintf(stderr, "no table %s in this build\n", name.c_str());
   std::exit(2);
 }

@@ -14,7 +14,7 @@
 
 #include "core/error.h"
 #include "kernels/kernel_list.h"
-#include "moe/runtime.h"
+#include "moe/layer.h"
 #include "testing/check.h"
 
 namespace k2 {

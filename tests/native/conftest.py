@@ -31,11 +31,12 @@ CORE_SOURCES = tuple(f"core/{name}.cpp" for name in ("huge_buffer", "page_count"
 MOE_SOURCES = (
     *(
         f"moe/{name}.cpp"
-        for name in ("expert_layer", "l32_digest", "l32_pack", "moe_job", "moe_part", "routing", "runtime", "slots")
+        for name in ("expert_layer", "l32_digest", "l32_pack", "layer", "moe_job", "moe_part", "routing", "slots")
     ),
     *(f"cpu/{name}.cpp" for name in ("thread_pool", "first_touch", "affinity", "features")),
     *CORE_SOURCES,
-    "kernels/kernel_list.cpp",
+    "runtime/runtime.cpp",
+    *(f"kernels/{name}.cpp" for name in ("isa_list", "kernel_list")),
 )
 
 

@@ -16,7 +16,8 @@ SOURCES = (
     "cpu/thread_pool.cpp",
     "cpu/affinity.cpp",
     "core/huge_buffer.cpp",
-    "kernels/attention_list.cpp",
+    "cpu/features.cpp",
+    *(f"kernels/{name}.cpp" for name in ("isa_list", "attention_list")),
 )
 PORTABLE = "kernels/portable/attention_portable.cpp"
 

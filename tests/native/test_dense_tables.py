@@ -13,13 +13,14 @@ import pytest
 from tests.native.conftest import CORE_SOURCES, CSRC, Compiler, require_sanitizer, run_program
 from tests.native.test_kernel_tables import AVX2, AVX512_VNNI, supported
 
-LIST_SOURCES = ("testing/compare_dense.cpp", "kernels/dense_list.cpp", "cpu/features.cpp", *CORE_SOURCES)
+KERNEL_LISTS = tuple(f"kernels/{name}.cpp" for name in ("isa_list", "dense_list"))
+LIST_SOURCES = ("testing/compare_dense.cpp", *KERNEL_LISTS, "cpu/features.cpp", *CORE_SOURCES)
 JOB_SOURCES = (
     "testing/dense_job_test.cpp",
     *(f"dense/{name}.cpp" for name in ("dense_job", "dense_matrix")),
     *(f"cpu/{name}.cpp" for name in ("thread_pool", "first_touch", "affinity", "features")),
     *CORE_SOURCES,
-    "kernels/dense_list.cpp",
+    *KERNEL_LISTS,
 )
 
 

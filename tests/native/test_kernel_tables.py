@@ -13,7 +13,12 @@ from tests.native.conftest import CSRC, Compiler, run_program
 
 NUMERICS = ("exact", "fast", "bf16")
 FORMS = ("a16", "a8")  # of the activations: what the files are named after
-LIST_SOURCES = ("testing/compare_tables.cpp", "kernels/kernel_list.cpp", "cpu/features.cpp", "core/huge_buffer.cpp")
+LIST_SOURCES = (
+    "testing/compare_tables.cpp",
+    *(f"kernels/{name}.cpp" for name in ("isa_list", "kernel_list")),
+    "cpu/features.cpp",
+    "core/huge_buffer.cpp",
+)
 AVX2 = ("-mavx2", "-mfma")
 AVX512_VNNI = (
     *AVX2,

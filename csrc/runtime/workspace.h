@@ -29,17 +29,12 @@ struct Workspace {
   }
 };
 
-// Makes `buffer` at least that large; what it held is lost when it grows.
-inline void reserve(HugeBuffer& buffer, size_t bytes) {
-  if (buffer.bytes() < bytes) {
-    buffer = HugeBuffer();
-    buffer = HugeBuffer(bytes);
-  }
-}
-
 // Workspaces that nobody uses at the moment, all of one number of parts. Thread-safe.
 class WorkspaceStore {
  public:
+  // For chunks of so many tokens.
+  explicit WorkspaceStore(int chunk_tokens = 1024) : keep_bytes_(kKeepBytes * size_t(chunk_tokens)) {}
+
   std::unique_ptr<Workspace> take(int parts) {
     std::lock_guard lock(mutex_);
     if (free_.empty()) {
@@ -55,14 +50,15 @@ class WorkspaceStore {
   // Keeps what a chunk of tokens needs on each node, for the next layer; what more a long prefill took goes back to the
   // system.
   void give(std::unique_ptr<Workspace> workspace) {
-    if (workspace->bytes() > kKeepBytes * workspace->parts.size()) return;
+    if (workspace->bytes() > keep_bytes_ * workspace->parts.size()) return;
     std::lock_guard lock(mutex_);
     free_.push_back(std::move(workspace));
   }
 
  private:
-  static constexpr size_t kKeepBytes = size_t(64) << 20;  // per node
+  static constexpr size_t kKeepBytes = size_t(64) << 10;  // per node and token
 
+  const size_t keep_bytes_;  // per node
   std::mutex mutex_;
   std::vector<std::unique_ptr<Workspace>> free_;
 };

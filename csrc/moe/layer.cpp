@@ -1,21 +1,6 @@
-#include "moe/runtime.h"
-
-#include "kernels/kernel_list.h"
+#include "moe/layer.h"
 
 namespace k2 {
-
-namespace {
-
-std::vector<int> nodes_of(const PoolLayout& layout) {
-  std::vector<int> nodes;
-  for (const NodeWorkers& node : layout) nodes.push_back(node.memory_node);
-  return nodes;
-}
-
-}  // namespace
-
-Runtime::Runtime(const std::string& isa, Numerics numerics, const PoolLayout& layout)
-    : table(find_table(isa, numerics)), memory_nodes(nodes_of(layout)), pool(layout), tuning_(table.tuning) {}
 
 std::shared_ptr<MoeJob> Layer::start(const MoeInput& input, float* output) {
   runtime_->pool.check_process();

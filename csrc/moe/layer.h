@@ -1,46 +1,15 @@
-// What the layers of one engine share, and one layer with its computations in flight.
+// The experts of one layer with their computations in flight.
 #pragma once
 #include <memory>
-#include <mutex>
-#include <string>
 #include <utility>
-#include <vector>
 
 #include "cpu/first_touch.h"
-#include "cpu/thread_pool.h"
-#include "kernels/kernel_table.h"
 #include "moe/expert_layer.h"
 #include "moe/moe_job.h"
 #include "moe/slots.h"
-#include "moe/workspace.h"
+#include "runtime/runtime.h"
 
 namespace k2 {
-
-class Runtime {
- public:
-  Runtime(const std::string& isa, Numerics numerics, const PoolLayout& layout);
-  Runtime(const std::string& isa, Numerics numerics, int threads)
-      : Runtime(isa, numerics, PoolLayout{{threads, kAnyNode, {}}}) {}
-
-  const KernelTable& table;
-  const std::vector<int> memory_nodes;  // of the pool's nodes
-  WorkspaceStore workspaces;
-  ThreadPool pool;
-
-  // For computations that start from now on. Thread-safe.
-  Tuning tuning() const {
-    const std::lock_guard lock(tuning_mutex_);
-    return tuning_;
-  }
-  void tune(const Tuning& tuning) {
-    const std::lock_guard lock(tuning_mutex_);
-    tuning_ = tuning;
-  }
-
- private:
-  mutable std::mutex tuning_mutex_;
-  Tuning tuning_;  // the table's, until it is tuned
-};
 
 // Thread-safe. In a child process after `fork` nothing takes a lock, for other threads may have held it; computing is an
 // EngineError there.

@@ -1,11 +1,12 @@
-#include "moe/read_probe.h"
+#include "runtime/read_probe.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 
 #include "core/error.h"
 #include "core/huge_buffer.h"
+#include "cpu/share.h"
+#include "runtime/timing.h"
 
 namespace k2 {
 namespace {
@@ -20,9 +21,9 @@ class Pass final : public Job {
 
  private:
   void run(Team& team, int worker) override {
-    const size_t units = buffer_.bytes() / kProbeUnit;
-    const size_t first = units * worker / team.workers() * kProbeUnit;
-    const size_t last = units * (worker + 1) / team.workers() * kProbeUnit;
+    const Share share{worker, team.workers()};
+    const int64_t units = int64_t(buffer_.bytes() / kProbeUnit);
+    const size_t first = size_t(share.begin(units)) * kProbeUnit, last = size_t(share.end(units)) * kProbeUnit;
     if (touch_) {
       std::memset(buffer_.data() + first, 1, last - first);
     } else if (first < last) {
@@ -36,14 +37,6 @@ class Pass final : public Job {
   std::atomic<uint64_t> result_{0};
 };
 
-double time_pass(ThreadPool& pool, Pass& pass) {
-  const Clock::time_point start = Clock::now();
-  pool.submit(pass);
-  pool.wait(pass);
-  pass.rethrow();
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
 }  // namespace
 
 double measure_read_gbps(ThreadPool& pool, const KernelTable& table, double seconds, size_t bytes) {
@@ -51,11 +44,11 @@ double measure_read_gbps(ThreadPool& pool, const KernelTable& table, double seco
   check_argument(bytes >= least, "bytes", text("at least ", least), bytes);
   const HugeBuffer buffer(bytes / kProbeUnit * kProbeUnit);
   Pass touch(pool, table, buffer, true);
-  time_pass(pool, touch);
+  time_job(pool, touch);
   double best = 1e9;
   for (double spent = 0; spent < seconds || best == 1e9;) {
     Pass read(pool, table, buffer, false);
-    const double pass_seconds = time_pass(pool, read);
+    const double pass_seconds = time_job(pool, read);
     best = std::min(best, pass_seconds);
     spent += pass_seconds;
   }

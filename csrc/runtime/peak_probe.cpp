@@ -1,7 +1,8 @@
-#include "moe/peak_probe.h"
+#include "runtime/peak_probe.h"
 
 #include <algorithm>
-#include <chrono>
+
+#include "runtime/timing.h"
 
 namespace k2 {
 namespace {
@@ -22,22 +23,14 @@ class Pass final : public Job {
   std::atomic<uint64_t> result_{0};
 };
 
-double time_pass(ThreadPool& pool, const Peak& peak, int64_t rounds) {
-  Pass pass(pool, peak, rounds);
-  const Clock::time_point start = Clock::now();
-  pool.submit(pass);
-  pool.wait(pass);
-  pass.rethrow();
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
 }  // namespace
 
 double measure_peak_gops(ThreadPool& pool, const Peak& peak, double seconds) {
   double spent = 0, best = 0;  // rounds per second
   for (int passes = 0; spent < seconds || passes < kMinPasses; ++passes) {
     const int64_t rounds = std::max<int64_t>(1024, int64_t(best * kPassSeconds));
-    const double pass_seconds = time_pass(pool, peak, rounds);
+    Pass pass(pool, peak, rounds);
+    const double pass_seconds = time_job(pool, pass);
     spent += pass_seconds;
     best = std::max(best, double(rounds) / pass_seconds);
   }
