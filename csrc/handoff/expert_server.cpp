@@ -109,7 +109,7 @@ void ExpertServer::serve() {
 bool ExpertServer::advance(int slot) {
   Slot& s = slots_[size_t(slot)];
   if (!s.job) return begin(slot);
-  if (unwanted(s, s.ticket)) s.job->cancel();
+  if (unwanted(slot)) s.job->cancel();
   if (!s.job->done()) return false;
   end(s, slot);
   return true;
@@ -120,7 +120,7 @@ bool ExpertServer::begin(int slot) {
   const std::optional<Mailbox::Request> request = mailbox_.request(slot, s.served.load());
   if (!request) return false;
   s.ticket = request->ticket;
-  if (unwanted(s, s.ticket)) {
+  if (unwanted(slot)) {
     answer(s, slot, ReplyStatus::kGivenUp);
     return true;
   }
@@ -145,7 +145,7 @@ void ExpertServer::end(Slot& s, int slot) {
   try {
     s.job->rethrow();
   } catch (...) {
-    status = unwanted(s, s.ticket) ? ReplyStatus::kGivenUp : ReplyStatus::kFailed;
+    status = unwanted(slot) ? ReplyStatus::kGivenUp : ReplyStatus::kFailed;
     if (status == ReplyStatus::kFailed) fail(s);
   }
   s.job.reset();

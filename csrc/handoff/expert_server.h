@@ -89,7 +89,10 @@ class ExpertServer {
   void rest(Clock::time_point moved);
   bool something_to_do() const;
   const Job* next_to_end() const;
-  bool unwanted(const Slot& slot, uint32_t ticket) const { return stopping_.load() || slot.given_up.load() == ticket; }
+  // Giving up the last post gives up what was posted before it: after a `release`, that may still compute.
+  bool unwanted(int slot) const {
+    return stopping_.load() || slots_[size_t(slot)].given_up.load() == mailbox_.posted(slot);
+  }
 
   ThreadPool& pool_;
   Mailbox& mailbox_;

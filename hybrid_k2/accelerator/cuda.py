@@ -198,8 +198,12 @@ class CudaHandoff(Handoff):
         self._mailbox = native.Mailbox(runtime, shape.hidden_size, shape.num_experts_per_tok, room, natives)
         self._calls = _slot_calls(self._mailbox)
         self._mapped: list[int] = []
-        self._map()
-        self._slots = [self._slot(slot) for slot in range(SLOTS)]
+        try:
+            self._map()
+            self._slots = [self._slot(slot) for slot in range(SLOTS)]
+        except BaseException:  # memory must not be given back while it is mapped
+            self.close()
+            raise
         accelerator.attach(self)
 
     def post(self, slot: int, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:

@@ -19,6 +19,15 @@ BLOCK = 32
 DECODE_ROWS = 32
 
 
+def check_kernels(dtype: str, device: str) -> None:
+    """Check that there are kernels for such a matrix. Raises: HardwareError without triton."""
+    if not have_triton():
+        raise HardwareError(
+            f"{dtype} on {device}: expected triton, whose kernels multiply it, got none installed",
+            hint="pip install 'hybrid-k2[gpu]', or write bf16 in the placement rules",
+        )
+
+
 class GpuMatrix:
     """Hold a matrix [out, in] of whole blocks of 32 by 32, and multiply rows with it.
 
@@ -32,11 +41,7 @@ class GpuMatrix:
         dtype: "int8" or "fp8".
         Raises: HardwareError without triton; torch.OutOfMemoryError.
         """
-        if not have_triton():
-            raise HardwareError(
-                f"{dtype} on {device}: expected triton, whose kernels multiply it, got none installed",
-                hint="pip install 'hybrid-k2[gpu]', or write bf16 in the placement rules",
-            )
+        check_kernels(dtype, str(device))
         from hybrid_k2.accelerator.kernels.weight_only import WeightOnly
 
         self.dtype = dtype

@@ -17,6 +17,7 @@ from hybrid_k2.accelerator import (
     MailboxHandoff,
     SubmitHandoff,
 )
+from hybrid_k2.accelerator.gpu_matrix import check_kernels
 from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, expected_tensors, experts_packed
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.dense import HostMatrix
@@ -35,7 +36,7 @@ from hybrid_k2.model.native_attention import NativeAttention
 from hybrid_k2.model.router import Router
 from hybrid_k2.model.text import EXPERTS_WATCHDOG_S, TextModel
 from hybrid_k2.placement import Plan, check_loadable
-from hybrid_k2.placement.memories import HOST, TWIN
+from hybrid_k2.placement.memories import HOST, TWIN, memory_of
 from hybrid_k2.placement.plan import Placement
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
@@ -53,9 +54,12 @@ def load_text_model(
     Effects: torch's thread count becomes the plan's, the twin's where there is one, for torch computes on it then. What
     was loaded is released if loading fails or is interrupted.
     Raises: RulesError for a plan that this version cannot load; CheckpointError before anything large is read, or if a
-    file changes meanwhile; HardwareError for a device that is not there or is full.
+    file changes meanwhile; HardwareError for a device that is not there, is full, or lacks the kernels.
     """
     check_loadable(plan)
+    for row in plan.rows:
+        if row.dtype in ("int8", "fp8") and memory_of(row.device) != HOST:
+            check_kernels(row.dtype, row.device)
     check_checkpoint(checkpoint, config)
     torch.set_num_threads(plan.twin_threads or plan.threads)
     with ExitStack() as undo:
@@ -121,7 +125,7 @@ class _Builder:
         return twin
 
     def handoff(self, layers: Sequence[Layer]) -> Handoff:
-        """Let the experts compute beside the accelerator, or beside a shared expert that lies elsewhere."""
+        """Let the experts compute beside the accelerator, or beside whatever lies elsewhere."""
         experts = {i: layer.mlp.experts for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)}
         native = {i: backend for i, backend in experts.items() if isinstance(backend, NativeExperts)}
         if self.plan.accelerator == TWIN and native and len(native) == len(experts):
@@ -129,7 +133,7 @@ class _Builder:
             self.undo.callback(mailbox.close)
             return mailbox
         beside = any(self.plan.where("shared_experts", layer).device != HOST for layer in experts)
-        if self.plan.accelerator == TWIN or beside:
+        if self.plan.accelerator == TWIN or self.plan.overlap == "ping_pong" or beside:
             return SubmitHandoff(experts, EXPERTS_WATCHDOG_S)
         return DirectHandoff(experts)
 

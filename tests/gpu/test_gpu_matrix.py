@@ -99,6 +99,17 @@ def test_without_triton_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatc
     assert "hybrid-k2[gpu]" in (caught.value.hint or "")
 
 
+def test_without_triton_nothing_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_matrix, "have_triton", lambda: False)
+    monkeypatch.setattr(Machine, "probe", lambda: Machine(1 << 34, 1 << 34, 1, (Gpu(0, "Test GPU", 8 << 30),)))
+    monkeypatch.setattr(Checkpoint, "read_linear", lambda *_: pytest.fail("a weight was read"))
+    with (
+        pytest.raises(HardwareError, match=r"int8 on cuda:0: expected triton"),
+        loaded(folder, parse_rules(RULES % (("gpu",) * 5))),
+    ):
+        pass
+
+
 RULES = """\
 version: 1
 devices: {gpu: cuda:0}

@@ -285,9 +285,14 @@ def test_an_interrupt_ends_a_take_and_reset_frees_the_slot(runtime: ExpertsRunti
     handoff = MailboxHandoff(runtime.native, {3: layer})
     handoff.post(0, 3, *(tensor.repeat(5, 1) for tensor in arguments))
     timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
+
+    def take() -> None:
+        timer.start()  # in here, for a busy machine may interrupt before we wait
         handoff.take(0, 3)
+        timer.join(60)  # a fast machine is done before
+
+    with pytest.raises(KeyboardInterrupt):
+        take()
     timer.join()
     handoff.reset()
     few = tuple(tensor[:2] for tensor in arguments)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hybrid_k2.accelerator import DirectHandoff, SubmitHandoff
 from hybrid_k2.checkpoint import Checkpoint, expected_tensors
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.dense import HostMatrix, Int8Weight, fits_blocks, quantize_int8
@@ -79,6 +80,14 @@ def test_each_group_gets_the_dtype_of_the_plan(folder: Path) -> None:
         expected = reference.logits(list(range(40)))
     error = (logits - expected).norm(dim=1) / expected.norm(dim=1)
     assert 0 < error.median() < 0.04  # a few roundings to bf16
+
+
+@pytest.mark.parametrize(("overlap", "handoff"), [("off", DirectHandoff), ("ping_pong", SubmitHandoff)])
+def test_experts_start_at_once_where_two_halves_take_turns(folder: Path, overlap: str, handoff: type) -> None:
+    """Also where the shared expert is on the host: with attention on a GPU, the other half's is beside the experts."""
+    with loaded(folder, "host", overlap=overlap) as model:
+        assert type(model.model.handoff) is handoff
+        assert model.model.ping_pong == (overlap == "ping_pong")
 
 
 def test_loads_the_values_of_the_checkpoint(folder: Path) -> None:

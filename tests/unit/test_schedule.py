@@ -432,6 +432,42 @@ def test_an_interrupt_leaves_everything_usable(host: Loaded, folder: Path, twin:
             assert works(model, host)
 
 
+class WatchedBehind(Watched):
+    """Look at both ends of a call."""
+
+    def submit(self, slot: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+        super().submit(slot, hidden, ids, weights)
+        self.before("submitted")
+
+    def wait(self, slot: int, timeout_s: float | None = None) -> Tensor:
+        result = super().wait(slot, timeout_s)
+        self.before("waited")
+        return result
+
+
+@pytest.mark.parametrize("at", ["submit", "submitted", "wait", "waited"])
+def test_an_interrupt_around_experts_beside_the_calling_thread(host: Loaded, folder: Path, at: str) -> None:
+    """As with a GPU, whose operations the calling thread launches: the slots of the experts are free again."""
+    interrupted: list[str] = []
+
+    def interrupt(name: str) -> None:
+        if name == at and not interrupted:
+            interrupted.append(name)
+            raise KeyboardInterrupt
+
+    with loaded(folder, "host", overlap="ping_pong") as inline:
+        experts: dict[int, ExpertsBackend] = {i: moe.experts for i, moe in moe_layers(inline.model).items()}
+        inline.model.handoff = SubmitHandoff({**experts, 2: WatchedBehind(experts[2], interrupt)})
+        for _ in range(3):
+            interrupted.clear()
+            with pytest.raises(KeyboardInterrupt):
+                inline.model.forward(two(), inline.cache())
+            assert works(inline, host)
+        for slot in range(2):
+            with pytest.raises(ValueError, match="in flight"):
+                experts[2].wait(slot, 0.0)
+
+
 def test_an_interrupt_while_operations_are_enqueued(host: Loaded, twin: Loaded) -> None:
     own = twin.model.accelerator
 
