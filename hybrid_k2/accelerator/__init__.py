@@ -5,7 +5,7 @@ from hybrid_k2.accelerator.handoff_direct import DirectHandoff
 from hybrid_k2.accelerator.handoff_submit import SubmitHandoff
 from hybrid_k2.accelerator.inline import InlineAccelerator
 from hybrid_k2.accelerator.mailbox import MailboxHandoff
-from hybrid_k2.accelerator.trace import Trace
+from hybrid_k2.accelerator.trace import Trace, check_writable
 from hybrid_k2.accelerator.twin import HostTwin
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "MailboxHandoff",
     "SubmitHandoff",
     "Trace",
+    "check_writable",
 ]

@@ -33,6 +33,9 @@ class SubmitHandoff(Handoff):
         self._posted[slot] = layer  # before it is submitted: an interrupt may come in between
         try:
             backend.submit(slot, hidden.cpu(), ids.cpu(), weights.cpu())
+        except EngineError as error:
+            del self._posted[slot]
+            raise EngineError(f"layer {layer}: {error.message}", hint=error.hint) from error
         except Exception:
             del self._posted[slot]
             raise

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybrid_k2.errors import ConfigError, EngineError
+
 if TYPE_CHECKING:
     from hybrid_k2.accelerator.base import Label
 
@@ -53,8 +55,11 @@ class Trace:
         return _length(_intersection(experts, self.busy("accelerator"))) / total
 
     def write(self, path: Path) -> None:
-        """Write the trace in the JSON format that Chrome (about:tracing) and Perfetto show."""
-        path.write_text(json.dumps(self.as_json(), separators=(",", ":")))
+        """Write the trace in the JSON format that Chrome (about:tracing) and Perfetto show. Raises: EngineError."""
+        try:
+            path.write_text(json.dumps(self.as_json(), separators=(",", ":")))
+        except OSError as error:
+            raise EngineError(f"{path}: expected to write the trace, got {error.strerror}") from error
 
     def as_json(self) -> dict[str, Any]:
         """Return the trace as the JSON object that `write` writes. Units: us from the first event on."""
@@ -69,6 +74,17 @@ class Trace:
 
     def _spans(self, lane: str) -> Iterator[Span]:
         return ((event.start_ns, event.stop_ns) for event in list(self.events) if event.label.lane == lane)
+
+
+def check_writable(path: Path) -> None:
+    """Make sure that a trace can be written, before there is one, and leave no file behind. Raises: ConfigError."""
+    new = not path.exists()
+    try:
+        path.open("a").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a trace file that can be written, got {error.strerror}") from error
 
 
 def _as_json(event: Event, first_ns: int, thread: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hybrid_k2.accelerator import Trace
+from hybrid_k2.accelerator import Trace, check_writable
 from hybrid_k2.bench.slice import slice_config, widths, write_slice
 from hybrid_k2.checkpoint import Checkpoint
 from hybrid_k2.config import ModelConfig
@@ -100,8 +100,11 @@ def measure_overlap(
 
     `scale` divides the widths of K2.6. `trace_to` gets the trace of the steps with overlap.
     Memory and disk: the slice once each, in a temporary folder until it is loaded.
-    Raises: HardwareError for a GPU that is not there; MemoryBudgetError for a slice that does not fit.
+    Raises: HardwareError for a GPU that is not there; MemoryBudgetError for a slice that does not fit; ConfigError for
+    a trace that cannot be written.
     """
+    if trace_to is not None:
+        check_writable(trace_to)
     config = slice_config(widths(scale), layers, experts, "bench overlap")
     torch.manual_seed(seed)
     total = steps + WARM_STEPS

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_k2.accelerator import Trace
+from hybrid_k2.accelerator import Trace, check_writable
 from hybrid_k2.engine.generation import Generation, OnPrefill, Runner
 from hybrid_k2.engine.loading import LoadedModel, OnPlan, load_model
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.prefix import KeptPrefix
 from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.request import chat_sequence, check_ids, check_prompt_fits, text_sequence
-from hybrid_k2.errors import ConfigError, EngineError, MemoryBudgetError, RequestError, shown
+from hybrid_k2.errors import EngineError, MemoryBudgetError, RequestError, shown
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.latent_cache import LatentCache
 
@@ -76,7 +76,9 @@ class Engine:
         operations of accelerator and experts, for Chrome or Perfetto; they are kept in memory until then.
         Raises: CheckpointError, ConfigError, UnsupportedModelError, RulesError, HardwareError.
         """
-        trace_to = None if trace is None else _writable(Path(trace))
+        trace_to = None if trace is None else Path(trace)
+        if trace_to is not None:
+            check_writable(trace_to)
         loaded = load_model(path, rules, on_plan, progress)
         try:
             return cls(loaded, trace_to)
@@ -200,7 +202,7 @@ class Engine:
             trace = self._loaded.text.trace
             self._loaded.text.close()
             if trace is not None and self._trace_to is not None:
-                _write(trace, self._trace_to)
+                trace.write(self._trace_to)
 
     def __enter__(self) -> Engine:
         return self
@@ -245,19 +247,3 @@ class Engine:
         except (MemoryBudgetError, MemoryError) as error:
             log.info("the share of the memory's bandwidth is not known: %s", error)
             return None
-
-
-def _writable(path: Path) -> Path:
-    """Make sure that the trace can be written, before the model is loaded. Raises: ConfigError."""
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a trace file that can be written, got {error.strerror}") from error
-    return path
-
-
-def _write(trace: Trace, path: Path) -> None:
-    try:
-        trace.write(path)
-    except OSError as error:
-        raise EngineError(f"{path}: expected to write the trace, got {error.strerror}") from error

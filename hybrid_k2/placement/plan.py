@@ -65,7 +65,7 @@ class PlanRow:
     @property
     def name(self) -> str:
         """Name the group, or the part of it."""
-        return f"{self.hottest} hottest experts" if self.hottest else self.what
+        return f"{self.hottest} hottest expert{'s' * (self.hottest > 1)}" if self.hottest else self.what
 
     @property
     def layer_text(self) -> str:

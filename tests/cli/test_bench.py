@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -108,6 +109,14 @@ def test_overlap_on_the_twin(call: Call) -> None:
     done = call("bench", "overlap", "--sequences", "2", *small, "--json", "--quiet")
     assert (done.code, done.err) == (0, "")
     assert 0 < json.loads(done.out)["overlap_share"] <= 1
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_any_work(call: Call, tmp_path: Path) -> None:
+    done = call("bench", "overlap", "--trace", tmp_path / "nowhere" / "trace.json")
+    assert (done.code, done.out) == (1, "")
+    assert "error: " in done.err
+    assert "expected a trace file that can be written, got No such file or directory" in done.err
+    assert "step 1" not in done.err
 
 
 @pytest.mark.parametrize(("option", "value"), [("--device", "tpu"), ("--scale", "3"), ("--sequences", "0")])

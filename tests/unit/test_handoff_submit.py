@@ -104,7 +104,7 @@ def test_a_failing_computation_names_the_layer_and_the_next_step_works(runtime: 
         handoff.post(0, 2, hidden, ids, weights)
         handoff.take(0, 2)
 
-    with pytest.raises(EngineError, match="expected it to be loaded"):
+    with pytest.raises(EngineError, match=r"layer 2: .*expected it to be loaded"):
         use()
     handoff.reset()
     handoff.post(0, 1, hidden, ids, weights)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_k2.accelerator import Label, Trace
+from hybrid_k2.accelerator import Label, Trace, check_writable
+from hybrid_k2.errors import ConfigError
 
 
 def add(trace: Trace, lane: str, *spans: tuple[int, int]) -> None:
@@ -79,3 +80,14 @@ def test_the_file_shows_each_event_on_the_thread_of_its_lane(tmp_path: Path) -> 
 )
 def test_a_label_reads_well(label: Label, text: str) -> None:
     assert str(label) == text
+
+
+def test_looking_whether_it_can_be_written_leaves_no_file_and_changes_none(tmp_path: Path) -> None:
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    old.write_text("kept")
+    check_writable(new)
+    check_writable(old)
+    assert not new.exists()
+    assert old.read_text() == "kept"
+    with pytest.raises(ConfigError, match="expected a trace file that can be written, got Is a directory"):
+        check_writable(tmp_path)

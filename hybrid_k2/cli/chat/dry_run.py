@@ -17,10 +17,11 @@ def show_plan(model: str, rules: str | None, host_memory: str | None, output: Ou
 
     Raises: HybridK2Error: everything that is wrong with the configuration, the rules or the machine.
     """
+    host_memory_bytes = _read_size(host_memory)  # before the imports, which take seconds
     with leaving_at_once():
         from hybrid_k2.engine.loading import plan_checkpoint
 
-    plan = plan_checkpoint(model, rules, host_memory_bytes=_read_size(host_memory))
+    plan = plan_checkpoint(model, rules, host_memory_bytes=host_memory_bytes)
     if as_json:
         output.line(json.dumps(plan_values(plan), ensure_ascii=False, indent=2))
         return
