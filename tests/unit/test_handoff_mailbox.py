@@ -24,6 +24,7 @@ from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.native import native
 from tests.conftest import REPO
 from tests.unit.experts_common import load_random_experts, native_runtime, random_routing
+from tests.unit.handoff_steps import check_step
 
 HIDDEN, EXPERTS, TOP_K = 96, 6, 3
 Arguments = tuple[Tensor, Tensor, Tensor]
@@ -79,25 +80,9 @@ def server_threads() -> int:
 def test_two_slots_from_the_twin_give_what_forward_gives(
     handoff: MailboxHandoff, layers: dict[int, NativeExperts], twin: HostTwin, dtype: torch.dtype
 ) -> None:
-    results: list[Tensor] = []
-    expected: list[Tensor] = []
+    assert len(layers) == 2
     for tokens in (3, 1, 0, 37, 2):
-        halves = [batch(tokens, dtype), batch(1 + tokens, dtype)]
-        for layer, experts in layers.items():
-            for half, arguments in enumerate(halves):
-                expected.append(experts.forward(*arguments))
-                twin.enqueue(
-                    lambda half=half, layer=layer, arguments=arguments: handoff.post(half, layer, *arguments),
-                    Label("post", layer, half),
-                )
-            for half in range(2):
-                twin.enqueue(
-                    lambda half=half, layer=layer: results.append(handoff.take(half, layer)),
-                    Label("take", layer, half),
-                )
-        twin.synchronize(timeout_s=60)
-    assert len(results) == len(expected) == 20
-    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+        check_step(twin, handoff, layers, [batch(tokens, dtype), batch(1 + tokens, dtype)])
 
 
 def test_the_trace_shows_waits_and_experts(handoff: MailboxHandoff) -> None:

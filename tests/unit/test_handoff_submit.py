@@ -16,6 +16,7 @@ from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime
 from hybrid_k2.experts.numba_backend import NumbaRuntime
 from hybrid_k2.experts.reference import ReferenceExperts, ReferenceRuntime
 from tests.unit.experts_common import load_random_experts, native_runtime, random_routing
+from tests.unit.handoff_steps import check_step
 
 HIDDEN, EXPERTS, TOP_K = 96, 6, 3
 
@@ -51,25 +52,9 @@ def batch(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_two_slots_from_the_twin_give_what_forward_gives(layers: dict[int, ExpertsBackend], twin: HostTwin) -> None:
     handoff = SubmitHandoff(layers)
     handoff.trace = Trace()
-    results: list[Tensor] = []
-    expected: list[Tensor] = []
+    assert len(layers) == 2
     for _ in range(5):
-        halves = [batch(5), batch(1)]
-        for layer, experts in layers.items():
-            for half, arguments in enumerate(halves):
-                expected.append(experts.forward(*arguments))
-                twin.enqueue(
-                    lambda half=half, layer=layer, arguments=arguments: handoff.post(half, layer, *arguments),
-                    Label("post", layer, half),
-                )
-            for half in range(2):
-                twin.enqueue(
-                    lambda half=half, layer=layer: results.append(handoff.take(half, layer)),
-                    Label("take", layer, half),
-                )
-        twin.synchronize(timeout_s=60)
-    assert len(results) == len(expected) == 20
-    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+        check_step(twin, handoff, layers, [batch(5), batch(1)])
     assert [event.label for event in handoff.trace.events[:2]] == [Label("wait", 1, half, "waits") for half in range(2)]
 
 
