@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/huge_buffer.h"
+#include "cpu/features.h"
 #include "kernels/a16.h"
 #include "kernels/kernel_list.h"
 #include "kernels/l32.h"
@@ -204,6 +205,7 @@ void compare_down(Random& random, const KernelTable& a, const KernelTable& b, co
 int main(int argc, char** argv) {
   using namespace k2;
   K2_EXPECT(argc == 6);
+  machine_features();  // asks the system for AMX's registers, where the CPU has them
   const Numerics numerics = find_numerics(argv[1]);
   const KernelTable& a = table_named(argv[2], numerics);
   const KernelTable& b = table_named(argv[3], numerics);
