@@ -38,6 +38,7 @@ struct GateUpTask {
   const uint8_t* const* input;  // [tokens] packed activations of H inputs
   uint8_t* const* output;       // [tokens] packed group of the first pair; the following groups lie behind it
   CallPolicy policy = {};
+  uint8_t* scratch = nullptr;   // scratch_bytes(table, groups), 64-byte aligned; null where that is 0
 };
 
 // output += factor * (down . x) for `blocks` consecutive row blocks of one expert.
@@ -51,6 +52,7 @@ struct DownTask {
   const float* factor;          // [tokens] routing weights
   float* const* output;         // [tokens] first of blocks * 32 floats
   CallPolicy policy = {};
+  uint8_t* scratch = nullptr;  // as in GateUpTask
 };
 
 struct KernelTable {
@@ -63,6 +65,7 @@ struct KernelTable {
   // chunk: a read should hide behind the multiplications, which at 1024 tokens are 21 per expert.
   int chunk_tokens = 1024;
   int group_bytes = 0;                // one token's group of 32 packed activations
+  int scratch_group_bytes = 0;        // the same in the form of a kernel that arranges the tokens of a call anew
 
   // Packs `groups` groups of activations. False if a value has no packed form (NaN, infinity, out of range).
   bool (*pack_fp32)(const float* x, int groups, uint8_t* packed) = nullptr;
@@ -86,5 +89,10 @@ struct KernelTable {
   // Where nobody has measured the machine: one core that has the memory to itself.
   Tuning tuning = {};
 };
+
+// Of one worker's calls on matrices of so many groups of inputs.
+inline size_t scratch_bytes(const KernelTable& table, int groups) {
+  return size_t(table.max_tokens) * size_t(groups) * size_t(table.scratch_group_bytes);
+}
 
 }  // namespace k2

@@ -22,8 +22,8 @@ MoeJob::MoeJob(ThreadPool& pool, const KernelTable& table, const Tuning& tuning,
   workspace_ = store_.take(layer.nodes());
   const HiddenRows hidden{output ? static_cast<const uint8_t*>(input.hidden) : copy_hidden(input), input.bf16};
   for (int node = 0; node < layer.nodes(); ++node) {
-    parts_.push_back(std::make_unique<MoePart>(table, tuning, layer, node, chunks_, hidden, workspace_->parts[node],
-                                               node == 0 ? output : nullptr));
+    parts_.push_back(std::make_unique<MoePart>(table, tuning, layer, node, pool.map().workers(node), chunks_, hidden,
+                                               workspace_->parts[node], node == 0 ? output : nullptr));
   }
 }
 

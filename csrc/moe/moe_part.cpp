@@ -9,16 +9,15 @@ namespace {
 
 constexpr int64_t kCacheLine = 64;
 
-int64_t packed_row_bytes(const KernelTable& table, int groups) {
-  const int64_t bytes = int64_t(table.group_bytes) * groups;
-  return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine;  // two workers never write to one line
-}
+// Two workers never write to one line.
+int64_t whole_lines(int64_t bytes) { return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine; }
+
+int64_t packed_row_bytes(const KernelTable& table, int groups) { return whole_lines(int64_t(table.group_bytes) * groups); }
 
 }  // namespace
 
-MoePart::MoePart(const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer, int node,
-                 const std::vector<RoutedChunk>& chunks, HiddenRows hidden, PartMemory& memory,
-                 float* output)
+MoePart::MoePart(const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer, int node, int workers,
+                 const std::vector<RoutedChunk>& chunks, HiddenRows hidden, PartMemory& memory, float* output)
     : table_(table),
       tuning_(tuning),
       layer_(layer),
@@ -29,7 +28,8 @@ MoePart::MoePart(const KernelTable& table, const Tuning& tuning, const ExpertLay
       memory_(memory),
       output_(output),
       packed_bytes_(packed_row_bytes(table, layer.shape().hidden_groups())),
-      activated_bytes_(packed_row_bytes(table, pairs_)) {
+      activated_bytes_(packed_row_bytes(table, pairs_)),
+      scratch_bytes_(whole_lines(int64_t(scratch_bytes(table, std::max(layer.shape().hidden_groups(), pairs_))))) {
   size_t tokens = 0, most_tokens = 0, most_rows = 0;
   for (const RoutedChunk& chunk : chunks) {
     tokens += size_t(chunk.tokens);
@@ -47,6 +47,7 @@ MoePart::MoePart(const KernelTable& table, const Tuning& tuning, const ExpertLay
   }
   reserve(memory.packed, most_tokens * size_t(packed_bytes_));
   reserve(memory.activated, most_rows * size_t(activated_bytes_));
+  reserve(memory.scratch, size_t(workers) * size_t(scratch_bytes_));
 }
 
 void MoePart::run(Team& team, int worker) {
@@ -82,13 +83,13 @@ void MoePart::gate_up(const RoutedChunk& chunk, ChunkState& state, Team& team, S
     const int first = i == begin.index ? begin.unit : 0;
     const int last = i == end.index ? end.unit : pairs_;
     if (first >= last) continue;
-    gate_up_expert(chunk, state, chunk.experts[i], first, last, team);
+    gate_up_expert(chunk, state, chunk.experts[i], first, last, team, share.rank);
     if (state.units_done[i].fetch_add(last - first) + last - first == pairs_) team.notify();
   }
 }
 
 void MoePart::gate_up_expert(const RoutedChunk& chunk, ChunkState& state, const ActiveExpert& expert, int first_pair,
-                             int last_pair, const Team& team) {
+                             int last_pair, const Team& team, int rank) {
   const LayerShape& shape = layer_.shape();
   const int64_t pair_bytes = 2 * int64_t(shape.hidden_groups()) * kBlockBytes;
   const uint8_t* input[kMaxTokens];
@@ -109,6 +110,7 @@ void MoePart::gate_up_expert(const RoutedChunk& chunk, ChunkState& state, const 
         .input = input,
         .output = output,
         .policy = tuning_.policy,
+        .scratch = scratch(rank),
     });
     for (; bad != 0; bad &= bad - 1) state.row_bad[expert.first_row + first + std::countr_zero(bad)].store(true);
   }
@@ -124,12 +126,12 @@ void MoePart::down(const RoutedChunk& chunk, const ChunkState& state, Team& team
   if (pairs_ == 0) return;  // more nodes than groups of channels
   for (size_t i = 0; i < chunk.experts.size(); ++i) {
     team.wait([&] { return state.units_done[i].load() == pairs_; });
-    down_expert(chunk, state, chunk.experts[i], first, last, team);
+    down_expert(chunk, state, chunk.experts[i], first, last, team, share.rank);
   }
 }
 
 void MoePart::down_expert(const RoutedChunk& chunk, const ChunkState& state, const ActiveExpert& expert,
-                          int first_block, int last_block, const Team& team) {
+                          int first_block, int last_block, const Team& team, int rank) {
   const int64_t stride = int64_t(pairs_) * kBlockBytes;
   const uint8_t* input[kMaxTokens];
   float factor[kMaxTokens];
@@ -155,6 +157,7 @@ void MoePart::down_expert(const RoutedChunk& chunk, const ChunkState& state, con
         .factor = factor,
         .output = output,
         .policy = tuning_.policy,
+        .scratch = scratch(rank),
     });
   }
 }

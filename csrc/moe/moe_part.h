@@ -31,11 +31,10 @@ struct HiddenRows {
 
 class MoePart {
  public:
-  // `memory` is of this part alone. The partial sums go to `output` [tokens, H], or to `memory` where that is null. What
+  // `workers` are those of the node. `memory` is of this part alone. The partial sums go to `output` [tokens, H], or to `memory` where that is null. What
   // is named here must outlive the part.
-  MoePart(const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer, int node,
-          const std::vector<RoutedChunk>& chunks, HiddenRows hidden, PartMemory& memory,
-          float* output);
+  MoePart(const KernelTable& table, const Tuning& tuning, const ExpertLayer& layer, int node, int workers,
+          const std::vector<RoutedChunk>& chunks, HiddenRows hidden, PartMemory& memory, float* output);
 
   // On each worker of the node. Throws Cancelled.
   void run(Team& team, int worker);
@@ -53,12 +52,13 @@ class MoePart {
   void pack(const RoutedChunk& chunk, ChunkState& state, Share share);
   void gate_up(const RoutedChunk& chunk, ChunkState& state, Team& team, Share share);
   void gate_up_expert(const RoutedChunk& chunk, ChunkState& state, const ActiveExpert& expert, int first_pair,
-                      int last_pair, const Team& team);
+                      int last_pair, const Team& team, int rank);
   void down(const RoutedChunk& chunk, const ChunkState& state, Team& team, Share share);
   void down_expert(const RoutedChunk& chunk, const ChunkState& state, const ActiveExpert& expert, int first_block,
-                   int last_block, const Team& team);
+                   int last_block, const Team& team, int rank);
 
   uint8_t* packed(int token) const { return memory_.packed.data() + token * packed_bytes_; }
+  uint8_t* scratch(int rank) const { return memory_.scratch.data() + rank * scratch_bytes_; }
   uint8_t* activated(int row) const { return memory_.activated.data() + row * activated_bytes_; }
 
   const KernelTable& table_;
@@ -72,6 +72,7 @@ class MoePart {
   float* output_;
   const int64_t packed_bytes_;     // of one token's hidden
   const int64_t activated_bytes_;  // of one row's slice of the intermediate
+  const int64_t scratch_bytes_;    // of one worker
   std::atomic<int> arrived_{0};    // workers of the node, at its barriers
   std::vector<ChunkState> states_;
 };

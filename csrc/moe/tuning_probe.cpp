@@ -80,6 +80,7 @@ class Pass final : public Job {
     const int first = share.begin(pairs_), last = share.end(pairs_);
     const std::vector<uint8_t> input(size_t(kGroups) * table_.group_bytes);
     std::vector<uint8_t> output(size_t(last - first) * table_.group_bytes);
+    const HugeBuffer scratch(scratch_bytes(table_, kGroups));
     const std::vector<const uint8_t*> inputs(tokens_, input.data());
     const std::vector<uint8_t*> outputs(tokens_, output.data());
     table_.gate_up({.weights = weights_ + first * kPairBytes,
@@ -88,7 +89,8 @@ class Pass final : public Job {
                     .tokens = tokens_,
                     .input = inputs.data(),
                     .output = outputs.data(),
-                    .policy = policy_});
+                    .policy = policy_,
+                    .scratch = scratch.data()});
   }
 
   const KernelTable& table_;
@@ -126,14 +128,15 @@ class Trial {
     return fastest->best < kClearly * candidates[0].best ? *fastest : candidates[0];
   }
 
-  // The fewest tokens from which tiles are faster for all numbers that are tried.
+  // The fewest tokens from which tiles are at least as fast for all numbers that are tried. Tiles go first: they are the
+  // better guess where a neighbour on the core disturbs the measurement.
   int tiles_from(CallPolicy policy, double seconds) {
     int from = kMaxTokens + 1;
     for (const int tokens : kTileTokens) {
       CallPolicy vectors = policy, tiles = policy;
       vectors.tiles_from = kMaxTokens + 1;
       tiles.tiles_from = 1;
-      if (choose({{vectors}, {tiles}}, tokens, seconds / std::size(kTileTokens)).policy.tiles_from != 1) break;
+      if (choose({{tiles}, {vectors}}, tokens, seconds / std::size(kTileTokens)).policy.tiles_from != 1) break;
       from = tokens;
     }
     return from;
@@ -163,7 +166,7 @@ Tuning measure_tuning(ThreadPool& pool, const KernelTable& table, double seconds
   policy.streams = best_one.policy.streams;
   policy.prefetch_one = best_one.policy.prefetch_one;
   policy.prefetch_many = trial.choose(few, kFewTokens, 0.35 * seconds).policy.prefetch_many;
-  if (table.has_tiles) policy.tiles_from = trial.tiles_from(policy, 0.3 * seconds);
+  if (table.has_tiles) policy.tiles_from = trial.tiles_from(policy, 0.6 * seconds);
   const Candidate many = trial.choose({{policy}}, kManyTokens, 0.2 * seconds);
   const float token_cost = float(many.best / kManyTokens / best_one.best);
   return {policy, std::clamp(token_cost, kLeastCost, kMostCost)};

@@ -14,8 +14,9 @@ struct PartMemory {
   HugeBuffer output;     // [T, H] fp32 partial sums, unless the caller has the place for them
   HugeBuffer packed;     // [chunk, packed hidden]
   HugeBuffer activated;  // [chunk * K, packed slice of the intermediate]
+  HugeBuffer scratch;    // [worker, scratch of a call]
 
-  size_t bytes() const { return output.bytes() + packed.bytes() + activated.bytes(); }
+  size_t bytes() const { return output.bytes() + packed.bytes() + activated.bytes() + scratch.bytes(); }
 };
 
 struct Workspace {

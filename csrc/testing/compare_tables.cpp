@@ -163,8 +163,9 @@ void compare_gate_up(Random& random, const KernelTable& a, const KernelTable& b,
     results[i].assign(bytes * tokens + 64, 0xa5);
     std::vector<uint8_t*> output;
     for (int t = 0; t < tokens; ++t) output.push_back(results[i].data() + t * bytes);
+    const HugeBuffer scratch(scratch_bytes(*tables[i], groups));
     bad[i] = tables[i]->gate_up({weights.data(), groups, pairs, tokens, input[i].data(), output.data(),
-                                  random_policy(random)});
+                                  random_policy(random), scratch.data()});
     for (int guard = 0; guard < 64; ++guard) K2_EXPECT(results[i][bytes * tokens + guard] == 0xa5);
   }
   K2_EXPECT(bad[0] == bad[1]);
@@ -192,8 +193,9 @@ void compare_down(Random& random, const KernelTable& a, const KernelTable& b, co
     results[i] = start;
     std::vector<float*> output;
     for (int t = 0; t < tokens; ++t) output.push_back(results[i].data() + size_t(t) * blocks * kRowBlock);
+    const HugeBuffer scratch(scratch_bytes(*tables[i], groups));
     tables[i]->down({weights.data(), groups, blocks, tokens, (groups + gap) * ptrdiff_t(kBlockBytes),
-                     input[i].data(), factor.data(), output.data(), random_policy(random)});
+                     input[i].data(), factor.data(), output.data(), random_policy(random), scratch.data()});
     for (size_t guard = start.size() - 16; guard < start.size(); ++guard) K2_EXPECT(results[i][guard] == start[guard]);
   }
   for (size_t i = 0; i < start.size(); ++i) K2_EXPECT(same_float(results[0][i], results[1][i]));

@@ -119,7 +119,7 @@ def test_a_start_uses_what_an_earlier_one_measured(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     isa = usable_isas()[0]
     for numerics in ("exact", "fast"):
-        runtime = NativeRuntime(isa, 1, numerics)
+        runtime = NativeRuntime(usable_isas(numerics)[0], 1, numerics)
         runtime.tune()
         runtime.close()
     files = sorted((tmp_path / "hybrid-k2").iterdir())

@@ -24,19 +24,6 @@ namespace {
 #include "kernels/amx_bf16/probes-inl.h"
 #include "kernels/table-inl.h"
 
-template <class Hidden>
-uint64_t gate_up_any(const GateUpTask& task) {
-  return task.tokens < task.policy.tiles_from ? gate_up<Hidden, A16Group>(task) : gate_up_tiles<Hidden>(task);
-}
-
-// Tiles multiply so fast that a chunk of 1024 tokens would take no longer than reading the weights: computed from the
-// peak, not measured.
-constexpr int kTileChunk = 4096;
-
-void down_any(const DownTask& task) {
-  task.tokens < task.policy.tiles_from ? down<A16Group>(task) : down_tiles(task);
-}
-
 }  // namespace
 
 extern const KernelTable exact;
@@ -44,8 +31,9 @@ constinit const KernelTable exact = with_kernels<A16Group, A16Group>({
     .name = "amx_bf16",
     .numerics = kExact,
     .activations = "A16",
-    .max_tokens = kMaxTokens,
+    .max_tokens = kTileCallTokens,
     .chunk_tokens = kTileChunk,
+    .scratch_group_bytes = kTokenGroupBytes,
     .peak_operations = kPeakOperations / 2,  // two planes
     .has_tiles = true,
     .tuning = {.policy = kTilePolicy, .token_cost = 0.25f},
@@ -56,8 +44,9 @@ constinit const KernelTable bf16 = with_kernels<Bf16Group, A16Group>({
     .name = "amx_bf16",
     .numerics = kBf16,
     .activations = "bf16, then A16",
-    .max_tokens = kMaxTokens,
+    .max_tokens = kTileCallTokens,
     .chunk_tokens = kTileChunk,
+    .scratch_group_bytes = kTokenGroupBytes,
     .peak_operations = kPeakOperations * 3 / 4,  // one plane for gate and up, two for down
     .has_tiles = true,
     .tuning = {.policy = kTilePolicy, .token_cost = 0.2f},
