@@ -5,7 +5,7 @@
 // that A16 has. So the bits are those of the vector kernels, and a call may use either.
 //   B (tmm0..3)  weights of one group and 4 halves of row blocks: row p = pair of inputs p, lane = row of the matrix.
 //                One vector of unpacked nibbles is one such row.
-//   A (tmm4, 5)  up to 16 tokens of one group, one row each; two planes where the tokens are in A16 form.
+//   A (tmm4, 5)  up to 16 tokens of one group, one row each; two planes, or one where they are bf16 numbers.
 //   C (tmm6, 7)  results of two halves.
 // The tokens of a call are brought into the form of A once, before its first row block. While the tile unit multiplies,
 // the vector unit adds the results of the tile of tokens before and unpacks the weights of the next group. Sums are
@@ -66,33 +66,30 @@ K2_INLINE void configure_tiles(int tokens_per_tile) {
   _tile_loadconfig(&config);
 }
 
-template <class Group>
-constexpr int kPlanes = 1;
-template <>
-constexpr int kPlanes<A16Group> = 2;
-
-// One row of each plane.
-K2_INLINE void copy_token(const Bf16Group& group, uint8_t* row) {
-  _mm512_store_si512(row, _mm512_loadu_si512(group.values));
-}
-
 K2_INLINE __m512 load_i8(const int8_t* x) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
 }
 
-// n = 256 * high + low: both terms have at most 8 significant bits.
+// One row of each plane. n = 256 * high + low: both terms have at most 8 significant bits, and so has n itself where it
+// stands for a bf16 number.
+template <int Planes>
 K2_INLINE void copy_token(const A16Group& group, uint8_t* row) {
   const __m512 factor = _mm512_set1_ps(256.0f);
   const __m512 high0 = _mm512_mul_ps(load_i8(group.high), factor);
   const __m512 high1 = _mm512_mul_ps(load_i8(group.high + 16), factor);
-  _mm512_store_si512(row, to_pairs(high0, high1));
-  _mm512_store_si512(row + kTileBytes, to_pairs(load_i8(group.low), load_i8(group.low + 16)));
+  const __m512 low0 = load_i8(group.low), low1 = load_i8(group.low + 16);
+  if constexpr (Planes == 1) {
+    _mm512_store_si512(row, to_pairs(_mm512_add_ps(high0, low0), _mm512_add_ps(high1, low1)));
+  } else {
+    _mm512_store_si512(row, to_pairs(high0, high1));
+    _mm512_store_si512(row + kTileBytes, to_pairs(low0, low1));
+  }
 }
 
 // The tokens of a call in the form of tiles.
-template <class Group>
+template <int Planes>
 struct TileTokens {
-  static constexpr int kStepBytes = kPlanes<Group> * kTileBytes;
+  static constexpr int kStepBytes = Planes * kTileBytes;
 
   // Cut into the fewest tiles of at most 16, of the same number of rows: those of the last tile that no token fills hold
   // what they held, and their results are not read.
@@ -103,10 +100,10 @@ struct TileTokens {
         rows(scratch),
         exponents(reinterpret_cast<int32_t*>(scratch + size_t(groups) * tiles * kStepBytes)) {
     for (int t = 0; t < tokens; ++t) {
-      const Group* group = reinterpret_cast<const Group*>(input[t]);
+      const A16Group* group = reinterpret_cast<const A16Group*>(input[t]);
       uint8_t* row = rows + t / per_tile * kStepBytes + t % per_tile * 64;
       for (int g = 0; g < groups; ++g, row += tiles * kStepBytes) {
-        copy_token(group[g], row);
+        copy_token<Planes>(group[g], row);
         exponents[g * tokens + t] = group[g].exponent;
       }
     }
@@ -210,8 +207,8 @@ K2_INLINE void add_results(const Stage& stage, int tile, int first_half, const u
 }
 
 // Row blocks, `distance` bytes apart, times tokens; tiles must be configured for them.
-template <int Halves, class Group>
-K2_INLINE void multiply(const uint8_t* weights, ptrdiff_t distance, int groups, const TileTokens<Group>& tokens,
+template <int Halves, int Planes>
+K2_INLINE void multiply(const uint8_t* weights, ptrdiff_t distance, int groups, const TileTokens<Planes>& tokens,
                         int prefetch, Stage& stage, Sums<Halves>& sums) {
   constexpr int kBlocks = Halves / 2;
   for (int t = 0; t < tokens.tokens; ++t) {
@@ -227,10 +224,10 @@ K2_INLINE void multiply(const uint8_t* weights, ptrdiff_t distance, int groups, 
     const uint8_t* block = weights + ptrdiff_t(g) * kBlockBytes;
     load_weights<Halves>(stage.weights[g & 1]);
     for (int tile = 0; tile < tokens.tiles; ++tile) {
-      load_tokens<kPlanes<Group>>(tokens.step(g, tile));
+      load_tokens<Planes>(tokens.step(g, tile));
 #pragma GCC unroll 2
       for (int i = 0; i < kBlocks; ++i) {
-        i == 0 ? multiply_tiles<0, kPlanes<Group>>() : multiply_tiles<1, kPlanes<Group>>();
+        i == 0 ? multiply_tiles<0, Planes>() : multiply_tiles<1, Planes>();
         if (tile == 0 && g + 1 < groups) {
           const uint8_t* next = block + i * distance;
           if (prefetch) prefetch_block(next, prefetch);
@@ -252,16 +249,16 @@ K2_INLINE void multiply(const uint8_t* weights, ptrdiff_t distance, int groups, 
   }
 }
 
-template <class Hidden>
+template <int Planes>
 uint64_t gate_up_tiles(const GateUpTask& task) {
   const ptrdiff_t row_block = ptrdiff_t(task.groups) * kBlockBytes;
-  const TileTokens<Hidden> tokens(task.input, task.groups, task.tokens, task.scratch);
+  const TileTokens<Planes> tokens(task.input, task.groups, task.tokens, task.scratch);
   Stage stage = {};
   Sums<4> sums;
   uint64_t bad = 0;
   configure_tiles(tokens.per_tile);
   for (int pair = 0; pair < task.pairs; ++pair) {
-    multiply<4, Hidden>(task.weights + 2 * pair * row_block, row_block, task.groups, tokens, task.policy.prefetch_many,
+    multiply<4, Planes>(task.weights + 2 * pair * row_block, row_block, task.groups, tokens, task.policy.prefetch_many,
                        stage, sums);
     for (int t = 0; t < task.tokens; ++t) {
       F32x16 h[2];
@@ -277,9 +274,9 @@ uint64_t gate_up_tiles(const GateUpTask& task) {
 }
 
 template <int Halves>
-K2_INLINE void down_blocks(const DownTask& task, int block, const TileTokens<A16Group>& tokens, Stage& stage,
+K2_INLINE void down_blocks(const DownTask& task, int block, const TileTokens<2>& tokens, Stage& stage,
                            Sums<Halves>& sums) {
-  multiply<Halves, A16Group>(task.weights + block * task.stride_bytes, task.stride_bytes, task.groups, tokens,
+  multiply<Halves, 2>(task.weights + block * task.stride_bytes, task.stride_bytes, task.groups, tokens,
                              task.policy.prefetch_many, stage, sums);
   for (int t = 0; t < task.tokens; ++t) {
     for (int half = 0; half < Halves; half += 2) {
@@ -290,7 +287,7 @@ K2_INLINE void down_blocks(const DownTask& task, int block, const TileTokens<A16
 }
 
 void down_tiles(const DownTask& task) {
-  const TileTokens<A16Group> tokens(task.input, task.groups, task.tokens, task.scratch);
+  const TileTokens<2> tokens(task.input, task.groups, task.tokens, task.scratch);
   Stage stage = {};
   Sums<4> sums;
   Sums<2> last;
@@ -302,9 +299,9 @@ void down_tiles(const DownTask& task) {
 }
 
 // Few tokens of an expert go to the vector kernels.
-template <class Hidden>
+template <int Planes>
 uint64_t gate_up_any(const GateUpTask& task) {
-  return task.tokens < task.policy.tiles_from ? gate_up<Hidden, A16Group>(task) : gate_up_tiles<Hidden>(task);
+  return task.tokens < task.policy.tiles_from ? gate_up<A16Group, A16Group>(task) : gate_up_tiles<Planes>(task);
 }
 
 void down_any(const DownTask& task) {

@@ -15,7 +15,6 @@ namespace {
 #include "kernels/avx512_bf16/tile-inl.h"
 #include "kernels/a16-inl.h"
 // on these:
-#include "kernels/avx512_bf16/pack-inl.h"
 #include "kernels/bf16-inl.h"
 #include "kernels/work-inl.h"
 #include "kernels/avx512_vnni/read-inl.h"
@@ -37,19 +36,19 @@ constinit const KernelTable exact = with_kernels<A16Group, A16Group>({
     .peak_operations = kPeakOperations / 2,  // two planes
     .has_tiles = true,
     .tuning = {.policy = kTilePolicy, .token_cost = 0.25f},
-}, pack_rows<A16Group, float>, gate_up_any<A16Group>, down_any);
+}, pack_rows<A16Group, float>, gate_up_any<2>, down_any);
 
 extern const KernelTable bf16;
-constinit const KernelTable bf16 = with_kernels<Bf16Group, A16Group>({
+constinit const KernelTable bf16 = with_kernels<A16Group, A16Group>({
     .name = "amx_bf16",
     .numerics = kBf16,
-    .activations = "bf16, then A16",
+    .activations = "A16 of bf16",
     .max_tokens = kTileCallTokens,
     .chunk_tokens = kTileChunk,
     .scratch_group_bytes = kTokenGroupBytes,
     .peak_operations = kPeakOperations * 3 / 4,  // one plane for gate and up, two for down
     .has_tiles = true,
     .tuning = {.policy = kTilePolicy, .token_cost = 0.2f},
-}, pack_hidden_fp32<Bf16Group>, gate_up_any<Bf16Group>, down_any);
+}, pack_hidden_fp32<A16Group>, gate_up_any<1>, down_any);
 
 }  // namespace k2::amx_bf16
