@@ -34,7 +34,7 @@ from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.native_attention import NativeAttention
 from hybrid_k2.model.router import Router
-from hybrid_k2.model.text import EXPERTS_WATCHDOG_S, TextModel
+from hybrid_k2.model.text import EXPERTS_LIMIT, TextModel
 from hybrid_k2.placement import Plan, check_loadable
 from hybrid_k2.placement.memories import HOST, TWIN, memory_of
 from hybrid_k2.placement.plan import Placement
@@ -129,12 +129,12 @@ class _Builder:
         experts = {i: layer.mlp.experts for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)}
         native = {i: backend for i, backend in experts.items() if isinstance(backend, NativeExperts)}
         if self.plan.accelerator == TWIN and native and len(native) == len(experts):
-            mailbox = MailboxHandoff(self.runtimes[HOST].native, native, EXPERTS_WATCHDOG_S)
+            mailbox = MailboxHandoff(self.runtimes[HOST].native, native, EXPERTS_LIMIT)
             self.undo.callback(mailbox.close)
             return mailbox
         beside = any(self.plan.where("shared_experts", layer).device != HOST for layer in experts)
         if self.plan.accelerator == TWIN or self.plan.overlap == "ping_pong" or beside:
-            return SubmitHandoff(experts, EXPERTS_WATCHDOG_S)
+            return SubmitHandoff(experts, EXPERTS_LIMIT)
         return DirectHandoff(experts)
 
     def layer(self, layer: int) -> Layer:

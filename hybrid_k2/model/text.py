@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hybrid_k2.accelerator import Accelerator, Handoff, Label, Trace
+from hybrid_k2.accelerator import Accelerator, Handoff, Label, TimeLimit, Trace
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import EngineError, RequestError
 from hybrid_k2.experts import ExpertsRuntime
@@ -20,9 +20,10 @@ from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.rope import Rope
 from hybrid_k2.model.schedule import Half, Operation, through_layers
 
-# No operation of a step takes as long as this on any machine that can run the model at all.
-WATCHDOG_S = 600.0
-EXPERTS_WATCHDOG_S = 300.0  # of the experts of one layer: less, so that the hand-off says what it waited for
+# What no machine that can run the model at all exceeds. The experts of a layer of K2.6 take 0.7 * 10^9 operations for a
+# token: 0.25 s of a single core without vector units. The start is for pages that must come back from swap.
+EXPERTS_LIMIT = TimeLimit(120.0, 0.25)
+OPERATION_LIMIT = TimeLimit(240.0, 0.5)  # of any operation: more, so that the hand-off says what it waited for
 
 
 class TextModel:
@@ -44,7 +45,7 @@ class TextModel:
         handoff: Handoff,
         *,
         ping_pong: bool = False,
-        watchdog_s: float = WATCHDOG_S,
+        limit: TimeLimit = OPERATION_LIMIT,
     ) -> None:
         """Take everything over; `runtimes`: that of the experts first, then any that the accelerator has for itself."""
         self.config = config
@@ -54,7 +55,7 @@ class TextModel:
         self.handoff = handoff
         self._runtimes = list(runtimes)
         self.ping_pong = ping_pong
-        self._watchdog_s = watchdog_s
+        self._limit = limit
         self._activation_dtype = activation_dtype
         self._embedding = embedding
         self._final_norm = final_norm
@@ -90,7 +91,7 @@ class TextModel:
                 self.accelerator.enqueue(self.handoff.reset, Label("reset"))
             for op, label in self._operations(self._halves(batch, cache, logits)):
                 self.accelerator.enqueue(op, label)
-            self.accelerator.synchronize(self._watchdog_s)
+            self.accelerator.synchronize(self._limit.of(len(batch.token_ids)))
         except BaseException:
             self.accelerator.abandon()
             raise
