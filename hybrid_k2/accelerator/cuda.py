@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,6 +65,10 @@ class CudaAccelerator(Accelerator):
     def attach(self, peer: Peer) -> None:
         """Tell this peer from now on when steps begin and end, and when it keeps the stream waiting for too long."""
         self._peers.append(peer)
+
+    def allocating(self) -> AbstractContextManager[object]:
+        """See Accelerator."""
+        return torch.cuda.stream(self.stream)
 
     def enqueue(self, op: Callable[[], None], label: Label) -> None:
         """See Accelerator."""

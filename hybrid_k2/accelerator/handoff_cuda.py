@@ -44,6 +44,8 @@ class CudaHandoff(Handoff):
     Effects: registers with the accelerator, maps host memory, starts the thread that serves the mailbox.
     """
 
+    room: int
+
     def __init__(
         self,
         accelerator: CudaAccelerator,

@@ -51,9 +51,7 @@ class ExpertsShape:
             if got != shape:
                 raise ValueError(f"expert {expert}, {name}: expected shape {list(shape)}, got {list(got)}")
 
-    def check_call(
-        self, hidden: Tensor, ids: Tensor, weights: Tensor, device: torch.device = ON_HOST
-    ) -> None:
+    def check_call(self, hidden: Tensor, ids: Tensor, weights: Tensor, device: torch.device = ON_HOST) -> None:
         """Check the arguments of `forward` and `submit`, all but what `check_ids` does.
 
         device: where they are to lie.

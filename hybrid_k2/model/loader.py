@@ -17,7 +17,9 @@ from hybrid_k2.accelerator import (
     MailboxHandoff,
     SubmitHandoff,
 )
+from hybrid_k2.accelerator.cuda import CudaAccelerator
 from hybrid_k2.accelerator.gpu_matrix import check_kernels
+from hybrid_k2.accelerator.handoff_cuda import CudaHandoff
 from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, expected_tensors, experts_packed
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.dense import HostMatrix
@@ -104,6 +106,7 @@ class _Builder:
     def model(self) -> TextModel:
         embedding = self.weight("model.embed_tokens", "embedding")
         layers = [self.layer(layer) for layer in range(self.config.num_hidden_layers)]
+        accelerator = self.accelerator()
         return TextModel(
             config=self.config,
             activation_dtype=torch_dtype(self.plan.activation_dtype),
@@ -112,24 +115,33 @@ class _Builder:
             final_norm=RmsNorm(self.weight("model.norm", "lm_head"), self.config.rms_norm_eps),
             lm_head=self.matrix("lm_head", "lm_head"),
             runtimes=list(self.runtimes.values()),
-            accelerator=self.accelerator(),
-            handoff=self.handoff(layers),
+            accelerator=accelerator,
+            handoff=self.handoff(layers, accelerator),
             ping_pong=self.plan.overlap == "ping_pong",
         )
 
     def accelerator(self) -> Accelerator:
-        if self.plan.accelerator != TWIN:
-            return InlineAccelerator()
-        twin = HostTwin()
-        self.undo.callback(twin.close)
-        return twin
+        made: Accelerator
+        if self.plan.accelerator == TWIN:
+            made = HostTwin()
+        elif self.plan.accelerator is not None and self.plan.holds_stream(self.plan.accelerator):
+            made = CudaAccelerator(torch_device(self.plan.accelerator))
+        else:
+            made = InlineAccelerator()
+        self.undo.callback(made.close)
+        return made
 
-    def handoff(self, layers: Sequence[Layer]) -> Handoff:
+    def handoff(self, layers: Sequence[Layer], accelerator: Accelerator) -> Handoff:
         """Let the experts compute beside the accelerator, or beside whatever lies elsewhere."""
         experts = {i: layer.mlp.experts for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)}
         native = {i: backend for i, backend in experts.items() if isinstance(backend, NativeExperts)}
-        if self.plan.accelerator == TWIN and native and len(native) == len(experts):
-            mailbox = MailboxHandoff(self.runtimes[HOST].native, native, EXPERTS_LIMIT)
+        if native and len(native) == len(experts) and not isinstance(accelerator, InlineAccelerator):
+            runtime = self.runtimes[HOST].native
+            mailbox: MailboxHandoff | CudaHandoff
+            if isinstance(accelerator, CudaAccelerator):
+                mailbox = CudaHandoff(accelerator, runtime, native, self.plan.batch_tokens, EXPERTS_LIMIT)
+            else:
+                mailbox = MailboxHandoff(runtime, native, EXPERTS_LIMIT)
             self.undo.callback(mailbox.close)
             return mailbox
         beside = any(self.plan.where("shared_experts", layer).device != HOST for layer in experts)

@@ -79,12 +79,13 @@ class TextModel:
         Shapes: -> [R, vocab] fp32, on lm_head's device.
         Effects: the new tokens' latents are in the cache afterwards; the caller counts them. After an error or an
         interrupt the next call works, or says that it cannot.
-        Raises: RequestError for a token outside the vocabulary; EngineError for too few pages, a closed model, or a
-        part that did not answer in time.
+        Raises: RequestError for a token outside the vocabulary; EngineError for too few pages, more tokens than the
+        hand-off has room for, a closed model, or a part that did not answer in time.
         """
         self._check(batch, cache)
         # An ordinary tensor, written to in inference mode: callers may change it in place.
-        logits = torch.empty(len(batch.logit_rows), self.config.vocab_size, device=self._lm_head.device)  # [R, vocab]
+        with self.accelerator.allocating():
+            logits = torch.empty(len(batch.logit_rows), self.config.vocab_size, device=self._lm_head.device)
         failed, self._failed = self._failed, True
         try:
             if failed:
@@ -124,7 +125,7 @@ class TextModel:
 
     def _operations(self, halves: Sequence[Half]) -> Iterator[Operation]:
         for half in halves:
-            embed = partial(half.embed, self._embedding, self._activation_dtype, self._rope)
+            embed = partial(half.embed, self._embedding, self._activation_dtype, self._rope, self.layers[0].device)
             yield embed, Label("embed", half=half.slot)
         yield from through_layers(self.layers, halves, partial(Half.head, norm=self._final_norm, lm_head=self._lm_head))
 
@@ -134,4 +135,6 @@ class TextModel:
         low, high = int(batch.token_ids.min()), int(batch.token_ids.max())
         if low < 0 or high >= self.config.vocab_size:
             raise RequestError(f"token ids: expected 0..{self.config.vocab_size - 1}, got {low}..{high}")
+        if self.handoff.room is not None and len(batch.token_ids) > self.handoff.room:
+            raise EngineError(f"batch: expected at most {self.handoff.room} tokens, got {len(batch.token_ids)}")
         cache.check(batch)

@@ -120,7 +120,8 @@ def _place_hot(
     if not experts_packed:
         rule = claims.hot[0].rule
         fail(rules.source, rule.line, f"{rule}: hottest: expected a checkpoint with INT4 experts, got an unpacked one")
-    taken = sum(row.nbytes for row in rows if row.device == device) + sum(one.nbytes for one in overheads)
+    taken = sum(row.nbytes for row in rows if row.device == device)
+    taken += sum(one.nbytes for one in overheads if one.device == device)
     taken += kv_cache.nbytes if kv_cache.device == device else 0
     counts = hot_counts(claims.hot, config, find_budget(device, rules, machine).nbytes - taken)
     expert = group_bytes(config, "routed_experts", "int4") // config.n_routed_experts
@@ -208,7 +209,7 @@ def _overlap(rules: Rules, attention: str) -> str:
         )
     if rules.overlap != "auto":
         return rules.overlap
-    return "ping_pong" if attention == TWIN else "off"
+    return "off" if attention == HOST else "ping_pong"
 
 
 def _twin_share(config: ModelConfig, rows: tuple[PlanRow, ...]) -> float | None:
