@@ -77,7 +77,7 @@ def use_host_card(monkeypatch: pytest.MonkeyPatch) -> None:
     probed = Machine.probe()
     machine = Machine(probed.host_memory_bytes, probed.host_available_bytes, 1, (Gpu(0, "Test GPU", 8 << 30),))
     monkeypatch.setattr(Machine, "probe", lambda: machine)
-    for module in ("loader", "latent_cache"):
+    for module in ("loader", "part_loading", "latent_cache"):
         monkeypatch.setattr(f"hybrid_k2.model.{module}.torch_device", lambda name: torch.device("cpu"))
     monkeypatch.setattr(loader, "CudaAccelerator", HostCard)
     runtime: Any = _Runtime()
