@@ -56,10 +56,10 @@ class TextModel:
         self._runtimes = list(runtimes)
         self.ping_pong = ping_pong
         self._limit = limit
-        self._activation_dtype = activation_dtype
-        self._embedding = embedding
-        self._final_norm = final_norm
-        self._lm_head: Matrix = lm_head
+        self.activation_dtype = activation_dtype
+        self.embedding = embedding
+        self.final_norm = final_norm
+        self.lm_head: Matrix = lm_head
         self._rope = Rope(config)
         self._failed = False  # the last step: something may be in flight
         self._closed = False
@@ -85,7 +85,7 @@ class TextModel:
         self._check(batch, cache)
         # An ordinary tensor, written to in inference mode: callers may change it in place.
         with self.accelerator.allocating():
-            logits = torch.empty(len(batch.logit_rows), self.config.vocab_size, device=self._lm_head.device)
+            logits = torch.empty(len(batch.logit_rows), self.config.vocab_size, device=self.lm_head.device)
         failed, self._failed = self._failed, True
         try:
             if failed:
@@ -112,8 +112,8 @@ class TextModel:
         for runtime in self._runtimes:
             runtime.close()
         self.layers.clear()
-        self._embedding = torch.empty(0)
-        self._lm_head = self._embedding
+        self.embedding = torch.empty(0)
+        self.lm_head = self.embedding
 
     def _halves(self, batch: Batch, cache: LatentCache, logits: Tensor) -> list[Half]:
         parts = batch.halves() if self.ping_pong else [batch]
@@ -125,9 +125,9 @@ class TextModel:
 
     def _operations(self, halves: Sequence[Half]) -> Iterator[Operation]:
         for half in halves:
-            embed = partial(half.embed, self._embedding, self._activation_dtype, self._rope, self.layers[0].device)
+            embed = partial(half.embed, self.embedding, self.activation_dtype, self._rope, self.layers[0].device)
             yield embed, Label("embed", half=half.slot)
-        yield from through_layers(self.layers, halves, partial(Half.head, norm=self._final_norm, lm_head=self._lm_head))
+        yield from through_layers(self.layers, halves, partial(Half.head, norm=self.final_norm, lm_head=self.lm_head))
 
     def _check(self, batch: Batch, cache: LatentCache) -> None:
         if self._closed:

@@ -89,6 +89,7 @@ class Plan:
     activation_dtype: of the residual stream. chunk_tokens: prompt tokens per forward pass.
     stream: "auto": a GPU computes heavy experts of a prompt, brought over as they are needed; or "off".
     overheads: what a GPU takes beside weights and KV cache, and what the host does for it.
+    self_check: compare what is computed with a reference before it serves; where there is an accelerator.
     notes: what the user should know.
     """
 
@@ -107,6 +108,7 @@ class Plan:
     twin_threads: int = 0
     stream: str = "off"
     overheads: tuple[Overhead, ...] = ()
+    self_check: bool = False
 
     @property
     def threads(self) -> int:

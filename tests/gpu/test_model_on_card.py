@@ -178,7 +178,7 @@ def test_operations_ask_the_gpu_for_nothing(folder: Path, monkeypatch: pytest.Mo
     with both(folder, monkeypatch) as (card, _):
         model = card.model
         model.layers = [without_numbers(layer) for layer in model.layers]
-        model._lm_head, model._final_norm = without_numbers(model._lm_head), without_numbers(model._final_norm)
+        model.lm_head, model.final_norm = without_numbers(model.lm_head), without_numbers(model.final_norm)
         model.accelerator.close()
         model.accelerator = InlineAccelerator()
         model.handoff.close()
