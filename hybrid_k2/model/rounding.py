@@ -14,10 +14,16 @@ from dataclasses import dataclass, fields, is_dataclass
 import torch
 from torch import Tensor
 
-# Relative errors of one rounding. bf16: half a unit in the last of 8 bits; fp8 (e4m3): in the last of 4. int8: a group
-# of 32 shares a scale of its largest magnitude / 127, an error has a standard deviation of 1 / sqrt(12) of that, and it
-# is largest beside the group's root mean square where one weight is all of it.
-ROUNDING = {"bf16": 2.0**-9, "int8": math.sqrt(32) / (127 * math.sqrt(12)), "fp8": 2.0**-4, "fp32": 0.0, "int4": 0.0}
+# Standard deviations of the relative error of one rounding, largest just above a power of two: a unit in the last place
+# / sqrt(12). bf16 has 8 bits and fp8 (e4m3) 4. int8: a group of 32 shares a scale of its largest magnitude / 127, and
+# the error is largest beside the group's root mean square where one weight is all of it.
+ROUNDING = {
+    "bf16": 2.0**-7 / math.sqrt(12),
+    "int8": math.sqrt(32) / 127 / math.sqrt(12),
+    "fp8": 2.0**-3 / math.sqrt(12),
+    "fp32": 0.0,
+    "int4": 0.0,
+}
 # Sums of n products in fp32, in any order: 2^-24 * sqrt(n) of their size, for n up to 2^14.
 SUMS = 2.0**-17
 # The errors of a whole expert that the numerics are documented with (docs/kernels.md).
@@ -71,13 +77,13 @@ def shake(part: object, amplitude: float, random: torch.Generator) -> None:
             shake(getattr(part, field.name), amplitude, random)
 
 
-def difference(got: Tensor, expected: Tensor, shaken: Tensor) -> Difference:
-    """Compare rows with the reference, and with what shaking does to it.
+def difference(got: Tensor, expected: Tensor, *draws: Tensor) -> Difference:
+    """Compare rows with the reference, and with what shaking does to it; short rows need several draws of that.
 
     Shapes: [T, n] each.
     """
     error = (got - expected).norm(dim=1)  # [T]
-    sway = (shaken - expected).norm(dim=1)  # [T]
+    sway = torch.stack([(shaken - expected).norm(dim=1) for shaken in draws]).square().mean(0).sqrt()  # [T]
     limit = FACTOR * torch.maximum(sway, sway.square().mean().sqrt())  # [T]
     share = torch.where(error == 0, 0.0, error / limit).nan_to_num(nan=torch.inf)  # [T]
     worst = int(share.argmax())

@@ -12,6 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -47,6 +48,7 @@ BUDGET_S = 60.0  # what has not begun by then is left out, with a warning
 ROWS = 6
 VOCABULARY_ROWS = 4096  # of lm_head and embedding, in a random place
 MORE_EXPERTS = 2  # than a token chooses, among all rows: each is read and computed in fp32
+ROUTER_DRAWS = 16  # the weights of a row's experts are few numbers: one draw says little of them
 CONTEXT = 70  # tokens before the decode step: more than a page
 
 Step = tuple[Batch, Tensor, Rotation]  # and the rows that attention reads
@@ -240,11 +242,14 @@ class _Checks:
         got = self._on_lane(lambda: route(placed.post_norm, moe.router, placed.device), layer)
         on_host = self._here(lambda: route(*host, _HOST_DEVICE))
         scores = self._here(lambda: router.scores(norm(x.float())))  # [T, E]
-        shake(norm, self._amplitude("router", layer), self.random)
-        shake(router.weight, self._amplitude("router", layer), self.random)
-        shaken = self._here(lambda: router.scores(norm(x.float())))
+        draws: list[Tensor] = []
+        for _ in range(ROUTER_DRAWS):
+            shaken_norm, shaken = deepcopy((norm, router))
+            shake(shaken_norm, self._amplitude("router", layer), self.random)
+            shake(shaken.weight, self._amplitude("router", layer), self.random)
+            draws.append(self._here(partial(lambda n, r: r.scores(n(x.float())), shaken_norm, shaken)))
         placed_way, host_way = (
-            _compare_routing(routing.ids.long().cpu(), weights, scores, shaken, router)
+            _compare_routing(routing.ids.long().cpu(), weights, scores, draws, router)
             for routing, weights in zip(found, (got, on_host), strict=True)
         )
         return placed_way, host_way
@@ -392,10 +397,10 @@ def _attend(norm: RmsNorm, attention: Attention, cache: LatentCache, steps: list
     )
 
 
-def _compare_routing(ids: Tensor, weights: Tensor, scores: Tensor, shaken: Tensor, router: Router) -> Difference:
+def _compare_routing(ids: Tensor, weights: Tensor, scores: Tensor, draws: list[Tensor], router: Router) -> Difference:
     """Compare choice and weights; near ties may go either way.
 
-    Shapes: ids [T, K] int64, weights [T, K]; scores, shaken [T, E], the reference's.
+    Shapes: ids [T, K] int64, weights [T, K]; scores, draws [T, E], the reference's and shaken ones.
     """
     k, experts = ids.shape[1], scores.shape[1]
     in_range = bool(((ids >= 0) & (ids < experts)).all())
@@ -404,10 +409,10 @@ def _compare_routing(ids: Tensor, weights: Tensor, scores: Tensor, shaken: Tenso
     biased = scores + router.bias
     least = biased.topk(k).values[:, -1]  # [T], of the best experts
     missed = float((least - biased.gather(1, ids).amin(1)).max())  # by how much a chosen one is worse
-    slack = 2 * FACTOR * float((shaken - scores).abs().max())
+    slack = 2 * FACTOR * max(float((shaken - scores).abs().max()) for shaken in draws)
     if missed > slack:
         return Difference(missed, slack)
-    return difference(weights, router.weigh(scores, ids), router.weigh(shaken, ids))
+    return difference(weights, router.weigh(scores, ids), *(router.weigh(shaken, ids) for shaken in draws))
 
 
 def _plain(weights: ExpertWeights) -> ExpertWeights:

@@ -94,13 +94,12 @@ def test_a_plan_with_a_gpu_runs_through_its_hand_off(folder: Path, monkeypatch: 
     with both(folder, monkeypatch) as (card, host):
         assert isinstance(card.model.handoff, CudaHandoff)
         assert card.plan.overlap == "ping_pong"
-        for _ in range(2):
-            steps = random_steps(card.config.vocab_size)
-            found, expected = run(card, steps), run(host, steps)
-            assert expected.std() > 0.1
-            assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+        steps = random_steps(card.config.vocab_size)
+        found, expected = run(card, steps), run(host, steps)
+        assert expected.std() > 0.1
+        assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
         if isinstance(card.model.accelerator, HostCard):
-            assert card.model.accelerator.steps == 6
+            assert card.model.accelerator.steps == 3
 
 
 def test_a_batch_beyond_the_room_is_refused_and_the_next_works(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,23 +209,24 @@ def test_operations_ask_the_gpu_for_nothing(folder: Path, monkeypatch: pytest.Mo
 # With Triton's kernels in the layers
 
 
-def with_kernels(dtype: str, cache: str = "bf16") -> str:
-    """The rules with other dtypes: the kernels of attention read a cache in bf16."""
-    text = RULES.replace("kv_cache: {dtype: fp32", f"kv_cache: {{dtype: {cache}")
-    for group in ("attention", "dense_mlp", "shared_experts", "lm_head"):
-        text = text.replace(f"{{what: {group}, on: gpu, dtype: fp32", f"{{what: {group}, on: gpu, dtype: {dtype}")
-    return text
+# Another dtype for each group; the kernels of attention read a cache in bf16.
+WITH_KERNELS = (
+    RULES.replace("attention, on: gpu, dtype: fp32", "attention, on: gpu, dtype: bf16")
+    .replace("dense_mlp, on: gpu, dtype: fp32", "dense_mlp, on: gpu, dtype: int8")
+    .replace("shared_experts, on: gpu, dtype: fp32", "shared_experts, on: gpu, dtype: fp8")
+    .replace("lm_head, on: gpu, dtype: fp32", "lm_head, on: gpu, dtype: bf16")
+    .replace("kv_cache: {dtype: fp32", "kv_cache: {dtype: bf16")
+)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8", "fp8"])
 def test_layers_with_kernels_agree_with_the_reference(
-    device: torch.device, two_layers: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+    device: torch.device, two_layers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within the bounds of the check before a model serves: what rounding does to each part."""
     monkeypatch.setattr("hybrid_k2.model.self_check.CONTEXT", 7)  # rows are slow in the interpreter
     monkeypatch.setattr(mla_decode, "SMALL", replace(mla_decode.SMALL, splits=2))
     use_host_card(monkeypatch)
-    with loaded(two_layers, parse_rules(with_kernels(dtype))) as card:
+    with loaded(two_layers, parse_rules(WITH_KERNELS)) as card:
         attention = card.model.layers[0].attention
         assert attention.gpu is not None
         assert attention.q_a_norm.kernel
