@@ -9,6 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from hybrid_k2.model.devices import upload
+
 # Behind so many tokens, attention takes a row as many multiplications as the rest of its layer on the accelerator
 # (about that at the sizes of K2.6; to cut a batch in two it need not be exact).
 CONTEXT_TOKENS = 2048
@@ -35,7 +37,7 @@ class SequenceSlice:
     start: int
     stop: int
     cached: int
-    pages: Tensor  # [pages] int64, on the host
+    pages: Tensor  # [pages] int64
     first_page: int | None  # set if the pages are consecutive, which saves copying them together
 
     @property
@@ -50,12 +52,26 @@ class SequenceSlice:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Say where the rows of a batch lie in the cache, in the form that the kernels of a GPU read.
+
+    Shapes: slots int64 [T], page * page_tokens + place in the page; page_table int32 [P]; first_pages, lengths int32
+    [T], each row's first entry in the table, and how many tokens it sees.
+    """
+
+    slots: Tensor
+    page_table: Tensor
+    first_pages: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """Hold the tokens of one forward pass, sequence after sequence.
 
     `spans` says the same as `sequences` in numbers: first row, rows, cached tokens, first entry of `page_table`.
     Shapes: token_ids, positions [T] int64; logit_rows [R] int64, the rows whose logits are wanted; page_table [P]
-    int64, the pages of one sequence after the other; spans [S, 4] int64; all on the host.
+    int64, the pages of one sequence after the other; spans [S, 4] int64; all on the host, until `to` moves some.
     """
 
     token_ids: Tensor
@@ -64,6 +80,7 @@ class Batch:
     logit_rows: Tensor
     page_table: Tensor
     spans: Tensor
+    places: Places | None = None
 
     @classmethod
     def build(cls, chunks: Sequence[Chunk], all_logits: bool = False) -> Batch:
@@ -97,6 +114,32 @@ class Batch:
             page_table=torch.cat([sequence.pages for sequence in slices]),
             spans=torch.tensor(spans, dtype=torch.int64),
         )
+
+    def to(self, device: torch.device, page_tokens: int | None = None) -> Batch:
+        """Return it with what the layers read on their device; `token_ids` and `spans` stay on the host.
+
+        page_tokens: of the cache, where kernels of a GPU are to find `places`.
+        """
+        places = None if page_tokens is None else self._places(device, page_tokens)
+        if device.type == "cpu":
+            return self if places is None else replace(self, places=places)
+        table = upload(self.page_table, device)
+        pages = torch.split(table, [len(sequence.pages) for sequence in self.sequences])
+        return replace(
+            self,
+            places=places,
+            positions=upload(self.positions, device),
+            sequences=tuple(replace(s, pages=own) for s, own in zip(self.sequences, pages, strict=True)),
+            logit_rows=upload(self.logit_rows, device),
+            page_table=table,
+        )
+
+    def _places(self, device: torch.device, page_tokens: int) -> Places:
+        first = torch.repeat_interleave(self.spans[:, 3], self.spans[:, 1])  # [T]
+        page = self.page_table[first + self.positions // page_tokens]  # [T]
+        slots = page * page_tokens + self.positions % page_tokens
+        numbers = (self.page_table, first, self.positions + 1)
+        return Places(upload(slots, device), *(upload(number.int(), device) for number in numbers))
 
     def halves(self) -> list[Batch]:
         """Cut between two sequences, where the parts take about equally long; a lone sequence stays whole.

@@ -29,6 +29,7 @@ class Routing:
 class Router:
     """Score experts with a sigmoid; choose by score plus correction bias, weigh by score alone.
 
+    `kernel`: choose and weigh in one launch by Triton's, the same but for the last bits of the sigmoid.
     With a HostMatrix a row's routing depends on that row alone, bit for bit; its rows beyond the experts are padding.
     Shapes: weight [E, hidden], bias [E] fp32.
     """
@@ -38,6 +39,7 @@ class Router:
     experts_per_token: int
     normalise: bool
     scale: float
+    kernel: bool = False
 
     def __call__(self, x: Tensor) -> Routing:
         """Route each row.
@@ -45,13 +47,32 @@ class Router:
         Experts whose biased scores tie rank by index, the lower first, so that a choice is reproducible.
         Shapes: x [T, hidden].
         """
-        scores = rowwise(torch.sigmoid, self._logits(x.to(self.bias.device)))  # [T, E]
+        if self.kernel:
+            from hybrid_k2.accelerator.kernels.router import route
+
+            logits = self._logits(x.to(self.bias.device))  # [T, E]
+            return Routing(*route(logits, self.bias, self.experts_per_token, self.normalise, self.scale))
+        scores = self.scores(x)  # [T, E]
         order = torch.sort(scores + self.bias, dim=-1, descending=True, stable=True).indices  # [T, E]
         ids = order[:, : self.experts_per_token]  # [T, K]
+        return Routing(ids.int(), self.weigh(scores, ids))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Score all experts for each row.
+
+        Shapes: x [T, hidden] -> [T, E] fp32.
+        """
+        return rowwise(torch.sigmoid, self._logits(x.to(self.bias.device)))
+
+    def weigh(self, scores: Tensor, ids: Tensor) -> Tensor:
+        """Return the weights of chosen experts.
+
+        Shapes: scores [T, E] fp32, ids [T, K] int64 -> [T, K] fp32.
+        """
         weights = scores.gather(-1, ids)  # [T, K]
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + NO_SCORE)
-        return Routing(ids.int(), weights * self.scale)
+        return weights * self.scale
 
     def _logits(self, x: Tensor) -> Tensor:
         if isinstance(self.weight, HostMatrix):

@@ -72,3 +72,33 @@ def test_halves_say_what_their_chunks_say() -> None:
 def test_halves_take_about_equally_long(sizes: list[int], cached: list[int], first: int) -> None:
     batch = Batch.build([Chunk([0] * n, c, [0]) for n, c in zip(sizes, cached, strict=True)])
     assert len(batch.halves()[0].sequences) == first
+
+
+def test_places_are_where_the_cache_puts_the_rows() -> None:
+    """For kernels of a GPU: the slot of each new token, its sequence's pages, and the tokens that it sees."""
+    page_tokens = 4
+    for _ in range(20):
+        pages = torch.randperm(30).tolist()
+        chunks = []
+        for _ in range(random.randint(1, 4)):
+            cached, new = random.randint(0, 9), random.randint(1, 7)
+            own = [pages.pop() for _ in range(-(-(cached + new) // page_tokens) + random.randint(0, 1))]
+            chunks.append(Chunk([1] * new, cached, own))
+        batch = Batch.build(chunks).to(torch.device("cpu"), page_tokens)
+        assert batch.places is not None
+        expected = [
+            (
+                list(chunk.pages),
+                position + 1,
+                chunk.pages[position // page_tokens] * page_tokens + position % page_tokens,
+            )
+            for chunk in chunks
+            for position in range(chunk.cached, chunk.cached + len(chunk.token_ids))
+        ]
+        table = batch.places.page_table.tolist()
+        rows = zip(
+            batch.places.first_pages.tolist(), batch.places.lengths.tolist(), batch.places.slots.tolist(), strict=True
+        )
+        for (own, length, slot), (first, found_length, found_slot) in zip(expected, rows, strict=True):
+            assert (table[first : first + len(own)], found_length, found_slot) == (own, length, slot)
+    assert Batch.build([Chunk([1], 0, [0])]).to(torch.device("cpu")).places is None
