@@ -95,15 +95,14 @@ def load_router(
 ) -> HostMatrix | None:
     """Load a router's matrix for the native kernels, in whole blocks of 32 experts; None if it stays a plain tensor.
 
-    That is so on a GPU, without the native kernels, and where it is not stored in bf16. The kernels multiply fp32 rows
-    with bf16 weights, so that weights widened to fp32 would give the same, in twice the memory.
+    That is so on a GPU, in fp32, and without the native kernels, which multiply fp32 rows with bf16 weights.
     Effects: calls `count` with the bytes on disk.
     Raises: CheckpointError naming tensor and file.
     """
     experts, inputs = checkpoint.linear_shape(prefix)
     padded = -(-experts // 32) * 32
     native = runtime.native is not None and placement.memory == "host" and fits_blocks(padded, inputs)
-    if not native or checkpoint.info(f"{prefix}.weight").dtype != "BF16":
+    if not native or placement.dtype != "bf16":
         return None
     matrix = HostMatrix(runtime.native, padded, inputs, "bf16")
     matrix.load_rows(0, functional.pad(checkpoint.read(f"{prefix}.weight"), (0, 0, 0, padded - experts)))

@@ -46,7 +46,8 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
     devices = _resolve_devices(rules, machine)
     claims = claim_groups(rules, config)
     stream = _stream_dtype(claims)
-    rows = tuple(_row(claim, rules, config, devices, stream, experts_packed) for claim in claims.all)
+    numerics = rules.numerics if experts_packed else "reference"
+    rows = tuple(_row(claim, rules, config, devices, stream, numerics, experts_packed) for claim in claims.all)
     activation_dtype = "fp32" if _stream_on_host(rows) else stream
     accelerator = _accelerator(devices, claims)
     streams = rules.prefill.stream if accelerator not in (None, TWIN) else "off"
@@ -57,7 +58,6 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
     work = replace(work, chunk_tokens=chunk_tokens)
     overheads = _overheads(work, rows, kv_cache)
     rows, notes = _place_hot(claims, rules, config, machine, rows, kv_cache, overheads, experts_packed)
-    numerics = rules.numerics if experts_packed else "reference"
     threads = plan_threads(
         rules,
         machine,
@@ -233,15 +233,26 @@ def _stream_on_host(rows: tuple[PlanRow, ...]) -> bool:
 
 
 def _row(
-    claim: Claim, rules: Rules, config: ModelConfig, devices: dict[str, str], stream: str, experts_packed: bool
+    claim: Claim,
+    rules: Rules,
+    config: ModelConfig,
+    devices: dict[str, str],
+    stream: str,
+    numerics: str,
+    experts_packed: bool,
 ) -> PlanRow:
-    dtype = claim.rule.dtype
+    device, dtype = devices[claim.rule.on], claim.rule.dtype
     if claim.what == "routed_experts":
         dtype = _expert_dtype(claim, rules, stream, experts_packed)
     elif dtype is None:
-        dtype = "fp32" if claim.what == "router" else "bf16"
+        dtype = _router_dtype(device, numerics) if claim.what == "router" else "bf16"
     nbytes = len(claim.layers or (0,)) * group_bytes(config, claim.what, dtype)
-    return PlanRow(claim.what, claim.layers, devices[claim.rule.on], dtype, nbytes, claim.rule.line)
+    return PlanRow(claim.what, claim.layers, device, dtype, nbytes, claim.rule.line)
+
+
+def _router_dtype(device: str, numerics: str) -> str:
+    """Keep the router as it is stored where the native kernels read it; elsewhere fp32 saves a conversion per token."""
+    return "bf16" if memory_of(device) == HOST and numerics != "reference" else "fp32"
 
 
 def _expert_dtype(claim: Claim, rules: Rules, stream: str, experts_packed: bool) -> str:

@@ -33,7 +33,7 @@ class PlaceRule:
     """Place one tensor group, or some layers of it.
 
     layers: None for all layers of the group; ranges stay ranges until the model bounds them.
-    on: "gpu" or "host". dtype: None means as stored (the router: fp32).
+    on: "gpu" or "host". dtype: None means as stored (the router on a GPU: fp32).
     hottest: place so many of the most used routed experts of each layer; 0: as many as fit; None: the whole group.
     also_on_host: keep them in host memory, too.
     line: of the rule. number: its place in the list, from 1.

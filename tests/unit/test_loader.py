@@ -21,6 +21,7 @@ from hybrid_k2.errors import CheckpointError
 from hybrid_k2.experts.open import open_experts
 from hybrid_k2.model import loader
 from hybrid_k2.model.dense_loading import PIECE_BYTES
+from hybrid_k2.model.devices import torch_dtype
 from hybrid_k2.model.layers import SwiGlu
 from hybrid_k2.model.loader import load_text_model
 from hybrid_k2.model.moe import Moe
@@ -196,6 +197,24 @@ def test_bf16_on_the_host_is_computed_by_the_native_kernels(block_folder: Path) 
         got, expected = host.logits(ids, [25, 1]), reference.logits(ids)
     error = (got - expected).norm(dim=1) / expected.norm(dim=1)
     assert error.median() < 1e-2  # of the latents, rounded to bf16 in the cache
+
+
+@pytest.mark.parametrize("dtype", [None, "fp32"])
+def test_the_router_is_kept_as_the_plan_shows_it(dtype: str | None, block_folder: Path) -> None:
+    if NATIVE_ERROR is not None:
+        pytest.skip(f"the native extension is not installed: {NATIVE_ERROR}")
+    rule = "" if dtype is None else f"  - {{what: router, on: host, dtype: {dtype}}}\n"
+    rules = parse_rules(INT8_RULES.replace("kv_cache", f"{rule}kv_cache"), "router.yaml")
+    with loaded(block_folder, rules) as model, loaded(block_folder) as reference:
+        mlp, expected = model.model.layers[2].mlp, reference.model.layers[2].mlp
+        assert isinstance(mlp, Moe)
+        assert isinstance(expected, Moe)
+        planned, weight = model.plan.where("router", 2).dtype, mlp.router.weight
+        kept = weight.read() if isinstance(weight, HostMatrix) else weight
+        assert isinstance(kept, torch.Tensor)
+        assert torch_dtype(planned) == kept.dtype == model.model.layers[2].post_norm.weight.dtype
+        assert isinstance(weight, HostMatrix) == (planned == "bf16")
+        assert torch.equal(kept.float()[: len(mlp.router.bias)], expected.router.weight)
 
 
 def test_a_weight_that_int8_cannot_hold_is_named(block_folder: Path, tmp_path: Path) -> None:
