@@ -25,6 +25,7 @@ class Devices:
     twin_threads: int | None = None
     gpu_line: int | None = None
     gpu_memory_line: int | None = None
+    twin_threads_line: int | None = None
     host_memory_line: int | None = None
 
 

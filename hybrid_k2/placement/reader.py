@@ -67,6 +67,7 @@ def _devices(top: Section) -> Devices:
         twin_threads=twin_threads,
         gpu_line=devices.line_of("gpu"),
         gpu_memory_line=devices.line_of("gpu_memory"),
+        twin_threads_line=devices.line_of("twin_threads"),
     )
     host_node = devices.get("host")
     if host_node is None:
