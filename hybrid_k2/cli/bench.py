@@ -109,8 +109,13 @@ def overlap(
         raise typer.BadParameter(f"expected 1, 2, 4 or 8, got {scale}", param_hint="--scale")
 
     with leaving_at_once():
-        from hybrid_k2.bench.overlap import measure_overlap
+        from hybrid_k2.bench.overlap import check_tokens, measure_overlap
+        from hybrid_k2.errors import ConfigError
 
+    try:
+        check_tokens(sequences, context, steps)
+    except ConfigError as error:
+        raise typer.BadParameter(error.message, param_hint="--sequences, --context, --steps") from error
     notes = Output(Nowhere() if quiet else sys.stderr)
     report = measure_overlap(
         device,

@@ -11,9 +11,9 @@ import pytest
 from typer.main import get_command
 
 from hybrid_k2.bench import overlap as bench
-from hybrid_k2.bench.overlap import OverlapReport, measure_overlap
+from hybrid_k2.bench.overlap import OverlapReport, check_tokens, measure_overlap
 from hybrid_k2.cli.bench import app
-from hybrid_k2.errors import HardwareError
+from hybrid_k2.errors import ConfigError, HardwareError, MemoryBudgetError
 from hybrid_k2.native import NATIVE_ERROR
 from hybrid_k2.placement import Machine
 from tests.conftest import REPO
@@ -45,6 +45,25 @@ def test_the_figures_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyP
     waited = sum(event["dur"] for event in events if event["cat"] == "waits")
     assert (worked - waited) / 1e3 == pytest.approx(report.layer_accelerator_ms * 2 * report.steps, rel=1e-3)
     assert f"{report.overlap_share:.0%}" in report.table()
+
+
+def test_the_cache_holds_whole_pages_of_each_sequence_and_no_more_than_the_model_allows() -> None:
+    assert check_tokens(1, 1, 1) == 64
+    assert check_tokens(3, 61, 1) == 3 * 64
+    assert check_tokens(3, 62, 1) == 3 * 128
+    assert check_tokens(1, 200000, 10000) == -(-210002 // 64) * 64
+    assert check_tokens(1024, 250, 4) == check_tokens(2, 131000, 70) == 262144
+    for many in ((1025, 250, 4), (1024, 250, 5), (2, 131000, 71), (2, 200000, 1)):
+        with pytest.raises(ConfigError, match="bench overlap: expected at most 262144 cached tokens, got "):
+            check_tokens(*many)
+
+
+def test_a_slice_that_does_not_fit_is_told_in_the_options_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Machine(1 << 24, 1 << 24, 2)
+    monkeypatch.setattr(Machine, "probe", classmethod(lambda cls: small))
+    with pytest.raises(MemoryBudgetError, match=r"^bench overlap: host: expected a plan of at most ") as caught:
+        measure_overlap("twin", 2)
+    assert "fewer --layers" in (caught.value.hint or "")
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
