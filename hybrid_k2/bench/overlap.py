@@ -100,8 +100,8 @@ def measure_overlap(
 
     `scale` divides the widths of K2.6. `trace_to` gets the trace of the steps with overlap.
     Memory and disk: the slice once each, in a temporary folder until it is loaded.
-    Raises: HardwareError for a GPU that is not there; MemoryBudgetError for a slice that does not fit; ConfigError for
-    more tokens than a cache holds, or a trace that cannot be written.
+    Raises: HardwareError for a GPU that is not there, or no room on the disk; MemoryBudgetError for a slice that does
+    not fit; ConfigError for more tokens than a cache holds, or a trace that cannot be written.
     """
     tokens = check_tokens(sequences, context, steps)
     if trace_to is not None:
@@ -175,15 +175,26 @@ def _loaded(rules: Rules, config: ModelConfig, progress: Callable[[str], None]) 
     except MemoryBudgetError as error:
         hint = "ask for fewer --layers, --experts, --sequences or less --context, or for a larger --scale"
         raise MemoryBudgetError(error.message, hint=hint) from error
-    with tempfile.TemporaryDirectory() as name:
-        progress(f"writing {config.num_hidden_layers} layers of random weights to {name}")
-        write_slice(Path(name), config)
-        with Checkpoint.open(Path(name)) as checkpoint:
+    with _temporary_folder() as name:
+        folder = Path(name)
+        progress(f"writing {config.num_hidden_layers} layers of random weights to {folder}")
+        write_slice(folder, config)
+        with Checkpoint.open(folder) as checkpoint:
             model = load_text_model(checkpoint, config, plan)
     try:
         yield plan, model
     finally:
         model.close()
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise HardwareError(
+            f"bench overlap: expected a folder for temporary files, got: {error.strerror}",
+            hint="point TMPDIR at a folder with room",
+        ) from error
 
 
 class _Decoding:

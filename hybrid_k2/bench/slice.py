@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hybrid_k2.checkpoint.tensors import TensorSpec, expected_tensors
 from hybrid_k2.config import ModelConfig
+from hybrid_k2.errors import HardwareError
+from hybrid_k2.placement.sizes import format_bytes
 
 CONTEXT = 262144  # tokens that a model of the family has positions for
 YARN = {
@@ -44,7 +47,7 @@ def slice_config(sizes: Mapping[str, int], layers: int, experts: int, source: st
 
 
 def write_slice(folder: Path, config: ModelConfig) -> None:
-    """Write the checkpoint, its routed experts in INT4."""
+    """Write the checkpoint, its routed experts in INT4. Raises: HardwareError where there is no room."""
     tensors: dict[str, Tensor] = {}
     for spec in expected_tensors(config, lambda name: ".experts." in name and name.endswith("weight_packed")):
         if spec.name.endswith("weight_shape"):
@@ -52,7 +55,15 @@ def write_slice(folder: Path, config: ModelConfig) -> None:
             tensors[spec.name] = torch.tensor([packed.shape[0], packed.shape[1] * 8], dtype=torch.int32)
         else:
             tensors[spec.name] = _random(spec)
-    save_file(tensors, folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    try:
+        save_file(tensors, file)
+    except (OSError, SafetensorError) as error:
+        size = format_bytes(sum(tensor.nbytes for tensor in tensors.values()))
+        raise HardwareError(
+            f"{file}: expected to write {size}, got: {error}",
+            hint="point TMPDIR at a folder with room, or ask for fewer layers or experts",
+        ) from error
 
 
 def _random(spec: TensorSpec) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from typer.main import get_command
 
 from hybrid_k2.bench import overlap as bench
 from hybrid_k2.bench.overlap import OverlapReport, check_tokens, measure_overlap
+from hybrid_k2.bench.slice import slice_config, widths, write_slice
 from hybrid_k2.cli.bench import app
 from hybrid_k2.errors import ConfigError, HardwareError, MemoryBudgetError
 from hybrid_k2.native import NATIVE_ERROR
@@ -64,6 +67,25 @@ def test_a_slice_that_does_not_fit_is_told_in_the_options_words(monkeypatch: pyt
     with pytest.raises(MemoryBudgetError, match=r"^bench overlap: host: expected a plan of at most ") as caught:
         measure_overlap("twin", 2)
     assert "fewer --layers" in (caught.value.hint or "")
+
+
+def test_a_full_disk_is_named_with_what_was_to_be_written(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # as a disk that is full after a MiB
+    try:
+        with pytest.raises(
+            HardwareError, match=r"model\.safetensors: expected to write \d+\.\d\d MiB, got: "
+        ) as caught:
+            write_slice(tmp_path, slice_config(widths(8), 2, 8, "test"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "TMPDIR" in (caught.value.hint or "")
+
+
+def test_no_folder_for_temporary_files_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at/all")
+    with pytest.raises(HardwareError, match="expected a folder for temporary files, got: No such file"):
+        measure_overlap("twin", 1, **SMALL)  # type: ignore[arg-type]
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
