@@ -10,6 +10,7 @@ import typer
 
 from hybrid_k2.cli.exits import ends_cleanly
 from hybrid_k2.cli.interrupts import leaving_at_once
+from hybrid_k2.cli.options import trace_file
 from hybrid_k2.cli.terminal import Nowhere, Output
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def chat(
         typer.Option("--host-memory", metavar="SIZE", help="Plan for a host with this much free, with --dry-run."),
     ] = None,
     trace: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--trace", metavar="FILE", help="At the end, write what computed when, for Chrome or Perfetto."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,
@@ -104,6 +105,7 @@ def chat(
         raise typer.BadParameter("expected --prompt TEXT or text on standard input", param_hint="--json")
     if rules is not None and not rules.strip():
         raise typer.BadParameter("expected a rule file or a name, got an empty text", param_hint="--rules")
+    trace_to = trace_file(trace)
 
     if dry_run:
         from hybrid_k2.cli.chat.dry_run import show_plan
@@ -136,9 +138,9 @@ def chat(
     )
     notes = Output(Nowhere() if quiet else sys.stderr)
     if interactive:
-        _chat(options, rules, notes, trace)
+        _chat(options, rules, notes, trace_to)
     else:
-        _answer(options, rules, prompt or [], notes, as_json, trace)
+        _answer(options, rules, prompt or [], notes, as_json, trace_to)
 
 
 def _chat(options: ChatOptions, rules: str | None, notes: Output, trace: Path | None) -> None:
