@@ -121,9 +121,43 @@ def test_another_host_is_described(call: Call, kimi_data: Path) -> None:
         done.out,
         re.M,
     )
-    call_error = call("chat", kimi_data, "--dry-run", "--host-memory", "768")
-    assert (call_error.code, call_error.out) == (1, "")
-    assert "--host-memory: expected a size with its unit, as 768GiB, got '768'" in call_error.err
+
+
+@pytest.mark.parametrize("size", ["768", "", "0GiB", "many"])
+def test_a_malformed_size_is_wrong_usage(call: Call, size: str) -> None:
+    done = call("chat", "--dry-run", "--host-memory", size)
+    assert (done.code, done.out) == (2, "")
+    said = " ".join(done.err.replace("│", " ").split())
+    assert f"--host-memory: expected a size with its unit, as 768GiB, got {size!r}" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--temperature", "-1"), "temperature"),
+        (("--max-tokens", "0"), "max_tokens"),
+        (("-p", " "), "--prompt: expected text, got none"),
+        (("--system", ""), "--system: expected text, got none"),
+        (("--tools", "/nowhere.json"), "/nowhere.json"),
+        (("--trace", "/nowhere/trace.json"), "expected a trace file that can be written, got No such file"),
+    ],
+)
+def test_the_other_options_are_checked(call: Call, babbler: Path, arguments: tuple[str, str], expected: str) -> None:
+    done = call("chat", babbler, "--rules", "host", "--dry-run", *arguments)
+    assert (done.code, done.out) == (1, "")
+    assert expected in done.err
+
+
+def test_good_options_change_nothing_and_leave_nothing(call: Call, babbler: Path, tmp_path: Path) -> None:
+    plain = ("chat", babbler, "--rules", "host", "--dry-run", "--host-memory", "8GiB")
+    trace = tmp_path / "trace.json"
+    done = call(*plain, "-p", "hi", "-p", "-", "--trace", trace, "--seed", "7", stdin=b"\xff")  # it is not read
+    expected = call(*plain).out.splitlines()
+    assert (done.code, done.err) == (0, "")
+    assert [line for line in done.out.splitlines() if "here are" not in line] == [
+        line for line in expected if "here are" not in line
+    ]
+    assert not trace.exists()
 
 
 def test_a_host_is_described_for_a_dry_run_alone(call: Call, babbler: Path) -> None:
