@@ -278,11 +278,15 @@ def _plan_kv_cache(
 ) -> KvCachePlan:
     rule = rules.kv_cache
     attention = {row.device: row.line for row in rows if row.what == "attention"}
-    device = devices[rule.on] if rule.on else next(iter(attention))
-    for other, line in attention.items():
-        if other != device:
-            message = f"kv_cache: expected on the device of all attention ({other} on line {line}), got {device}"
-            fail(rules.source, rule.line, message, "place kv_cache and all attention layers together")
+    if len(attention) > 1:
+        found = " and ".join(f"{device} on line {line}" for device, line in attention.items())
+        message = f"attention: expected all layers on one device, with the KV cache, got {found}"
+        fail(rules.source, max(attention.values()), message)
+    (other, line), *_ = attention.items()
+    device = devices[rule.on] if rule.on else other
+    if other != device:
+        message = f"kv_cache: expected on the device of all attention ({other} on line {line}), got {device}"
+        fail(rules.source, rule.line, message, "place kv_cache and all attention layers together")
     page_bytes = PAGE_TOKENS * latent_bytes_per_token(config, rule.dtype)
     limit = config.max_position_embeddings
     if rule.tokens is not None and rule.tokens > limit:
