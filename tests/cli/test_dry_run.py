@@ -7,10 +7,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hybrid_k2.placement import Gpu, Machine
+from hybrid_k2.placement import Gpu, Machine, Rules, default_rules
 from tests.cli.conftest import Done
 
 Call = Callable[..., Done]
@@ -121,6 +122,20 @@ def test_another_host_is_described(call: Call, kimi_data: Path) -> None:
         done.out,
         re.M,
     )
+
+
+def test_rules_are_chosen_for_the_described_host(call: Call, kimi_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Machine] = []
+
+    def choose(machine: Machine, *args: Any, **options: Any) -> Rules:
+        asked.append(machine)
+        return default_rules(machine, *args, **options)
+
+    monkeypatch.setattr("hybrid_k2.engine.loading.default_rules", choose)
+    done = call("chat", kimi_data, "--dry-run", "--host-memory", "768GiB")
+    assert (done.code, done.err) == (0, "")
+    assert [machine.host_available_bytes for machine in asked] == [768 << 30]
+    assert done.out.count("note: host: planned for 768.00 GiB of free memory") == 1
 
 
 @pytest.mark.parametrize("size", ["768", "", "0GiB", "many"])
