@@ -80,7 +80,7 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
         + claims.notes
         + notes
         + threads.notes
-        + _fp8_notes(rows, rules, machine)
+        + _check_fp8(rows, rules, machine)
         + _numerics_notes(rules.numerics, numerics, activation_dtype),
         accelerator=accelerator,
         stream=streams,
@@ -135,8 +135,8 @@ def _place_hot(
     return tuple(placed), tuple(hot_notes(claims.hot, counts))
 
 
-def _fp8_notes(rows: tuple[PlanRow, ...], rules: Rules, machine: Machine) -> tuple[str, ...]:
-    """Check that a card with fp8 weights can multiply them. Raises: HardwareError."""
+def _check_fp8(rows: tuple[PlanRow, ...], rules: Rules, machine: Machine) -> tuple[str, ...]:
+    """Refuse fp8 on a card that cannot multiply it; say in a note where that is not known. Raises: HardwareError."""
     first = next((row for row in rows if row.dtype == "fp8"), None)
     gpu = machine.find_gpu(first.device) if first is not None else None
     if first is None or gpu is None:
