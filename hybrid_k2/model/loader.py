@@ -21,7 +21,6 @@ from hybrid_k2.accelerator.gpu_matrix import check_kernels
 from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, expected_tensors, experts_packed
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.dense import HostMatrix
-from hybrid_k2.errors import MemoryBudgetError
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
 from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.model.attention import Attention
@@ -33,6 +32,7 @@ from hybrid_k2.model.layers import Matrix, RmsNorm, SwiGlu
 from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.native_attention import NativeAttention
+from hybrid_k2.model.room import room_for
 from hybrid_k2.model.router import Router
 from hybrid_k2.model.text import EXPERTS_WATCHDOG_S, TextModel
 from hybrid_k2.placement import Plan, check_loadable
@@ -129,7 +129,8 @@ class _Builder:
         experts = {i: layer.mlp.experts for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)}
         native = {i: backend for i, backend in experts.items() if isinstance(backend, NativeExperts)}
         if self.plan.accelerator == TWIN and native and len(native) == len(experts):
-            mailbox = MailboxHandoff(self.runtimes[HOST].native, native, EXPERTS_WATCHDOG_S)
+            with room_for("hand-off to the experts", HOST):
+                mailbox = MailboxHandoff(self.runtimes[HOST].native, native, EXPERTS_WATCHDOG_S)
             self.undo.callback(mailbox.close)
             return mailbox
         beside = any(self.plan.where("shared_experts", layer).device != HOST for layer in experts)
@@ -190,13 +191,8 @@ class _Builder:
             config.n_routed_experts,
             config.num_experts_per_tok,
         )
-        try:
+        with room_for(f"routed experts of layer {layer}", HOST):
             backend = self.runtimes[HOST].make_layer(*sizes)
-        except MemoryError as error:
-            raise MemoryBudgetError(
-                f"routed experts of layer {layer}: expected room in host memory, got none left",
-                hint="the plan counts on memory that another program or a limit has taken since",
-            ) from error
         self.undo.callback(backend.close)
         dtype = self.plan.where("routed_experts", layer).dtype
         load_experts(backend, self.checkpoint, config, layer, dtype=dtype, threads=self.plan.threads, count=self.count)
@@ -243,13 +239,8 @@ class _Builder:
         return tensor
 
     def place(self, name: str, device: str, dtype: torch.dtype, tensor: Tensor) -> Tensor:
-        try:
+        with room_for(name, device):
             return tensor.to(torch_device(device), dtype)
-        except torch.OutOfMemoryError as error:
-            raise MemoryBudgetError(
-                f"{name}: expected room for {tensor.numel() * dtype.itemsize} bytes on {device}, got none left",
-                hint="another program may be using the GPU; the plan counts on all of its memory",
-            ) from error
 
     def count(self, nbytes: int) -> None:
         self.done += nbytes

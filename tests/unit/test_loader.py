@@ -17,9 +17,9 @@ from hybrid_k2.accelerator import DirectHandoff, SubmitHandoff
 from hybrid_k2.checkpoint import Checkpoint, expected_tensors
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.dense import HostMatrix, Int8Weight, fits_blocks, quantize_int8
-from hybrid_k2.errors import CheckpointError
+from hybrid_k2.errors import CheckpointError, MemoryBudgetError
 from hybrid_k2.experts.open import open_experts
-from hybrid_k2.model import loader
+from hybrid_k2.model import dense_loading, loader
 from hybrid_k2.model.dense_loading import PIECE_BYTES
 from hybrid_k2.model.devices import torch_dtype
 from hybrid_k2.model.layers import SwiGlu
@@ -229,6 +229,28 @@ def test_a_weight_that_int8_cannot_hold_is_named(block_folder: Path, tmp_path: P
         place = re.escape(f"got inf at row 3, input 40 (in {file})")
         with pytest.raises(CheckpointError, match=f"^{re.escape(name)}: expected finite values below .*, {place}$"):
             load_text_model(checkpoint, config, plan)
+
+
+@pytest.mark.parametrize("what", ["gate", "q_a_proj", "lm_head"])
+def test_a_matrix_that_has_no_room_is_named(what: str, block_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if NATIVE_ERROR is not None:
+        pytest.skip(f"the native extension is not installed: {NATIVE_ERROR}")
+    config = ModelConfig.load(block_folder)
+    rows = {"gate": -(-config.n_routed_experts // 32) * 32, "q_a_proj": 64, "lm_head": config.vocab_size}[what]
+
+    def allocate(runtime: object, count: int, inputs: int, dtype: str) -> HostMatrix:
+        if count == rows:
+            raise MemoryError("memory: expected 5 bytes")
+        return HostMatrix(runtime, count, inputs, dtype)
+
+    monkeypatch.setattr(dense_loading, "HostMatrix", allocate)
+    with Checkpoint.open(block_folder) as checkpoint:
+        plan = make_test_plan(checkpoint, config, parse_rules(INT8_RULES, "int8.yaml"))
+        with pytest.raises(
+            MemoryBudgetError, match=rf"\b{what}: expected room in host memory, got none left"
+        ) as caught:
+            load_text_model(checkpoint, config, plan)
+    assert "taken since" in (caught.value.hint or "")
 
 
 def test_progress_counts_the_bytes_that_are_read(folder: Path) -> None:
