@@ -199,9 +199,11 @@ class Engine:
             self._closed = True
             self._prefix.release()
             trace = self._loaded.text.trace
-            self._loaded.text.close()
-            if trace is not None and self._trace_to is not None:
-                trace.write(self._trace_to)
+            try:
+                self._loaded.text.close()
+            finally:
+                if trace is not None and self._trace_to is not None:
+                    trace.write(self._trace_to)
 
     def __enter__(self) -> Engine:
         return self

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 from hybrid_k2.errors import EngineError, RequestError
 from hybrid_k2.model.batch import Batch, Chunk
+from hybrid_k2.model.moe import Moe
+from hybrid_k2.native import NATIVE_ERROR
 from hybrid_k2.placement import shipped_rules
 from tests.generators import read_tensors, write_checkpoint
 from tests.models import Loaded, loaded
@@ -123,6 +126,34 @@ def test_a_closed_model_says_so(folder: Path) -> None:
         with pytest.raises(EngineError, match="model: expected an open one"):
             tiny.model.forward(Batch.build([Chunk([1], 0, [0])]), cache)
         tiny.model.close()
+
+
+@pytest.mark.parametrize("part", ["handoff", "accelerator"])
+@pytest.mark.parametrize("rules", ["host", "twin"])
+def test_closing_that_is_interrupted_releases_everything(
+    rules: str, part: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(os.listdir("/proc/self/task"))
+    with loaded(folder, rules) as tiny:
+        assert tiny.logits([1, 2, 3]).isfinite().all()
+        owner = getattr(tiny.model, part)
+        real, experts = owner.close, [layer.mlp.experts for layer in tiny.model.layers if isinstance(layer.mlp, Moe)]
+        assert NATIVE_ERROR or len(os.listdir("/proc/self/task")) > before
+
+        def interrupted() -> None:
+            real()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(owner, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.model.close()
+        shape = experts[0].shape
+        hidden, ids = torch.zeros(1, shape.hidden_size), torch.arange(shape.num_experts_per_tok).int()[None]
+        for backend in experts:
+            with pytest.raises(EngineError, match="closed"):
+                backend.forward(hidden, ids, torch.ones(ids.shape))
+        assert tiny.model.layers == []
+    assert len(os.listdir("/proc/self/task")) <= before
 
 
 @pytest.mark.parametrize("top", [4, 16])
