@@ -2,9 +2,10 @@
 
 from hybrid_k2.accelerator.base import Accelerator, Handoff, Label
 from hybrid_k2.accelerator.handoff_direct import DirectHandoff
+from hybrid_k2.accelerator.handoff_mailbox import MailboxHandoff
 from hybrid_k2.accelerator.handoff_submit import SubmitHandoff
 from hybrid_k2.accelerator.inline import InlineAccelerator
-from hybrid_k2.accelerator.mailbox import MailboxHandoff
+from hybrid_k2.accelerator.slots import TimeLimit
 from hybrid_k2.accelerator.trace import Trace, check_writable
 from hybrid_k2.accelerator.twin import HostTwin
 
@@ -17,6 +18,7 @@ __all__ = [
     "Label",
     "MailboxHandoff",
     "SubmitHandoff",
+    "TimeLimit",
     "Trace",
     "check_writable",
 ]

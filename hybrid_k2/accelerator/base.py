@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,10 @@ class Accelerator(ABC):
     device: torch.device
     trace: Trace | None = None
 
+    def allocating(self) -> AbstractContextManager[object]:
+        """Give what is allocated meanwhile to the lane, so that it is not reused before the lane is done with it."""
+        return nullcontext()
+
     @abstractmethod
     def enqueue(self, op: Callable[[], None], label: Label) -> None:
         """Append an operation to the step; it runs in inference mode.
@@ -80,9 +85,11 @@ class Handoff(ABC):
     """Pass batches to the routed experts of all MoE layers of a model, in two slots, and take their results.
 
     `trace`, if it is set, gets the times at which `take` waited, and those of the experts where they are known.
+    `room`: tokens that a slot takes at most; None: any number.
     """
 
     trace: Trace | None = None
+    room: int | None = None
 
     @abstractmethod
     def post(self, slot: int, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:

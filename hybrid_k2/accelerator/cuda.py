@@ -1,4 +1,4 @@
-"""A GPU by CUDA: operations are launched on a stream, and the hand-off is done by kernels on it.
+"""A GPU by CUDA: operations are launched on a stream.
 
 Launching does not wait, so that `enqueue` returns at once, and what an operation raises there is raised there. Nothing
 of CUDA is needed to build or import this. It has never run on a GPU: see docs/verified.md.
@@ -8,36 +8,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from hybrid_k2.accelerator.base import Accelerator, Handoff, Label
-from hybrid_k2.accelerator.host_calls import HostCalls
-from hybrid_k2.accelerator.kernels import have_triton
-from hybrid_k2.accelerator.slot_memory import SlotMemory
-from hybrid_k2.accelerator.trace import WAITS, Trace
+from hybrid_k2.accelerator.base import Accelerator, Label
 from hybrid_k2.errors import EngineError, HardwareError
-from hybrid_k2.experts.base import SLOTS, check_slot
-from hybrid_k2.experts.cpu import NativeExperts
-from hybrid_k2.native import native
 
 POLL_S = 50e-6
-MAPPED = 3  # cudaHostRegisterPortable | cudaHostRegisterMapped
-
-
-class SlotCalls(Protocol):
-    """What an accelerator launches to speak the mailbox's protocol: kernels/mailbox.py, or HostCalls."""
-
-    def post(self, slot: SlotMemory, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
-        """Write a batch into the slot and raise its request flag."""
-
-    def take(self, slot: SlotMemory, result: Tensor) -> Tensor:
-        """Wait for the slot's reply, and read the result."""
 
 
 class Peer(Protocol):
@@ -84,6 +65,10 @@ class CudaAccelerator(Accelerator):
     def attach(self, peer: Peer) -> None:
         """Tell this peer from now on when steps begin and end, and when it keeps the stream waiting for too long."""
         self._peers.append(peer)
+
+    def allocating(self) -> AbstractContextManager[object]:
+        """See Accelerator."""
+        return torch.cuda.stream(self.stream)
 
     def enqueue(self, op: Callable[[], None], label: Label) -> None:
         """See Accelerator."""
@@ -170,127 +155,3 @@ class CudaAccelerator(Accelerator):
 
     def _event(self) -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=self.trace is not None)  # type: ignore[no-untyped-call]
-
-
-class CudaHandoff(Handoff):
-    """Hand batches of up to `room` tokens over through mapped host memory, to native experts of one runtime.
-
-    A kernel that waits for the experts cannot raise: failures are raised when the accelerator synchronizes, whose time
-    limit holds for them.
-    Effects: registers with the accelerator, maps host memory, starts the thread that serves the mailbox.
-    """
-
-    def __init__(
-        self,
-        accelerator: CudaAccelerator,
-        runtime: Any,
-        layers: Mapping[int, NativeExperts],
-        room: int,
-        timeout_s: float = 60.0,
-    ) -> None:
-        shape = next(iter(layers.values())).shape
-        natives = {number: layer.native for number, layer in layers.items()}
-        self._accelerator = accelerator
-        self._layers = frozenset(layers)
-        self._room = room
-        self._timeout_s = timeout_s
-        self._posted: dict[int, tuple[int, torch.Size]] = {}  # slot -> layer, shape of the result
-        self._mailbox = native.Mailbox(runtime, shape.hidden_size, shape.num_experts_per_tok, room, natives)
-        self._calls = _slot_calls(self._mailbox)
-        self._mapped: list[int] = []
-        try:
-            self._map()
-            self._slots = [self._slot(slot) for slot in range(SLOTS)]
-        except BaseException:  # memory must not be given back while it is mapped
-            self.close()
-            raise
-        accelerator.attach(self)
-
-    def post(self, slot: int, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
-        """See Handoff; an expert that does not exist is a failure of the step."""
-        check_slot(slot)
-        if slot in self._posted:
-            raise ValueError(f"slot {slot}: expected a free one, got one that holds layer {self._posted[slot][0]}")
-        if layer not in self._layers:
-            raise EngineError(f"layer {layer}: expected a layer with experts, got one without")
-        if len(hidden) > self._room:
-            raise ValueError(f"hidden: expected at most {self._room} tokens, got {len(hidden)}")
-        self._calls.post(self._slots[slot], layer, hidden, ids, weights)
-        self._posted[slot] = layer, hidden.shape
-
-    def take(self, slot: int, layer: int) -> Tensor:
-        """See Handoff; the result is on the GPU, and void if the step fails."""
-        check_slot(slot)
-        held, shape = self._posted.get(slot, (None, torch.Size()))
-        if held != layer:
-            text = "nothing" if held is None else f"layer {held}"
-            raise ValueError(f"slot {slot}: expected it to hold layer {layer}, got {text}")
-        result = torch.empty(shape, dtype=torch.float32, device=self._accelerator.device)
-        with self._accelerator.span(Label("wait", layer, slot, WAITS)):
-            self._calls.take(self._slots[slot], result)
-        del self._posted[slot]
-        return result
-
-    def reset(self) -> None:
-        """See Handoff; lets the stream run dry first."""
-        if not self._accelerator.drain(self._timeout_s):
-            raise EngineError(
-                f"{self._accelerator.name}: expected its operations to end within {self._timeout_s:g} s, got some that "
-                "still run; the engine cannot go on before they end"
-            )
-        for slot in range(SLOTS):
-            if not self._mailbox.give_up(slot, self._timeout_s):
-                raise EngineError(
-                    f"slot {slot}: expected the experts to end within {self._timeout_s:g} s of being given up, got "
-                    "experts that still compute; the engine cannot go on before they end"
-                )
-        self._posted.clear()
-        self._mailbox.take_failure()
-
-    def close(self) -> None:
-        """See Handoff."""
-        self._mailbox.close()
-        self._accelerator.drain(self._timeout_s)
-        while self._mapped:
-            torch.cuda.check_error(int(_runtime().cudaHostUnregister(self._mapped.pop())))
-
-    def begin(self) -> None:
-        """See Peer."""
-        self._mailbox.keep_times(self.trace is not None)
-        self._mailbox.keep_awake(True)
-
-    def release(self) -> None:
-        """See Peer."""
-        self._mailbox.release()
-
-    def end(self) -> None:
-        """See Peer."""
-        self._mailbox.keep_awake(False)
-        trace: Trace | None = self.trace
-        for layer, slot, _, start, stop in self._mailbox.take_times():
-            if trace is not None:
-                trace.add(Label("experts", layer, slot, "experts"), start, stop)
-        if failure := self._mailbox.take_failure():
-            raise EngineError(f"layer {failure[0]}: {failure[1]}")
-
-    def _map(self) -> None:
-        for address, size in self._mailbox.blocks():
-            torch.cuda.check_error(int(_runtime().cudaHostRegister(address, size, MAPPED)))
-            self._mapped.append(address)
-
-    def _slot(self, slot: int) -> SlotMemory:
-        request, reply, hidden, ids, weights, output = map(torch.from_numpy, self._mailbox.areas(slot))
-        state = torch.zeros(2, dtype=torch.int32, device=self._accelerator.device)
-        return SlotMemory(slot, request, reply, hidden, ids, weights, output, state)
-
-
-def _slot_calls(mailbox: Any) -> SlotCalls:
-    if not have_triton():
-        return HostCalls(mailbox)
-    from hybrid_k2.accelerator.kernels import mailbox as kernels
-
-    return kernels
-
-
-def _runtime() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

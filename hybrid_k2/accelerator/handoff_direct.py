@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from hybrid_k2.accelerator.base import Handoff, Label
-from hybrid_k2.errors import EngineError
+from hybrid_k2.accelerator.slots import Slots, TimeLimit
 from hybrid_k2.experts import ExpertsBackend
-
-Arguments = tuple[Tensor, Tensor, Tensor]
 
 
 class DirectHandoff(Handoff):
@@ -23,38 +21,34 @@ class DirectHandoff(Handoff):
 
     def __init__(self, layers: Mapping[int, ExpertsBackend]) -> None:
         self._layers = dict(layers)
-        self._posted: dict[int, tuple[int, Arguments]] = {}  # slot -> layer, arguments
+        self._slots = Slots(layers, TimeLimit(float("inf")))  # nothing beside the calling thread could watch it
+        self._arguments: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by slot
 
     def post(self, slot: int, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
         """See Handoff; the arguments are kept, not copied: nothing changes them before they are taken."""
-        if slot in self._posted:
-            raise ValueError(f"slot {slot}: expected a free one, got one that holds layer {self._posted[slot][0]}")
-        if layer not in self._layers:
-            raise EngineError(f"layer {layer}: expected a layer of an open hand-off, got one without experts")
-        self._posted[slot] = layer, (hidden.cpu(), ids.cpu(), weights.cpu())
+        with self._slots.posting(slot, layer, len(hidden)):
+            self._arguments[slot] = hidden.cpu(), ids.cpu(), weights.cpu()
 
     def take(self, slot: int, layer: int) -> Tensor:
         """See Handoff."""
-        held, arguments = self._posted.get(slot, (None, None))
-        if held != layer or arguments is None:
-            text = "nothing" if held is None else f"layer {held}"
-            raise ValueError(f"slot {slot}: expected it to hold layer {layer}, got {text}")
-        start = time.monotonic_ns()
-        try:
-            result = self._layers[layer].forward(*arguments)
-        except EngineError as error:
-            raise EngineError(f"layer {layer}: {error.message}", hint=error.hint) from error
-        finally:
-            if self.trace is not None:
-                self.trace.add(Label("experts", layer, slot, "experts"), start, time.monotonic_ns())
-        del self._posted[slot]
+        with self._slots.taking(slot, layer):
+            start = time.monotonic_ns()
+            try:
+                result = self._layers[layer].forward(*self._arguments[slot])
+            finally:
+                if self.trace is not None:
+                    self.trace.add(Label("experts", layer, slot, "experts"), start, time.monotonic_ns())
+        del self._arguments[slot]
         return result
 
     def reset(self) -> None:
         """See Handoff; nothing runs."""
-        self._posted.clear()
+        for slot, _ in self._slots.filled():
+            self._slots.free(slot)
+        self._arguments.clear()
 
     def close(self) -> None:
         """See Handoff."""
+        self._slots.close()
         self._layers.clear()
-        self._posted.clear()
+        self._arguments.clear()

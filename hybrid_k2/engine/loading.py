@@ -20,6 +20,7 @@ from hybrid_k2.config import GENERATION_NAME, ModelConfig, read_generation_confi
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.errors import CheckpointError
 from hybrid_k2.model.loader import Progress, load_text_model
+from hybrid_k2.model.self_check import check_model
 from hybrid_k2.model.text import TextModel
 from hybrid_k2.placement import (
     Machine,
@@ -86,6 +87,11 @@ def load_model(
         if on_plan is not None:
             on_plan(plan)
         text = load_text_model(checkpoint, config, plan, progress)
+        try:
+            check_model(text, checkpoint, config, plan)
+        except BaseException:
+            text.close()
+            raise
     return LoadedModel(folder, config, plan, tokenizer, generation_config, text)
 
 

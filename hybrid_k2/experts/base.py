@@ -21,6 +21,7 @@ from hybrid_k2.checkpoint import ExpertWeights, StoredExpert
 from hybrid_k2.errors import EngineError
 
 SLOTS = 2
+ON_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,10 @@ class ExpertsShape:
             if got != shape:
                 raise ValueError(f"expert {expert}, {name}: expected shape {list(shape)}, got {list(got)}")
 
-    def check_call(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:
+    def check_call(self, hidden: Tensor, ids: Tensor, weights: Tensor, device: torch.device = ON_HOST) -> None:
         """Check the arguments of `forward` and `submit`, all but what `check_ids` does.
+
+        device: where they are to lie.
 
         Raises: TypeError for a dtype, ValueError for a shape or a device.
         """
@@ -68,8 +71,9 @@ class ExpertsShape:
             if tuple(tensor.shape) != routing:
                 raise ValueError(f"{name}: expected shape {list(routing)}, got {list(tensor.shape)}")
         for name, tensor in (("hidden", hidden), ("ids", ids), ("weights", weights)):
-            if tensor.device.type != "cpu":
-                raise ValueError(f"{name}: expected a host tensor, got one on {tensor.device}")
+            if tensor.device.type != device.type:
+                where = "a host tensor" if device.type == "cpu" else f"one on {device}"
+                raise ValueError(f"{name}: expected {where}, got one on {tensor.device}")
 
     def check_ids(self, ids: Tensor) -> None:
         """Check that the experts exist. The native backend checks while it sorts the tokens by expert.

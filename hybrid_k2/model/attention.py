@@ -81,7 +81,7 @@ class Attention:
         self, q: Tensor, sequences: list[SequenceSlice], cache: LatentCache, kv_b: Tensor, values: Tensor
     ) -> None:
         """Fill in the rows of these sequences; all of them pass through W_UK and W_UV together."""
-        rows = torch.cat([torch.arange(s.start, s.stop) for s in sequences]).to(q.device)
+        rows = torch.cat([torch.arange(s.start, s.stop, device=q.device) for s in sequences])
         q_latent = absorb_queries(q[rows], kv_b, self.shape)  # [heads, rows, kv_lora + rope]
         parts = torch.split(q_latent, [s.stop - s.start for s in sequences], dim=1)
         contexts = [

@@ -9,6 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from hybrid_k2.model.devices import upload
+
 # Behind so many tokens, attention takes a row as many multiplications as the rest of its layer on the accelerator
 # (about that at the sizes of K2.6; to cut a batch in two it need not be exact).
 CONTEXT_TOKENS = 2048
@@ -35,7 +37,7 @@ class SequenceSlice:
     start: int
     stop: int
     cached: int
-    pages: Tensor  # [pages] int64, on the host
+    pages: Tensor  # [pages] int64
     first_page: int | None  # set if the pages are consecutive, which saves copying them together
 
     @property
@@ -55,7 +57,7 @@ class Batch:
 
     `spans` says the same as `sequences` in numbers: first row, rows, cached tokens, first entry of `page_table`.
     Shapes: token_ids, positions [T] int64; logit_rows [R] int64, the rows whose logits are wanted; page_table [P]
-    int64, the pages of one sequence after the other; spans [S, 4] int64; all on the host.
+    int64, the pages of one sequence after the other; spans [S, 4] int64; all on the host, until `to` moves some.
     """
 
     token_ids: Tensor
@@ -96,6 +98,20 @@ class Batch:
             logit_rows=torch.tensor(rows, dtype=torch.int64),
             page_table=torch.cat([sequence.pages for sequence in slices]),
             spans=torch.tensor(spans, dtype=torch.int64),
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """Return it with what the layers read on their device; `token_ids` and `spans` stay on the host."""
+        if device.type == "cpu":
+            return self
+        table = upload(self.page_table, device)
+        pages = torch.split(table, [len(sequence.pages) for sequence in self.sequences])
+        return replace(
+            self,
+            positions=upload(self.positions, device),
+            sequences=tuple(replace(s, pages=own) for s, own in zip(self.sequences, pages, strict=True)),
+            logit_rows=upload(self.logit_rows, device),
+            page_table=table,
         )
 
     def halves(self) -> list[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from hybrid_k2.errors import HardwareError
 
@@ -29,3 +30,10 @@ def torch_device(name: str) -> torch.device:
 def torch_dtype(name: str) -> torch.dtype:
     """Return torch's dtype for a dense group's dtype name."""
     return DTYPES[name]
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; the calling thread does not wait for a GPU, which copies from pinned memory."""
+    if device.type != "cuda" or tensor.is_cuda or not tensor.numel():
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

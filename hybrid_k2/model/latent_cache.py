@@ -113,7 +113,7 @@ class LatentCache:
             first = sequence.first_page * self.page_tokens + sequence.cached
             rows[first : first + len(latent)].copy_(latent)
             return
-        positions = torch.arange(sequence.cached, sequence.length)
+        positions = torch.arange(sequence.cached, sequence.length, device=sequence.pages.device)
         pages = sequence.pages[positions // self.page_tokens]
         slots = pages * self.page_tokens + positions % self.page_tokens
         rows.index_copy_(0, slots.to(rows.device), latent.to(rows))

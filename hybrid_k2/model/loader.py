@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor
 
 from hybrid_k2.accelerator import (
     Accelerator,
@@ -17,27 +16,22 @@ from hybrid_k2.accelerator import (
     MailboxHandoff,
     SubmitHandoff,
 )
+from hybrid_k2.accelerator.cuda import CudaAccelerator
 from hybrid_k2.accelerator.gpu_matrix import check_kernels
+from hybrid_k2.accelerator.handoff_cuda import CudaHandoff
 from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, expected_tensors, experts_packed
 from hybrid_k2.config import ModelConfig
-from hybrid_k2.dense import HostMatrix
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
 from hybrid_k2.experts.cpu import NativeExperts
-from hybrid_k2.model.attention import Attention
-from hybrid_k2.model.dense_loading import load_gpu_matrix, load_host_matrix, load_router
 from hybrid_k2.model.devices import torch_device, torch_dtype
 from hybrid_k2.model.expert_loading import load_experts, warn_of_small_pages
 from hybrid_k2.model.layer import Layer
-from hybrid_k2.model.layers import Matrix, RmsNorm, SwiGlu
-from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.moe import Moe
-from hybrid_k2.model.native_attention import NativeAttention
+from hybrid_k2.model.part_loading import PartLoader
 from hybrid_k2.model.room import room_for
-from hybrid_k2.model.router import Router
-from hybrid_k2.model.text import EXPERTS_WATCHDOG_S, TextModel
+from hybrid_k2.model.text import EXPERTS_LIMIT, TextModel
 from hybrid_k2.placement import Plan, check_loadable
 from hybrid_k2.placement.memories import HOST, TWIN, memory_of
-from hybrid_k2.placement.plan import Placement
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
 
@@ -78,7 +72,7 @@ def load_text_model(
 
 
 class _Builder:
-    """Build the parts of the model; names are given without the checkpoint's prefix."""
+    """Put the parts of the model together."""
 
     def __init__(
         self,
@@ -96,92 +90,66 @@ class _Builder:
         self.runtimes = runtimes
         self.undo = undo
         self.pages_unchecked = plan.expert_bytes >= LARGE_BYTES
-        shape = MlaShape.of(config)
-        self.native_attention = {name: NativeAttention.open(runtime, shape) for name, runtime in runtimes.items()}
+        self.parts = PartLoader(checkpoint, config, plan.where, runtimes, self.count)
         self.done = 0
         self.total = sum(checkpoint.info(spec.name).nbytes for spec in expected_tensors(config, checkpoint.has))
 
     def model(self) -> TextModel:
-        embedding = self.weight("model.embed_tokens", "embedding")
+        embedding = self.parts.embedding()
         layers = [self.layer(layer) for layer in range(self.config.num_hidden_layers)]
+        accelerator = self.accelerator()
         return TextModel(
             config=self.config,
             activation_dtype=torch_dtype(self.plan.activation_dtype),
             embedding=embedding,
             layers=layers,
-            final_norm=RmsNorm(self.weight("model.norm", "lm_head"), self.config.rms_norm_eps),
-            lm_head=self.matrix("lm_head", "lm_head"),
+            final_norm=self.parts.final_norm(),
+            lm_head=self.parts.lm_head(),
             runtimes=list(self.runtimes.values()),
-            accelerator=self.accelerator(),
-            handoff=self.handoff(layers),
+            accelerator=accelerator,
+            handoff=self.handoff(layers, accelerator),
             ping_pong=self.plan.overlap == "ping_pong",
         )
 
     def accelerator(self) -> Accelerator:
-        if self.plan.accelerator != TWIN:
-            return InlineAccelerator()
-        twin = HostTwin()
-        self.undo.callback(twin.close)
-        return twin
+        made: Accelerator
+        if self.plan.accelerator == TWIN:
+            made = HostTwin()
+        elif self.plan.accelerator is not None and self.plan.holds_stream(self.plan.accelerator):
+            made = CudaAccelerator(torch_device(self.plan.accelerator))
+        else:
+            made = InlineAccelerator()
+        self.undo.callback(made.close)
+        return made
 
-    def handoff(self, layers: Sequence[Layer]) -> Handoff:
+    def handoff(self, layers: Sequence[Layer], accelerator: Accelerator) -> Handoff:
         """Let the experts compute beside the accelerator, or beside whatever lies elsewhere."""
         experts = {i: layer.mlp.experts for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)}
         native = {i: backend for i, backend in experts.items() if isinstance(backend, NativeExperts)}
-        if self.plan.accelerator == TWIN and native and len(native) == len(experts):
+        if native and len(native) == len(experts) and not isinstance(accelerator, InlineAccelerator):
+            runtime = self.runtimes[HOST].native
+            mailbox: MailboxHandoff | CudaHandoff
             with room_for("hand-off to the experts", HOST):
-                mailbox = MailboxHandoff(self.runtimes[HOST].native, native, EXPERTS_WATCHDOG_S)
+                if isinstance(accelerator, CudaAccelerator):
+                    mailbox = CudaHandoff(accelerator, runtime, native, self.plan.batch_tokens, EXPERTS_LIMIT)
+                else:
+                    mailbox = MailboxHandoff(runtime, native, EXPERTS_LIMIT)
             self.undo.callback(mailbox.close)
             return mailbox
         beside = any(self.plan.where("shared_experts", layer).device != HOST for layer in experts)
         if self.plan.accelerator == TWIN or self.plan.overlap == "ping_pong" or beside:
-            return SubmitHandoff(experts, EXPERTS_WATCHDOG_S)
+            return SubmitHandoff(experts, EXPERTS_LIMIT)
         return DirectHandoff(experts)
 
     def layer(self, layer: int) -> Layer:
-        name, eps = f"model.layers.{layer}", self.config.rms_norm_eps
-        dense = layer in self.config.dense_layers
-        input_norm = RmsNorm(self.weight(f"{name}.input_layernorm", "attention", layer), eps)
-        attention = self.attention(f"{name}.self_attn", layer)
-        post = self.weight(f"{name}.post_attention_layernorm", "dense_mlp" if dense else "router", layer)
-        mlp = self.swiglu(f"{name}.mlp", "dense_mlp", layer) if dense else self.moe(f"{name}.mlp", layer)
-        return Layer(input_norm, attention, RmsNorm(post, eps), mlp)
+        parts = self.parts
+        input_norm, attention, post_norm = parts.input_norm(layer), parts.attention(layer), parts.post_norm(layer)
+        mlp = parts.dense_mlp(layer) if layer in self.config.dense_layers else self.moe(layer)
+        return Layer(input_norm, attention, post_norm, mlp)
 
-    def attention(self, name: str, layer: int) -> Attention:
-        def weight(part: str) -> Tensor:
-            return self.weight(f"{name}.{part}", "attention", layer)
-
-        def matrix(part: str) -> Matrix:
-            return self.matrix(f"{name}.{part}", "attention", layer)
-
-        eps = self.config.latent_norm_eps
-        return Attention(
-            layer=layer,
-            shape=MlaShape.of(self.config),
-            q_a=matrix("q_a_proj"),
-            q_a_norm=RmsNorm(weight("q_a_layernorm"), eps),
-            q_b=matrix("q_b_proj"),
-            kv_a=matrix("kv_a_proj_with_mqa"),
-            kv_a_norm=RmsNorm(weight("kv_a_layernorm"), eps),
-            kv_b=weight("kv_b_proj"),
-            o=matrix("o_proj"),
-            native=self.native_attention.get(self.plan.where("attention", layer).device),
-        )
-
-    def moe(self, name: str, layer: int) -> Moe:
-        router = Router(
-            weight=self.router_matrix(f"{name}.gate", layer),
-            bias=self.correction_bias(f"{name}.gate.e_score_correction_bias", layer),
-            experts_per_token=self.config.num_experts_per_tok,
-            normalise=self.config.norm_topk_prob,
-            scale=self.config.routed_scaling_factor,
-        )
-        shared = self.swiglu(f"{name}.shared_experts", "shared_experts", layer)
+    def moe(self, layer: int) -> Moe:
+        router, shared = self.parts.router(layer), self.parts.shared_experts(layer)
         return Moe(router, self.experts(layer), shared)
-
-    def swiglu(self, name: str, what: str, layer: int) -> SwiGlu:
-        gate, up, down = (self.matrix(f"{name}.{part}_proj", what, layer) for part in ("gate", "up", "down"))
-        return SwiGlu(gate, up, down)
 
     def experts(self, layer: int) -> ExpertsBackend:
         config = self.config
@@ -201,46 +169,6 @@ class _Builder:
             warn_of_small_pages(backend)
             self.pages_unchecked = False
         return backend
-
-    def matrix(self, name: str, what: str, layer: int | None = None) -> Matrix:
-        """Load the matrix of a linear layer in the form that its kernels read."""
-        prefix, placement = self.config.tensor_prefix + name, self.plan.where(what, layer)
-        matrix: Matrix | None
-        if placement.memory == HOST:
-            matrix = load_host_matrix(self.checkpoint, prefix, placement, self.runtime_of(placement), self.count)
-        else:
-            device = torch_device(placement.device)
-            matrix = load_gpu_matrix(self.checkpoint, prefix, placement, device, self.count)
-        return self.weight(name, what, layer) if matrix is None else matrix
-
-    def router_matrix(self, name: str, layer: int) -> Tensor | HostMatrix:
-        prefix, placement = self.config.tensor_prefix + name, self.plan.where("router", layer)
-        matrix = load_router(self.checkpoint, prefix, placement, self.runtime_of(placement), self.count)
-        return self.weight(name, "router", layer) if matrix is None else matrix
-
-    def runtime_of(self, placement: Placement) -> ExpertsRuntime:
-        """Return the threads that compute there: the twin has its own, so that it works beside the experts."""
-        return self.runtimes.get(placement.device, self.runtimes[HOST])
-
-    def weight(self, name: str, what: str, layer: int | None = None) -> Tensor:
-        """Load a tensor; where its group is int8 or fp8, it is one of those that stay bf16."""
-        prefix, placement = self.config.tensor_prefix + name, self.plan.where(what, layer)
-        dtype = torch.bfloat16 if placement.dtype in ("int8", "fp8") else torch_dtype(placement.dtype)
-        tensor = self.place(prefix, placement.device, dtype, self.checkpoint.read_linear(prefix))
-        self.count(self.checkpoint.linear_bytes(prefix))
-        return tensor
-
-    def correction_bias(self, name: str, layer: int) -> Tensor:
-        """The router adds it in fp32, whatever dtype its matrix has."""
-        full = self.config.tensor_prefix + name
-        device = self.plan.where("router", layer).device
-        tensor = self.place(full, device, torch.float32, self.checkpoint.read(full))
-        self.count(self.checkpoint.info(full).nbytes)
-        return tensor
-
-    def place(self, name: str, device: str, dtype: torch.dtype, tensor: Tensor) -> Tensor:
-        with room_for(name, device):
-            return tensor.to(torch_device(device), dtype)
 
     def count(self, nbytes: int) -> None:
         self.done += nbytes

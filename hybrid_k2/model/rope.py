@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid_k2.config import ModelConfig, RopeScaling
+from hybrid_k2.model.devices import upload
 from hybrid_k2.model.layers import rowwise
 
 
@@ -35,7 +36,7 @@ class Rotation:
 
     def to(self, device: torch.device) -> Rotation:
         """Return the same angles on another device."""
-        return self if self.cos.device == device else Rotation(self.cos.to(device), self.sin.to(device))
+        return self if self.cos.device == device else Rotation(upload(self.cos, device), upload(self.sin, device))
 
 
 class Rope:

@@ -45,13 +45,27 @@ class Router:
         Experts whose biased scores tie rank by index, the lower first, so that a choice is reproducible.
         Shapes: x [T, hidden].
         """
-        scores = rowwise(torch.sigmoid, self._logits(x.to(self.bias.device)))  # [T, E]
+        scores = self.scores(x)  # [T, E]
         order = torch.sort(scores + self.bias, dim=-1, descending=True, stable=True).indices  # [T, E]
         ids = order[:, : self.experts_per_token]  # [T, K]
+        return Routing(ids.int(), self.weigh(scores, ids))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Score all experts for each row.
+
+        Shapes: x [T, hidden] -> [T, E] fp32.
+        """
+        return rowwise(torch.sigmoid, self._logits(x.to(self.bias.device)))
+
+    def weigh(self, scores: Tensor, ids: Tensor) -> Tensor:
+        """Return the weights of chosen experts.
+
+        Shapes: scores [T, E] fp32, ids [T, K] int64 -> [T, K] fp32.
+        """
         weights = scores.gather(-1, ids)  # [T, K]
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + NO_SCORE)
-        return Routing(ids.int(), weights * self.scale)
+        return weights * self.scale
 
     def _logits(self, x: Tensor) -> Tensor:
         if isinstance(self.weight, HostMatrix):

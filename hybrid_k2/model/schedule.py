@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from hybrid_k2.accelerator import Handoff, Label
 from hybrid_k2.model.batch import Batch
+from hybrid_k2.model.devices import upload
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.layer import Layer
 from hybrid_k2.model.layers import Matrix, RmsNorm, linear
@@ -54,11 +55,12 @@ class Half:
         self._shared: Tensor  # [T, hidden]
         self._rotation: Rotation
 
-    def embed(self, embedding: Tensor, dtype: torch.dtype, rope: Rope) -> None:
-        """Start the residual stream."""
-        ids = self._batch.token_ids.to(embedding.device)
-        self._x = functional.embedding(ids, embedding).to(dtype)
-        self._rotation = rope.rotation(self._batch.positions)
+    def embed(self, embedding: Tensor, dtype: torch.dtype, rope: Rope, device: torch.device) -> None:
+        """Start the residual stream on the device of the first layer, and take there what all layers read."""
+        ids = upload(self._batch.token_ids, embedding.device)
+        self._x = upload(functional.embedding(ids, embedding).to(dtype), device)
+        self._rotation = rope.rotation(self._batch.positions).to(device)
+        self._batch = self._batch.to(device)
 
     def front(self, layer: Layer) -> None:
         """Attend; compute a dense MLP, or prepare what the experts read."""

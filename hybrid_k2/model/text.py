@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hybrid_k2.accelerator import Accelerator, Handoff, Label, Trace
+from hybrid_k2.accelerator import Accelerator, Handoff, Label, TimeLimit, Trace
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import EngineError, RequestError
 from hybrid_k2.experts import ExpertsRuntime
@@ -21,9 +21,10 @@ from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.rope import Rope
 from hybrid_k2.model.schedule import Half, Operation, through_layers
 
-# No operation of a step takes as long as this on any machine that can run the model at all.
-WATCHDOG_S = 600.0
-EXPERTS_WATCHDOG_S = 300.0  # of the experts of one layer: less, so that the hand-off says what it waited for
+# What no machine that can run the model at all exceeds. The experts of a layer of K2.6 take 0.7 * 10^9 operations for a
+# token: 0.25 s of a single core without vector units. The start is for pages that must come back from swap.
+EXPERTS_LIMIT = TimeLimit(120.0, 0.25)
+OPERATION_LIMIT = TimeLimit(240.0, 0.5)  # of any operation: more, so that the hand-off says what it waited for
 
 
 class TextModel:
@@ -45,7 +46,7 @@ class TextModel:
         handoff: Handoff,
         *,
         ping_pong: bool = False,
-        watchdog_s: float = WATCHDOG_S,
+        limit: TimeLimit = OPERATION_LIMIT,
     ) -> None:
         """Take everything over; `runtimes`: that of the experts first, then any that the accelerator has for itself."""
         self.config = config
@@ -55,11 +56,11 @@ class TextModel:
         self.handoff = handoff
         self._runtimes = list(runtimes)
         self.ping_pong = ping_pong
-        self._watchdog_s = watchdog_s
-        self._activation_dtype = activation_dtype
-        self._embedding = embedding
-        self._final_norm = final_norm
-        self._lm_head: Matrix = lm_head
+        self._limit = limit
+        self.activation_dtype = activation_dtype
+        self.embedding = embedding
+        self.final_norm = final_norm
+        self.lm_head: Matrix = lm_head
         self._rope = Rope(config)
         self._failed = False  # the last step: something may be in flight
         self._closed = False
@@ -79,19 +80,20 @@ class TextModel:
         Shapes: -> [R, vocab] fp32, on lm_head's device.
         Effects: the new tokens' latents are in the cache afterwards; the caller counts them. After an error or an
         interrupt the next call works, or says that it cannot.
-        Raises: RequestError for a token outside the vocabulary; EngineError for too few pages, a closed model, or a
-        part that did not answer in time.
+        Raises: RequestError for a token outside the vocabulary; EngineError for too few pages, more tokens than the
+        hand-off has room for, a closed model, or a part that did not answer in time.
         """
         self._check(batch, cache)
         # An ordinary tensor, written to in inference mode: callers may change it in place.
-        logits = torch.empty(len(batch.logit_rows), self.config.vocab_size, device=self._lm_head.device)  # [R, vocab]
+        with self.accelerator.allocating():
+            logits = torch.empty(len(batch.logit_rows), self.config.vocab_size, device=self.lm_head.device)
         failed, self._failed = self._failed, True
         try:
             if failed:
                 self.accelerator.enqueue(self.handoff.reset, Label("reset"))
             for op, label in self._operations(self._halves(batch, cache, logits)):
                 self.accelerator.enqueue(op, label)
-            self.accelerator.synchronize(self._watchdog_s)
+            self.accelerator.synchronize(self._limit.of(len(batch.token_ids)))
         except BaseException:
             self.accelerator.abandon()
             raise
@@ -115,8 +117,8 @@ class TextModel:
 
     def _forget_weights(self) -> None:
         self.layers.clear()
-        self._embedding = torch.empty(0)
-        self._lm_head = self._embedding
+        self.embedding = torch.empty(0)
+        self.lm_head = self.embedding
 
     def _halves(self, batch: Batch, cache: LatentCache, logits: Tensor) -> list[Half]:
         parts = batch.halves() if self.ping_pong else [batch]
@@ -128,9 +130,9 @@ class TextModel:
 
     def _operations(self, halves: Sequence[Half]) -> Iterator[Operation]:
         for half in halves:
-            embed = partial(half.embed, self._embedding, self._activation_dtype, self._rope)
+            embed = partial(half.embed, self.embedding, self.activation_dtype, self._rope, self.layers[0].device)
             yield embed, Label("embed", half=half.slot)
-        yield from through_layers(self.layers, halves, partial(Half.head, norm=self._final_norm, lm_head=self._lm_head))
+        yield from through_layers(self.layers, halves, partial(Half.head, norm=self.final_norm, lm_head=self.lm_head))
 
     def _check(self, batch: Batch, cache: LatentCache) -> None:
         if self._closed:
@@ -138,4 +140,6 @@ class TextModel:
         low, high = int(batch.token_ids.min()), int(batch.token_ids.max())
         if low < 0 or high >= self.config.vocab_size:
             raise RequestError(f"token ids: expected 0..{self.config.vocab_size - 1}, got {low}..{high}")
+        if self.handoff.room is not None and len(batch.token_ids) > self.handoff.room:
+            raise EngineError(f"batch: expected at most {self.handoff.room} tokens, got {len(batch.token_ids)}")
         cache.check(batch)

@@ -25,6 +25,7 @@ AUTO_KV_TOKENS = 65536  # a long chat; 4.3 GiB in bf16 at the size of K2.6
 AUTO_CHUNK_TOKENS = 512
 AUTO_STREAM_TOKENS = 2048  # where experts are brought over for it, which costs the same for a chunk of any size
 FP8_CAPABILITY = (8, 9)  # the first one with fp8 products: Ada; then Hopper and Blackwell
+NO_SELF_CHECK = "self_check: off: whether the accelerator computes what it should is not checked before it serves"
 # The groups whose output is added to the residual stream; the router is always computed in FP32.
 _STREAM_GROUPS = ("attention", "dense_mlp", "shared_experts")
 
@@ -81,12 +82,14 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
         + notes
         + threads.notes
         + _check_fp8(rows, rules, machine)
-        + _numerics_notes(rules.numerics, numerics, activation_dtype),
+        + _numerics_notes(rules.numerics, numerics, activation_dtype)
+        + ((NO_SELF_CHECK,) if accelerator is not None and not rules.self_check else ()),
         accelerator=accelerator,
         stream=streams,
         overheads=overheads,
         overlap=_overlap(rules, kv_cache.device),
         twin_threads=threads.twin_threads,
+        self_check=accelerator is not None and rules.self_check,
     )
 
 
@@ -120,7 +123,8 @@ def _place_hot(
     if not experts_packed:
         rule = claims.hot[0].rule
         fail(rules.source, rule.line, f"{rule}: hottest: expected a checkpoint with INT4 experts, got an unpacked one")
-    taken = sum(row.nbytes for row in rows if row.device == device) + sum(one.nbytes for one in overheads)
+    taken = sum(row.nbytes for row in rows if row.device == device)
+    taken += sum(one.nbytes for one in overheads if one.device == device)
     taken += kv_cache.nbytes if kv_cache.device == device else 0
     counts = hot_counts(claims.hot, config, find_budget(device, rules, machine).nbytes - taken)
     expert = group_bytes(config, "routed_experts", "int4") // config.n_routed_experts
@@ -208,7 +212,7 @@ def _overlap(rules: Rules, attention: str) -> str:
         )
     if rules.overlap != "auto":
         return rules.overlap
-    return "ping_pong" if attention == TWIN else "off"
+    return "off" if attention == HOST else "ping_pong"
 
 
 def _twin_share(config: ModelConfig, rows: tuple[PlanRow, ...]) -> float | None:

@@ -81,6 +81,7 @@ class PrefillRule:
 class Rules:
     """Hold one rule file, checked for form; `make_plan` checks it against a model and a machine.
 
+    self_check: compare an accelerator with a reference before it serves.
     source: the file as named in errors. reason: why it was chosen, when the machine chose it.
     """
 
@@ -92,6 +93,7 @@ class Rules:
     overlap: str = "auto"
     overlap_line: int | None = None
     prefill: PrefillRule = PrefillRule()
+    self_check: bool = True
     version: int = FORM_VERSION
     reason: str = ""
 

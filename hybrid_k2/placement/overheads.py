@@ -1,10 +1,11 @@
-"""What a GPU holds beside weights and KV cache: bounds on work memory, from the shapes of what is computed there.
+"""What a plan with a GPU holds beside weights and KV cache: bounds on work memory, from the shapes of what is computed.
 
 workspace   activations of a chunk, work buffers of attention, logits, the partial sums of decode attention, the rows of
             experts that are computed on the GPU
 staging     buffers for the experts that a streamed prefill brings over
 graphs      a CUDA graph of the decode step for each size of batch
 allocator   what torch's allocator rounds up
+hand-off    on the host: the memory through which experts and GPU pass rows and results, pinned
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.placement.groups import expert_parameters, weight_bytes
+from hybrid_k2.placement.memories import HOST
 from hybrid_k2.placement.sizes import KIB, MIB
 
 SEQUENCES = 8  # that may decode at the same time
@@ -57,9 +59,10 @@ class Work:
 
 
 def gpu_overheads(work: Work, matrices: int, matrix_bytes: int) -> tuple[Overhead, ...]:
-    """List what the work takes on its GPU beside so many matrices of weights and cache."""
+    """List what the work takes beside so many matrices of weights and cache on its GPU."""
     parts = _parts(work, matrices, matrix_bytes)
-    return tuple(Overhead(what, work.device or "", nbytes) for what, nbytes in parts if nbytes)
+    on_gpu = (Overhead(what, work.device or "", nbytes) for what, nbytes in parts if nbytes)
+    return (*on_gpu, Overhead("hand-off", HOST, handoff_bytes(work)))
 
 
 def _parts(work: Work, matrices: int, matrix_bytes: int) -> Iterator[tuple[str, int]]:
@@ -69,6 +72,12 @@ def _parts(work: Work, matrices: int, matrix_bytes: int) -> Iterator[tuple[str, 
     yield "graphs", GRAPHS * config.num_hidden_layers * GRAPH_BYTES_PER_LAYER
     # The weights of a small model share a few blocks.
     yield "allocator", min(matrices * ROUNDING_BYTES, matrix_bytes // 10)
+
+
+def handoff_bytes(work: Work) -> int:
+    """Return the host memory that both sides share: two slots with inputs, experts, weights and results of a batch."""
+    config, rows = work.config, max(work.chunk_tokens, work.sequences)
+    return 2 * rows * 2 * (config.hidden_size + config.num_experts_per_tok) * FP32_BYTES
 
 
 def workspace_bytes(work: Work) -> int:

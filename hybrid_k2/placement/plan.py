@@ -12,7 +12,7 @@ from hybrid_k2.placement.form import Rules, format_layers
 from hybrid_k2.placement.groups import LAYERED_GROUPS, decoded_bytes
 from hybrid_k2.placement.machine import Machine
 from hybrid_k2.placement.memories import HOST, memory_of
-from hybrid_k2.placement.overheads import Overhead
+from hybrid_k2.placement.overheads import SEQUENCES, Overhead
 from hybrid_k2.placement.sizes import format_bytes
 from hybrid_k2.placement.table import format_table
 
@@ -88,7 +88,8 @@ class Plan:
     twin_threads: the host's threads that compute what is on the twin; 0 without one.
     activation_dtype: of the residual stream. chunk_tokens: prompt tokens per forward pass.
     stream: "auto": a GPU computes heavy experts of a prompt, brought over as they are needed; or "off".
-    overheads: what a GPU holds beside weights and KV cache.
+    overheads: what a GPU takes beside weights and KV cache, and what the host does for it.
+    self_check: compare what is computed with a reference before it serves; where there is an accelerator.
     notes: what the user should know.
     """
 
@@ -107,6 +108,7 @@ class Plan:
     twin_threads: int = 0
     stream: str = "off"
     overheads: tuple[Overhead, ...] = ()
+    self_check: bool = False
 
     @property
     def threads(self) -> int:
@@ -122,6 +124,15 @@ class Plan:
             if row.what == what and not row.hottest and (layer is None if row.layers is None else layer in row.layers):
                 return Placement(row.device, row.dtype)
         raise KeyError(f"{what}, layer {layer}")
+
+    def holds_stream(self, device: str) -> bool:
+        """Say whether a device holds attention and router of all layers: what experts read and give passes there."""
+        return all(row.device == device for row in self.rows if row.what in ("attention", "router"))
+
+    @property
+    def batch_tokens(self) -> int:
+        """Return the tokens of one forward pass at most: a chunk of a prompt, or a step of all sequences."""
+        return max(self.chunk_tokens, SEQUENCES)
 
     @property
     def devices(self) -> tuple[str, ...]:

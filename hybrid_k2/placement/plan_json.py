@@ -45,6 +45,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "overlap": plan.overlap,
         "stream": plan.stream,
         "chunk_tokens": plan.chunk_tokens,
+        "self_check": plan.self_check,
         "bytes_per_token": plan.bytes_per_token,
         "notes": list(plan.notes),
         "not_in_this_version": [part._asdict() for part in missing_parts(plan)],

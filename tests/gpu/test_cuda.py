@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_k2.accelerator import Label, Trace, cuda
-from hybrid_k2.accelerator.cuda import CudaAccelerator, CudaHandoff
+from hybrid_k2.accelerator import Label, Trace, handoff_cuda
+from hybrid_k2.accelerator.cuda import CudaAccelerator
+from hybrid_k2.accelerator.handoff_cuda import CudaHandoff
 from hybrid_k2.errors import EngineError, HardwareError
 from hybrid_k2.experts import ExpertsRuntime
 from hybrid_k2.experts.cpu import NativeExperts
@@ -30,7 +31,7 @@ def test_a_card_that_is_not_there_is_an_error() -> None:
 def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to speak the mailbox's protocol."""
     if request.param == "host calls":
-        monkeypatch.setattr(cuda, "have_triton", lambda: False)
+        monkeypatch.setattr(handoff_cuda, "have_triton", lambda: False)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from hybrid_k2.errors import CheckpointError, HardwareError
 from hybrid_k2.model.dense_loading import PIECE_BYTES, load_gpu_matrix
 from hybrid_k2.placement import Gpu, Machine, Placement, parse_rules
 from tests.generators import read_tensors, write_checkpoint, write_tensors
+from tests.gpu.host_card import use_host_card
 from tests.models import loaded
 
 GATE = "language_model.model.layers.0.mlp.gate_proj"
@@ -130,15 +131,7 @@ def test_a_model_with_int8_on_the_gpu_says_what_it_says_on_the_host(
     device: torch.device, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both hold the same numbers, and fp32 activations leave rounding of the sums alone."""
-    probed = Machine.probe()
-    gpu = probed.gpus or (Gpu(0, "Test GPU", 8 << 30),)
-    monkeypatch.setattr(
-        Machine, "probe", lambda: Machine(probed.host_memory_bytes, probed.host_available_bytes, 1, gpu)
-    )
-    for module in ("loader", "latent_cache"):
-        monkeypatch.setattr(
-            f"hybrid_k2.model.{module}.torch_device", lambda name: device if name == "cuda:0" else torch.device("cpu")
-        )
+    use_host_card(monkeypatch)
     ids = torch.randint(0, ModelConfig.load(folder).vocab_size, (4,)).tolist()
     rules = {where: parse_rules(RULES % ((where,) * 5)) for where in ("host", "gpu")}
     with loaded(folder, rules["gpu"]) as on_gpu:

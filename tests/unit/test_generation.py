@@ -345,7 +345,7 @@ def test_cancel_before_the_start(engine: Engine) -> None:
 
 def test_logits_that_are_not_finite_end_the_request_only(engine: Engine) -> None:
     """A damaged weight: NaN in lm_head reaches the sampler."""
-    row = engine._loaded.text._lm_head[7]
+    row = engine._loaded.text.lm_head[7]
     before = row.clone()
     row.fill_(float("nan"))
     try:

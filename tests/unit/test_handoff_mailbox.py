@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_k2.accelerator import HostTwin, Label, MailboxHandoff, Trace
+from hybrid_k2.accelerator import HostTwin, Label, MailboxHandoff, TimeLimit, Trace
 from hybrid_k2.errors import EngineError
 from hybrid_k2.experts import ExpertsRuntime
 from hybrid_k2.experts.cpu import NativeExperts
@@ -207,7 +207,7 @@ def reset_until_done(handoff: MailboxHandoff, message: str) -> None:
 
 def test_slow_experts_are_an_error_in_time_and_the_next_step_works(runtime: ExpertsRuntime, twin: HostTwin) -> None:
     layer, arguments = heavy(runtime)
-    handoff = MailboxHandoff(runtime.native, {17: layer}, timeout_s=0.01)
+    handoff = MailboxHandoff(runtime.native, {17: layer}, TimeLimit(0.01))
     for _ in range(3):
         twin.enqueue(lambda: handoff.post(0, 17, *arguments), Label("post", 17, 0))
         twin.enqueue(lambda: handoff.take(0, 17), Label("take", 17, 0))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_k2.accelerator import HostTwin, Label, SubmitHandoff, Trace
+from hybrid_k2.accelerator import HostTwin, Label, SubmitHandoff, TimeLimit, Trace
 from hybrid_k2.errors import EngineError
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime
 from hybrid_k2.experts.numba_backend import NumbaRuntime
@@ -69,13 +69,13 @@ def test_slots_and_layers_are_checked(layers: dict[int, ExpertsBackend]) -> None
         handoff.take(0, 2)
     with pytest.raises(ValueError, match="slot: expected"):
         handoff.post(2, 1, *batch(2))
-    with pytest.raises(EngineError, match="layer 9: expected a layer of an open hand-off"):
+    with pytest.raises(EngineError, match="layer 9: expected a layer with experts"):
         handoff.post(1, 9, *batch(2))
     assert handoff.take(0, 1).shape == (2, HIDDEN)
     handoff.post(1, 2, *batch(0))
     assert handoff.take(1, 2).shape == (0, HIDDEN)
     handoff.close()
-    with pytest.raises(EngineError, match="layer 1: expected a layer of an open hand-off"):
+    with pytest.raises(EngineError, match="hand-off: expected an open one, got a closed one"):
         handoff.post(0, 1, *batch(2))
 
 
@@ -123,7 +123,7 @@ def slow() -> Iterator[SlowExperts]:
 
 
 def test_a_slow_computation_is_an_error_in_time_and_the_next_step_works(slow: SlowExperts, twin: HostTwin) -> None:
-    impatient, patient = SubmitHandoff({7: slow}, timeout_s=0.05), SubmitHandoff({7: slow})
+    impatient, patient = SubmitHandoff({7: slow}, TimeLimit(0.05)), SubmitHandoff({7: slow})
     arguments = batch(3)
     results: list[Tensor] = []
 
@@ -161,7 +161,7 @@ def test_a_failure_while_computing_names_the_layer(slow: SlowExperts) -> None:
 def test_reset_says_that_native_experts_do_not_end_and_can_be_repeated() -> None:
     layer = native_runtime().make_layer(512, 512, 4, 4)
     load_random_experts(layer)
-    handoff = SubmitHandoff({3: layer}, timeout_s=0.001)
+    handoff = SubmitHandoff({3: layer}, TimeLimit(0.001))
     handoff.post(0, 3, torch.randn(2048, 512), *random_routing(2048, 4, 4))
     for use in (lambda: handoff.take(0, 3), handoff.reset):
         with pytest.raises(EngineError, match=r"layer 3: experts, slot 0: expected a result within"):

@@ -63,7 +63,7 @@ def test_each_group_gets_the_dtype_of_the_plan(folder: Path) -> None:
     with loaded(folder, parse_rules(MIXED_RULES, "mixed.yaml")) as mixed:
         model = mixed.model
         first, second, third = model.layers
-        assert (model._embedding.dtype, model._lm_head.dtype, model._final_norm.weight.dtype) == (bf16, fp32, fp32)
+        assert (model.embedding.dtype, model.lm_head.dtype, model.final_norm.weight.dtype) == (bf16, fp32, fp32)
         for layer, dtype in ((first, fp32), (second, fp32), (third, bf16)):
             norms = (layer.input_norm, layer.attention.q_a_norm, layer.attention.kv_a_norm)
             assert dtypes_of(layer.attention) == {dtype}
@@ -102,7 +102,7 @@ def test_loads_the_values_of_the_checkpoint(folder: Path) -> None:
             f"{prefix}.2.post_attention_layernorm.weight": layer.post_norm.weight,
             f"{prefix}.2.mlp.shared_experts.up_proj.weight": layer.mlp.shared.up,
             f"{prefix}.2.mlp.gate.e_score_correction_bias": layer.mlp.router.bias,
-            "language_model.lm_head.weight": reference.model._lm_head,
+            "language_model.lm_head.weight": reference.model.lm_head,
         }
         for name, tensor in pairs.items():
             assert torch.equal(tensor, tensors[name].float()), name
@@ -150,7 +150,7 @@ def test_int8_loads_what_quantising_gives(block_folder: Path) -> None:
             f"{prefix}.0.self_attn.q_a_proj": first.attention.q_a,
             f"{prefix}.0.mlp.down_proj": first.mlp.down,  # type: ignore[union-attr]
             f"{prefix}.1.mlp.shared_experts.up_proj": second.mlp.shared.up,
-            "language_model.lm_head": int8.model._lm_head,
+            "language_model.lm_head": int8.model.lm_head,
         }
         for name, matrix in pairs.items():
             expected = quantize_int8(tensors[f"{name}.weight"])
@@ -174,7 +174,7 @@ def test_int8_computes_with_the_quantised_weights(native: bool, block_folder: Pa
         pytest.skip(f"the native extension is not installed: {NATIVE_ERROR}")
     rules = parse_rules(INT8_RULES + ("" if native else "numerics: reference\n"), "int8.yaml")
     with loaded(block_folder, rules) as int8:
-        assert isinstance(int8.model._lm_head, HostMatrix if native else Int8Weight)
+        assert isinstance(int8.model.lm_head, HostMatrix if native else Int8Weight)
         got = int8.logits(ids, [25, 1])
     with loaded(block_folder) as plain, loaded(quantised_copy(block_folder, tmp_path / "copy")) as reference:
         before, expected = plain.logits(ids), reference.logits(ids)

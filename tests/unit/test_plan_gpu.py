@@ -131,7 +131,8 @@ def test_work_memory_grows_with_what_is_computed_at_once() -> None:
     added = workspace_bytes(replace(work, context_tokens=65536)) - base
     assert added == 65536 * 576 * 4 + one_head - (64 << 20), "latents and one head's keys and values in fp32"
     names = [{one.what for one in gpu_overheads(replace(work, stream=stream), 9, GIB)} for stream in (False, True)]
-    assert names == [{"workspace", "graphs", "allocator"}, {"workspace", "staging", "graphs", "allocator"}]
+    assert names[0] == {"workspace", "graphs", "allocator", "hand-off"}
+    assert names[1] == names[0] | {"staging"}
     staging = next(one for one in gpu_overheads(replace(work, stream=True), 9, GIB) if one.what == "staging")
     assert staging.nbytes == STAGED_EXPERTS * EXPERT
 

@@ -85,13 +85,13 @@ def test_cores_of_their_own_are_those_of_the_experts() -> None:
     assert (plan.twin_threads, plan.nodes[0].cpus) == (3, ((3,), (4,), (5,), (6,), (7,)))
 
 
-def test_overlap_is_chosen_where_the_twin_has_attention() -> None:
+def test_overlap_is_chosen_where_attention_is_not_on_the_host() -> None:
     assert (twin_plan("attention gpu").overlap, twin_plan("attention gpu").accelerator) == ("ping_pong", "twin")
     assert twin_plan("attention gpu", tail="overlap: off\n").overlap == "off"
     assert (twin_plan("lm_head gpu").overlap, twin_plan("lm_head gpu").accelerator) == ("off", "twin")
     assert (twin_plan().overlap, twin_plan().accelerator) == ("off", None)
     on_gpu = plan_of("attention gpu")
-    assert (on_gpu.overlap, on_gpu.accelerator, on_gpu.twin_threads) == ("off", "cuda:0", 0)
+    assert (on_gpu.overlap, on_gpu.accelerator, on_gpu.twin_threads) == ("ping_pong", "cuda:0", 0)
     assert plan_of("attention gpu", tail="overlap: ping_pong\n").overlap == "ping_pong"
 
 

@@ -27,6 +27,7 @@ from hybrid_k2.accelerator import (
     Label,
     MailboxHandoff,
     SubmitHandoff,
+    TimeLimit,
 )
 from hybrid_k2.engine import Engine
 from hybrid_k2.errors import ConfigError, EngineError
@@ -134,14 +135,14 @@ class Watched(ExpertsBackend):
         self.inner.close()
 
 
-def watch(model: TextModel, before: Callable[[str], None], *, timeout_s: float = 60.0, only: int | None = None) -> None:
+def watch(model: TextModel, before: Callable[[str], None], *, only: int | None = None) -> None:
     """Put `before` in front of the calls to the experts of all layers, or of one."""
     experts: dict[int, ExpertsBackend] = {}
     for index, moe in moe_layers(model).items():
         experts[index] = moe.experts if only not in (None, index) else Watched(moe.experts, before)
     model.handoff.close()
     inline = isinstance(model.accelerator, InlineAccelerator)
-    model.handoff = DirectHandoff(experts) if inline else SubmitHandoff(experts, timeout_s)
+    model.handoff = DirectHandoff(experts) if inline else SubmitHandoff(experts)
 
 
 def random_steps(chance: random.Random, vocab: int) -> list[Step]:
@@ -357,7 +358,7 @@ def test_slow_experts_end_in_an_error_that_names_the_layer(host: Loaded, twin: L
     moe = moe_layers(twin.model)
     with ThreadPoolExecutor(1) as queue:
         slow = {i: layer.experts if i != 2 else Sleeping(layer.experts.shape, queue, go) for i, layer in moe.items()}
-        twin.model.handoff = SubmitHandoff(slow, timeout_s=0.2)
+        twin.model.handoff = SubmitHandoff(slow, TimeLimit(0.2))
         for _ in range(2):
             start = time.monotonic()
             with pytest.raises(EngineError, match=r"layer 2: .*expected a result within 0\.2 s"):
@@ -376,7 +377,7 @@ def test_an_accelerator_that_hangs_is_named(host: Loaded, twin: Loaded) -> None:
         go.wait(60)
         return whole.post_norm(x)
 
-    twin.model._watchdog_s = 0.3
+    twin.model._limit = TimeLimit(0.3)
     twin.model.layers[2] = dataclasses.replace(whole, post_norm=hang)
     for _ in range(2):  # the second waits for the first one's operation
         start = time.monotonic()
@@ -384,7 +385,7 @@ def test_an_accelerator_that_hangs_is_named(host: Loaded, twin: Loaded) -> None:
             twin.model.forward(two(), twin.cache())
         assert time.monotonic() - start < 20
     go.set()
-    twin.model._watchdog_s = 60
+    twin.model._limit = TimeLimit(60)
     twin.model.layers[2] = whole
     assert works(twin, host)
 

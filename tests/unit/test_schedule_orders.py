@@ -91,7 +91,7 @@ def test_no_schedule_deadlocks_or_mixes_up_the_halves() -> None:
     with ThreadPoolExecutor(1) as queue:
         experts = {i: ToyExperts(i, queue, pause) for i in (1, 2)}
         layers: list[Any] = [Toy(i, experts.get(i), pause) for i in range(3)]
-        handoff: Handoff = SubmitHandoff(experts, timeout_s=60)
+        handoff: Handoff = SubmitHandoff(experts)
         for step in range(SCHEDULES):
             starts = [torch.full((1, 1), float(chance.randrange(50))) for _ in range(chance.randint(1, 2))]
             halves = [toy_half(slot, start, handoff) for slot, start in enumerate(starts)]

@@ -1,0 +1,152 @@
+"""Read the dense parts of a model from a checkpoint: each tensor to the device and in the dtype of its placement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from hybrid_k2.checkpoint import Checkpoint
+from hybrid_k2.config import ModelConfig
+from hybrid_k2.dense import HostMatrix
+from hybrid_k2.experts import ExpertsRuntime
+from hybrid_k2.model.attention import Attention
+from hybrid_k2.model.dense_loading import load_gpu_matrix, load_host_matrix, load_router
+from hybrid_k2.model.devices import torch_device, torch_dtype
+from hybrid_k2.model.layers import Matrix, RmsNorm, SwiGlu
+from hybrid_k2.model.mla import MlaShape
+from hybrid_k2.model.native_attention import NativeAttention
+from hybrid_k2.model.room import room_for
+from hybrid_k2.model.router import Router
+from hybrid_k2.placement.memories import HOST
+from hybrid_k2.placement.plan import Placement
+
+Where = Callable[[str, int | None], Placement]  # a group, in one layer if it has layers
+
+
+class PartLoader:
+    """Build parts; names are given without the checkpoint's prefix.
+
+    `runtimes`: the threads that compute on each device of the host, "host" among them. `count` gets the bytes on disk
+    of what was read.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        where: Where,
+        runtimes: Mapping[str, ExpertsRuntime],
+        count: Callable[[int], None],
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.where = where
+        self.runtimes = runtimes
+        self.count = count
+        shape = MlaShape.of(config)
+        self.native_attention = {name: NativeAttention.open(runtime, shape) for name, runtime in runtimes.items()}
+
+    def embedding(self) -> Tensor:
+        return self.weight("model.embed_tokens", "embedding")
+
+    def final_norm(self) -> RmsNorm:
+        return RmsNorm(self.weight("model.norm", "lm_head"), self.config.rms_norm_eps)
+
+    def lm_head(self) -> Matrix:
+        return self.matrix("lm_head", "lm_head")
+
+    def input_norm(self, layer: int) -> RmsNorm:
+        weight = self.weight(f"model.layers.{layer}.input_layernorm", "attention", layer)
+        return RmsNorm(weight, self.config.rms_norm_eps)
+
+    def post_norm(self, layer: int) -> RmsNorm:
+        group = "dense_mlp" if layer in self.config.dense_layers else "router"
+        weight = self.weight(f"model.layers.{layer}.post_attention_layernorm", group, layer)
+        return RmsNorm(weight, self.config.rms_norm_eps)
+
+    def attention(self, layer: int) -> Attention:
+        name = f"model.layers.{layer}.self_attn"
+
+        def weight(part: str) -> Tensor:
+            return self.weight(f"{name}.{part}", "attention", layer)
+
+        def matrix(part: str) -> Matrix:
+            return self.matrix(f"{name}.{part}", "attention", layer)
+
+        eps = self.config.latent_norm_eps
+        return Attention(
+            layer=layer,
+            shape=MlaShape.of(self.config),
+            q_a=matrix("q_a_proj"),
+            q_a_norm=RmsNorm(weight("q_a_layernorm"), eps),
+            q_b=matrix("q_b_proj"),
+            kv_a=matrix("kv_a_proj_with_mqa"),
+            kv_a_norm=RmsNorm(weight("kv_a_layernorm"), eps),
+            kv_b=weight("kv_b_proj"),
+            o=matrix("o_proj"),
+            native=self.native_attention.get(self.where("attention", layer).device),
+        )
+
+    def dense_mlp(self, layer: int) -> SwiGlu:
+        return self.swiglu(f"model.layers.{layer}.mlp", "dense_mlp", layer)
+
+    def shared_experts(self, layer: int) -> SwiGlu:
+        return self.swiglu(f"model.layers.{layer}.mlp.shared_experts", "shared_experts", layer)
+
+    def router(self, layer: int) -> Router:
+        name = f"model.layers.{layer}.mlp.gate"
+        return Router(
+            weight=self.router_matrix(name, layer),
+            bias=self.correction_bias(f"{name}.e_score_correction_bias", layer),
+            experts_per_token=self.config.num_experts_per_tok,
+            normalise=self.config.norm_topk_prob,
+            scale=self.config.routed_scaling_factor,
+        )
+
+    def swiglu(self, name: str, what: str, layer: int) -> SwiGlu:
+        gate, up, down = (self.matrix(f"{name}.{part}_proj", what, layer) for part in ("gate", "up", "down"))
+        return SwiGlu(gate, up, down)
+
+    def matrix(self, name: str, what: str, layer: int | None = None) -> Matrix:
+        """Load the matrix of a linear layer in the form that its kernels read."""
+        prefix, placement = self.config.tensor_prefix + name, self.where(what, layer)
+        matrix: Matrix | None
+        if placement.memory == HOST:
+            matrix = load_host_matrix(self.checkpoint, prefix, placement, self.runtime_of(placement), self.count)
+        else:
+            device = torch_device(placement.device)
+            matrix = load_gpu_matrix(self.checkpoint, prefix, placement, device, self.count)
+        return self.weight(name, what, layer) if matrix is None else matrix
+
+    def router_matrix(self, name: str, layer: int) -> Tensor | HostMatrix:
+        prefix, placement = self.config.tensor_prefix + name, self.where("router", layer)
+        matrix = load_router(self.checkpoint, prefix, placement, self.runtime_of(placement), self.count)
+        return self.weight(name, "router", layer) if matrix is None else matrix
+
+    def runtime_of(self, placement: Placement) -> ExpertsRuntime:
+        """Return the threads that compute there: the twin has its own, so that it works beside the experts."""
+        return self.runtimes.get(placement.device, self.runtimes[HOST])
+
+    def weight(self, name: str, what: str, layer: int | None = None) -> Tensor:
+        """Load a tensor; where its group is int8 or fp8, it is one of those that stay bf16."""
+        prefix, placement = self.config.tensor_prefix + name, self.where(what, layer)
+        dtype = torch.bfloat16 if placement.dtype in ("int8", "fp8") else torch_dtype(placement.dtype)
+        tensor = place(prefix, placement.device, dtype, self.checkpoint.read_linear(prefix))
+        self.count(self.checkpoint.linear_bytes(prefix))
+        return tensor
+
+    def correction_bias(self, name: str, layer: int) -> Tensor:
+        """The router adds it in fp32, whatever dtype its matrix has."""
+        full = self.config.tensor_prefix + name
+        device = self.where("router", layer).device
+        tensor = place(full, device, torch.float32, self.checkpoint.read(full))
+        self.count(self.checkpoint.info(full).nbytes)
+        return tensor
+
+
+def place(name: str, device: str, dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """Bring a tensor to a device of the plan. Raises: MemoryBudgetError, HardwareError."""
+    with room_for(name, device):
+        return tensor.to(torch_device(device), dtype)

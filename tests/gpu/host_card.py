@@ -1,0 +1,85 @@
+"""A card made of the host, so that plans for a GPU load and run without one: Triton's kernels are interpreted.
+
+What stays untested is CUDA itself: streams, events, pinned and mapped memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from hybrid_k2.accelerator import Accelerator, Label, handoff_cuda
+from hybrid_k2.accelerator.cuda import Peer
+from hybrid_k2.model import loader
+from hybrid_k2.placement import Gpu, Machine
+
+
+class HostCard(Accelerator):
+    """Execute what is launched at once; tell peers of steps as CudaAccelerator does."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.name, self.device = "cuda:0", device
+        self.peers: list[Peer] = []
+        self.steps = 0
+        self._running = False
+
+    def attach(self, peer: Peer) -> None:
+        self.peers.append(peer)
+
+    def enqueue(self, op: Callable[[], None], label: Label) -> None:
+        if not self._running:
+            self._running = True
+            for peer in self.peers:
+                peer.begin()
+        with torch.inference_mode():
+            op()
+
+    @contextmanager
+    def span(self, label: Label) -> Iterator[None]:
+        yield
+
+    def synchronize(self, timeout_s: float | None = None) -> None:
+        self.abandon()
+        self.steps += 1
+        for peer in self.peers:
+            peer.end()
+
+    def abandon(self) -> None:
+        self._running = False
+
+    def close(self) -> None:
+        return
+
+    def drain(self, timeout_s: float | None) -> bool:
+        for peer in self.peers:
+            peer.release()
+        return True
+
+
+class _Runtime:
+    """Maps nothing: host and card are one."""
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802 (CUDA's name)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802 (CUDA's name)
+        return 0
+
+
+def use_host_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this machine have a GPU, "cuda:0", that is the host; nothing changes where there is one."""
+    if torch.cuda.is_available():
+        return
+    probed = Machine.probe()
+    machine = Machine(probed.host_memory_bytes, probed.host_available_bytes, 1, (Gpu(0, "Test GPU", 8 << 30),))
+    monkeypatch.setattr(Machine, "probe", lambda: machine)
+    for module in ("loader", "part_loading", "latent_cache"):
+        monkeypatch.setattr(f"hybrid_k2.model.{module}.torch_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(loader, "CudaAccelerator", HostCard)
+    runtime: Any = _Runtime()
+    monkeypatch.setattr(handoff_cuda, "_runtime", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
