@@ -118,11 +118,6 @@ def in_moe(**changes: Callable[[Any], Any]) -> Callable[[Loaded], None]:
     return in_layer(1, change)
 
 
-def times(factor: float) -> Callable[[Any], Any]:
-    """A matrix whose products are a little off."""
-    return lambda matrix: lambda x: matrix(x) * factor
-
-
 class Faulty(Handoff):
     """Pass on what the hand-off gives, after a change."""
 
