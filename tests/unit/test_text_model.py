@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from hybrid_k2.accelerator import DirectHandoff
 from hybrid_k2.errors import EngineError, RequestError
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.moe import Moe
+from hybrid_k2.model.router import Router
 from hybrid_k2.native import NATIVE_ERROR
 from hybrid_k2.placement import shipped_rules
 from tests.generators import read_tensors, write_checkpoint
@@ -208,3 +210,18 @@ def test_gpu_rules_stay_close_to_the_reference(folder: Path, tiny: Loaded) -> No
     error = (got - expected).norm(dim=1) / expected.norm(dim=1)
     assert error.median() < 0.04  # bf16 keeps 8 bits
     assert (got.argmax(1) == expected.argmax(1)).float().mean() > 0.8
+
+
+@pytest.mark.skipif(NATIVE_ERROR is not None, reason="the native extension is not installed")
+def test_the_threads_are_asked_for_router_and_shared_expert_at_once_where_nobody_waits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(router: Router, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the router's products by themselves")
+
+    with loaded(folder, "host") as host:
+        with monkeypatch.context() as patch:
+            patch.setattr(Router, "_logits", refuse)
+            joined = host.logits([5, 6, 7, 8], [3])
+        monkeypatch.setattr(DirectHandoff, "concurrent", True)
+        assert torch.equal(host.logits([5, 6, 7, 8], [3]), joined)
