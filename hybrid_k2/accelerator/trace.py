@@ -87,16 +87,17 @@ def check_writable(path: str | Path) -> Path:
     """
     if not str(path).strip():
         raise ConfigError(f"trace: expected the name of a file, got {str(path)!r}")
-    target = Path(os.path.realpath(path))  # a link may lead to a file that is not there yet
     try:
+        target = Path(os.path.realpath(path))  # a link may lead to a file that is not there yet
         new = not target.exists()
         if not new:
             _check_replaceable(path, target)
         target.open("a").close()
         if new:
             target.unlink()
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a trace file that can be written, got {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: expected a trace file that can be written, got {reason}") from error
     return Path(path)
 
 

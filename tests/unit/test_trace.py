@@ -118,6 +118,9 @@ def test_what_is_no_regular_file_is_refused_unopened(tmp_path: Path) -> None:
         check_writable(pipe)  # to open it would wait for a reader
     with pytest.raises(ConfigError, match="expected a trace file that can be written, got a folder"):
         check_writable(tmp_path)
+    for name in ("null\0byte", "long" * 100):
+        with pytest.raises(ConfigError, match="expected a trace file that can be written, got"):
+            check_writable(tmp_path / name)
     for name in ("", " "):
         with pytest.raises(ConfigError, match="trace: expected the name of a file, got"):
             check_writable(name)
