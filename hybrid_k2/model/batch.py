@@ -52,6 +52,20 @@ class SequenceSlice:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Say where the rows of a batch lie in the cache, in the form that the kernels of a GPU read.
+
+    Shapes: slots int64 [T], page * page_tokens + place in the page; page_table int32 [P]; first_pages, lengths int32
+    [T], each row's first entry in the table, and how many tokens it sees.
+    """
+
+    slots: Tensor
+    page_table: Tensor
+    first_pages: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """Hold the tokens of one forward pass, sequence after sequence.
 
@@ -66,6 +80,7 @@ class Batch:
     logit_rows: Tensor
     page_table: Tensor
     spans: Tensor
+    places: Places | None = None
 
     @classmethod
     def build(cls, chunks: Sequence[Chunk], all_logits: bool = False) -> Batch:
@@ -100,19 +115,31 @@ class Batch:
             spans=torch.tensor(spans, dtype=torch.int64),
         )
 
-    def to(self, device: torch.device) -> Batch:
-        """Return it with what the layers read on their device; `token_ids` and `spans` stay on the host."""
+    def to(self, device: torch.device, page_tokens: int | None = None) -> Batch:
+        """Return it with what the layers read on their device; `token_ids` and `spans` stay on the host.
+
+        page_tokens: of the cache, where kernels of a GPU are to find `places`.
+        """
+        places = None if page_tokens is None else self._places(device, page_tokens)
         if device.type == "cpu":
-            return self
+            return self if places is None else replace(self, places=places)
         table = upload(self.page_table, device)
         pages = torch.split(table, [len(sequence.pages) for sequence in self.sequences])
         return replace(
             self,
+            places=places,
             positions=upload(self.positions, device),
             sequences=tuple(replace(s, pages=own) for s, own in zip(self.sequences, pages, strict=True)),
             logit_rows=upload(self.logit_rows, device),
             page_table=table,
         )
+
+    def _places(self, device: torch.device, page_tokens: int) -> Places:
+        first = torch.repeat_interleave(self.spans[:, 3], self.spans[:, 1])  # [T]
+        page = self.page_table[first + self.positions // page_tokens]  # [T]
+        slots = page * page_tokens + self.positions % page_tokens
+        numbers = (self.page_table, first, self.positions + 1)
+        return Places(upload(slots, device), *(upload(number.int(), device) for number in numbers))
 
     def halves(self) -> list[Batch]:
         """Cut between two sequences, where the parts take about equally long; a lone sequence stays whole.

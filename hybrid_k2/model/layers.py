@@ -108,13 +108,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """Hold one norm's weight and epsilon."""
+    """Hold one norm's weight and epsilon; `kernel`: in one launch by Triton's, the same but for the last bits."""
 
     weight: Tensor
     eps: float
+    kernel: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x.to(self.weight.device), self.weight, self.eps)
+        x = x.to(self.weight.device)
+        if self.kernel:
+            from hybrid_k2.accelerator.kernels.norm_rope import rms_norm as launch
+
+            return launch(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class _Builder:
         self.runtimes = runtimes
         self.undo = undo
         self.pages_unchecked = plan.expert_bytes >= LARGE_BYTES
-        self.parts = PartLoader(checkpoint, config, plan.where, runtimes, self.count)
+        self.parts = PartLoader(checkpoint, config, plan.where, runtimes, self.count, plan.kv_cache)
         self.done = 0
         self.total = sum(checkpoint.info(spec.name).nbytes for spec in expected_tensors(config, checkpoint.has))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from hybrid_k2.accelerator.kernels import have_triton
 from hybrid_k2.checkpoint import Checkpoint
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.dense import HostMatrix
@@ -14,13 +15,14 @@ from hybrid_k2.experts import ExpertsRuntime
 from hybrid_k2.model.attention import Attention
 from hybrid_k2.model.dense_loading import load_gpu_matrix, load_host_matrix, load_router
 from hybrid_k2.model.devices import torch_device, torch_dtype
+from hybrid_k2.model.gpu_attention import GpuAttention
 from hybrid_k2.model.layers import Matrix, RmsNorm, SwiGlu
 from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.native_attention import NativeAttention
 from hybrid_k2.model.room import room_for
 from hybrid_k2.model.router import Router
-from hybrid_k2.placement.memories import HOST
-from hybrid_k2.placement.plan import Placement
+from hybrid_k2.placement.memories import HOST, memory_of
+from hybrid_k2.placement.plan import KvCachePlan, Placement
 
 Where = Callable[[str, int | None], Placement]  # a group, in one layer if it has layers
 
@@ -29,7 +31,7 @@ class PartLoader:
     """Build parts; names are given without the checkpoint's prefix.
 
     `runtimes`: the threads that compute on each device of the host, "host" among them. `count` gets the bytes on disk
-    of what was read.
+    of what was read. `cache`: where attention finds the latents; without it no kernels of a GPU are used.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class PartLoader:
         where: Where,
         runtimes: Mapping[str, ExpertsRuntime],
         count: Callable[[int], None],
+        cache: KvCachePlan | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.config = config
@@ -46,31 +49,37 @@ class PartLoader:
         self.runtimes = runtimes
         self.count = count
         shape = MlaShape.of(config)
+        on_gpu = cache is not None and memory_of(cache.device) != HOST
+        self.gpu_attention = GpuAttention.open(shape, cache) if cache is not None and on_gpu else None
         self.native_attention = {name: NativeAttention.open(runtime, shape) for name, runtime in runtimes.items()}
 
     def embedding(self) -> Tensor:
         return self.weight("model.embed_tokens", "embedding")
 
     def final_norm(self) -> RmsNorm:
-        return RmsNorm(self.weight("model.norm", "lm_head"), self.config.rms_norm_eps)
+        return self.norm("model.norm", "lm_head", None)
 
     def lm_head(self) -> Matrix:
         return self.matrix("lm_head", "lm_head")
 
     def input_norm(self, layer: int) -> RmsNorm:
-        weight = self.weight(f"model.layers.{layer}.input_layernorm", "attention", layer)
-        return RmsNorm(weight, self.config.rms_norm_eps)
+        return self.norm(f"model.layers.{layer}.input_layernorm", "attention", layer)
 
     def post_norm(self, layer: int) -> RmsNorm:
         group = "dense_mlp" if layer in self.config.dense_layers else "router"
-        weight = self.weight(f"model.layers.{layer}.post_attention_layernorm", group, layer)
-        return RmsNorm(weight, self.config.rms_norm_eps)
+        return self.norm(f"model.layers.{layer}.post_attention_layernorm", group, layer)
+
+    def norm(self, name: str, what: str, layer: int | None, eps: float | None = None) -> RmsNorm:
+        """Load a norm, with the model's epsilon or another one."""
+        eps = self.config.rms_norm_eps if eps is None else eps
+        return RmsNorm(self.weight(name, what, layer), eps, self.has_kernels(what, layer))
+
+    def has_kernels(self, what: str, layer: int | None) -> bool:
+        """Say whether Triton's kernels compute this group: on a GPU, where triton is there."""
+        return self.where(what, layer).memory != HOST and have_triton()
 
     def attention(self, layer: int) -> Attention:
         name = f"model.layers.{layer}.self_attn"
-
-        def weight(part: str) -> Tensor:
-            return self.weight(f"{name}.{part}", "attention", layer)
 
         def matrix(part: str) -> Matrix:
             return self.matrix(f"{name}.{part}", "attention", layer)
@@ -80,13 +89,14 @@ class PartLoader:
             layer=layer,
             shape=MlaShape.of(self.config),
             q_a=matrix("q_a_proj"),
-            q_a_norm=RmsNorm(weight("q_a_layernorm"), eps),
+            q_a_norm=self.norm(f"{name}.q_a_layernorm", "attention", layer, eps),
             q_b=matrix("q_b_proj"),
             kv_a=matrix("kv_a_proj_with_mqa"),
-            kv_a_norm=RmsNorm(weight("kv_a_layernorm"), eps),
-            kv_b=weight("kv_b_proj"),
+            kv_a_norm=self.norm(f"{name}.kv_a_layernorm", "attention", layer, eps),
+            kv_b=self.weight(f"{name}.kv_b_proj", "attention", layer),
             o=matrix("o_proj"),
             native=self.native_attention.get(self.where("attention", layer).device),
+            gpu=self.gpu_attention,
         )
 
     def dense_mlp(self, layer: int) -> SwiGlu:
@@ -103,6 +113,7 @@ class PartLoader:
             experts_per_token=self.config.num_experts_per_tok,
             normalise=self.config.norm_topk_prob,
             scale=self.config.routed_scaling_factor,
+            kernel=self.has_kernels("router", layer),
         )
 
     def swiglu(self, name: str, what: str, layer: int) -> SwiGlu:

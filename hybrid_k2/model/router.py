@@ -29,6 +29,7 @@ class Routing:
 class Router:
     """Score experts with a sigmoid; choose by score plus correction bias, weigh by score alone.
 
+    `kernel`: choose and weigh in one launch by Triton's, the same but for the last bits of the sigmoid.
     With a HostMatrix a row's routing depends on that row alone, bit for bit; its rows beyond the experts are padding.
     Shapes: weight [E, hidden], bias [E] fp32.
     """
@@ -38,6 +39,7 @@ class Router:
     experts_per_token: int
     normalise: bool
     scale: float
+    kernel: bool = False
 
     def __call__(self, x: Tensor) -> Routing:
         """Route each row.
@@ -52,6 +54,10 @@ class Router:
         Experts whose biased scores tie rank by index, the lower first, so that a choice is reproducible.
         Shapes: logits [T, rows of the weight] fp32.
         """
+        if self.kernel:
+            from hybrid_k2.accelerator.kernels.router import route
+
+            return Routing(*route(logits, self.bias, self.experts_per_token, self.normalise, self.scale))
         scores = self._scores(logits)  # [T, E]
         order = torch.sort(scores + self.bias, dim=-1, descending=True, stable=True).indices  # [T, E]
         ids = order[:, : self.experts_per_token]  # [T, K]

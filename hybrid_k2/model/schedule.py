@@ -56,12 +56,13 @@ class Half:
         self._shared: Tensor  # [T, hidden]
         self._rotation: Rotation
 
-    def embed(self, embedding: Tensor, dtype: torch.dtype, rope: Rope, device: torch.device) -> None:
+    def embed(self, embedding: Tensor, dtype: torch.dtype, rope: Rope, first: Layer) -> None:
         """Start the residual stream on the device of the first layer, and take there what all layers read."""
+        device = first.device
         ids = upload(self._batch.token_ids, embedding.device)
         self._x = upload(functional.embedding(ids, embedding).to(dtype), device)
         self._rotation = rope.rotation(self._batch.positions).to(device)
-        self._batch = self._batch.to(device)
+        self._batch = first.attention.prepare(self._batch)
 
     def front(self, layer: Layer) -> None:
         """Attend; compute a dense MLP, or prepare what the experts read."""

@@ -387,7 +387,7 @@ def _attend(norm: RmsNorm, attention: Attention, cache: LatentCache, steps: list
     """Return what attention adds to the rows of all steps. Shapes: [T, hidden]."""
     return torch.cat(
         [
-            attention(norm(upload(rows, device)), batch.to(device), cache, rotation.to(device))
+            attention(norm(upload(rows, device)), attention.prepare(batch), cache, rotation.to(device))
             for batch, rows, rotation in steps
         ]
     )

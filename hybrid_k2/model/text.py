@@ -130,7 +130,7 @@ class TextModel:
 
     def _operations(self, halves: Sequence[Half]) -> Iterator[Operation]:
         for half in halves:
-            embed = partial(half.embed, self.embedding, self.activation_dtype, self._rope, self.layers[0].device)
+            embed = partial(half.embed, self.embedding, self.activation_dtype, self._rope, self.layers[0])
             yield embed, Label("embed", half=half.slot)
         yield from through_layers(self.layers, halves, partial(Half.head, norm=self.final_norm, lm_head=self.lm_head))
 
