@@ -8,7 +8,7 @@ VENV   := .venv
 PIP    := $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 # What an extra of pyproject.toml needs on this machine, without building the project once more.
 requirements = $(VENV)/bin/python -c 'from importlib.metadata import requires; \
-    from pip._vendor.packaging.requirements import Requirement; \
+    from packaging.requirements import Requirement; \
     print(*(f"{r.name}{r.specifier}" for r in map(Requirement, requires("hybrid-k2")) \
             if r.marker and r.marker.evaluate({"extra": "$(1)"}) and not r.marker.evaluate({"extra": ""})))'
 NATIVE := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
@@ -45,7 +45,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: $(VENV)/bin/python $(NATIVE)
 	@echo "Installing hybrid-k2 and what it needs into $(VENV) (a few minutes the first time) ..." >&2
-	@$(PIP) setuptools wheel pybind11
+	@$(PIP) setuptools wheel pybind11 packaging
 	@$(PIP) --no-build-isolation -e .
 	@touch $@
 

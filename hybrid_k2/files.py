@@ -23,7 +23,7 @@ def read_file(path: Path, error_class: type[HybridK2Error], max_bytes: int = MAX
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise error_class(f"{path}: expected a file, got {_kind(status.st_mode)}")
+            raise error_class(f"{path}: expected a file, got {kind_of(status.st_mode)}")
         if status.st_size > max_bytes:
             raise error_class(f"{path}: expected at most {max_bytes} bytes, got {status.st_size}")
         return path.read_bytes()
@@ -45,7 +45,8 @@ def parse_json_object(text: bytes, place: str, error_class: type[HybridK2Error])
     return data
 
 
-def _kind(mode: int) -> str:
+def kind_of(mode: int) -> str:
+    """Name in an error what is no regular file."""
     return "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
 
 

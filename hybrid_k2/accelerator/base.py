@@ -85,11 +85,12 @@ class Handoff(ABC):
     """Pass batches to the routed experts of all MoE layers of a model, in two slots, and take their results.
 
     `trace`, if it is set, gets the times at which `take` waited, and those of the experts where they are known.
-    `room`: tokens that a slot takes at most; None: any number.
+    `room`: tokens that a slot takes at most; None: any number. `concurrent`: the experts start with `post`, not `take`.
     """
 
     trace: Trace | None = None
     room: int | None = None
+    concurrent: bool = True
 
     @abstractmethod
     def post(self, slot: int, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:

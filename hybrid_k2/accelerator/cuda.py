@@ -31,7 +31,10 @@ class Peer(Protocol):
         """Let go of kernels that wait now; the results of the step are void."""
 
     def end(self) -> None:
-        """Rest, for a step has ended; raise what went wrong in it."""
+        """Raise what went wrong in a step that has ended."""
+
+    def rest(self) -> None:
+        """Wait for no kernel any more, until the next step begins."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,12 @@ class CudaAccelerator(Accelerator):
             self.abandon()
 
     def abandon(self) -> None:
-        """See Accelerator; kernels cannot be skipped, so all that was launched runs."""
+        """See Accelerator; kernels cannot be skipped, so all that was launched runs, and peers rest when it has."""
         self._began = None
         self._spans.clear()
+        if self.stream.query():
+            for peer in self._peers:
+                peer.rest()
 
     def close(self) -> None:
         """See Accelerator."""

@@ -122,13 +122,16 @@ class CudaHandoff(Handoff):
 
     def end(self) -> None:
         """See Peer."""
-        self._mailbox.keep_awake(False)
         trace: Trace | None = self.trace
         for layer, slot, _, start, stop in self._mailbox.take_times():
             if trace is not None:
                 trace.add(Label("experts", layer, slot, "experts"), start, stop)
         if failure := self._mailbox.take_failure():
             raise EngineError(f"layer {failure[0]}: {failure[1]}")
+
+    def rest(self) -> None:
+        """See Peer."""
+        self._mailbox.keep_awake(False)
 
     def _map(self) -> None:
         for address, size in self._mailbox.blocks():

@@ -19,6 +19,8 @@ class DirectHandoff(Handoff):
     turns, and a result is written straight into the caller's memory.
     """
 
+    concurrent = False
+
     def __init__(self, layers: Mapping[int, ExpertsBackend]) -> None:
         self._layers = dict(layers)
         self._slots = Slots(layers, TimeLimit(float("inf")))  # nothing beside the calling thread could watch it

@@ -16,8 +16,7 @@ from hybrid_k2.experts import ExpertsBackend
 class SubmitHandoff(Handoff):
     """Submit each batch to the backend of its layer; a tensor of another device is copied to the host.
 
-    `limit` is how long `take` and `reset` wait for a computation. When the experts computed is not known, so that
-    their lane of the trace stays empty.
+    `limit` is how long `take` and `reset` wait for a computation.
     """
 
     def __init__(self, layers: Mapping[int, ExpertsBackend], limit: TimeLimit = MINUTE) -> None:
@@ -32,12 +31,15 @@ class SubmitHandoff(Handoff):
     def take(self, slot: int, layer: int) -> Tensor:
         """See Handoff."""
         with self._slots.taking(slot, layer) as posted:
-            start = time.monotonic_ns()
+            backend, start = self._layers[layer], time.monotonic_ns()
             try:
-                return self._layers[layer].wait(slot, posted.limit_s)
+                result = backend.wait(slot, posted.limit_s)
             finally:
                 if self.trace is not None:
                     self.trace.add(Label("wait", layer, slot, WAITS), start, time.monotonic_ns())
+            if self.trace is not None and (times := backend.computed(slot)) is not None:
+                self.trace.add(Label("experts", layer, slot, "experts"), *times)
+            return result
 
     def reset(self) -> None:
         """See Handoff."""

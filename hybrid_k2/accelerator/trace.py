@@ -6,12 +6,15 @@ Times are those of CLOCK_MONOTONIC in ns (`time.monotonic_ns`, and `steady_clock
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_k2.errors import ConfigError, EngineError
+from hybrid_k2.files import kind_of
 
 if TYPE_CHECKING:
     from hybrid_k2.accelerator.base import Label
@@ -57,7 +60,7 @@ class Trace:
     def write(self, path: Path) -> None:
         """Write the trace in the JSON format that Chrome (about:tracing) and Perfetto show. Raises: EngineError."""
         try:
-            path.write_text(json.dumps(self.as_json(), separators=(",", ":")))
+            path.write_text(_text(self))
         except OSError as error:
             raise EngineError(f"{path}: expected to write the trace, got {error.strerror}") from error
 
@@ -76,15 +79,43 @@ class Trace:
         return ((event.start_ns, event.stop_ns) for event in list(self.events) if event.label.lane == lane)
 
 
-def check_writable(path: Path) -> None:
-    """Make sure that a trace can be written, before there is one, and leave no file behind. Raises: ConfigError."""
-    new = not path.exists()
+def check_writable(path: str | Path) -> Path:
+    """Make sure that a trace can be written there, before there is one, and leave no new file behind.
+
+    Of what is there already, only a trace, or an empty file, may be replaced.
+    Raises: ConfigError.
+    """
+    if not str(path).strip():
+        raise ConfigError(f"trace: expected the name of a file, got {str(path)!r}")
     try:
-        path.open("a").close()
+        target = Path(os.path.realpath(path))  # a link may lead to a file that is not there yet
+        new = not target.exists()
+        if not new:
+            _check_replaceable(path, target)
+        target.open("a").close()
         if new:
-            path.unlink()
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a trace file that can be written, got {error.strerror}") from error
+            target.unlink()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: expected a trace file that can be written, got {reason}") from error
+    return Path(path)
+
+
+def _check_replaceable(path: str | Path, target: Path) -> None:
+    mode = target.stat().st_mode
+    if not stat.S_ISREG(mode):  # opening a pipe would wait for its reader
+        raise ConfigError(f"{path}: expected a trace file that can be written, got {kind_of(mode)}")
+    start = _text(Trace()).removesuffix("]}").encode()
+    with target.open("rb") as file:
+        if (found := file.read(len(start))) and found != start:
+            raise ConfigError(
+                f"{path}: expected a trace, an empty file or none, got a file that holds something else",
+                hint="name another file; this one stays as it is",
+            )
+
+
+def _text(trace: Trace) -> str:
+    return json.dumps(trace.as_json(), separators=(",", ":"))
 
 
 def _as_json(event: Event, first_ns: int, thread: int) -> dict[str, Any]:

@@ -18,19 +18,19 @@ from typing import Any
 import torch
 
 from hybrid_k2.accelerator import Trace, check_writable
-from hybrid_k2.bench.slice import slice_config, widths, write_slice
+from hybrid_k2.bench.slice import CONTEXT, slice_config, widths, write_slice
 from hybrid_k2.checkpoint import Checkpoint
 from hybrid_k2.config import ModelConfig
-from hybrid_k2.errors import HardwareError
+from hybrid_k2.errors import ConfigError, HardwareError, MemoryBudgetError
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.loader import load_text_model
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.text import TextModel
 from hybrid_k2.placement import Machine, Plan, Rules, make_plan, shipped_rules
+from hybrid_k2.placement.draft import PAGE_TOKENS
 from hybrid_k2.placement.memories import TWIN
 
-PAGE = 64  # tokens: a sequence may fill a part of its last page
 WARM_STEPS = 2
 HANDOFFS = 100
 
@@ -100,15 +100,16 @@ def measure_overlap(
 
     `scale` divides the widths of K2.6. `trace_to` gets the trace of the steps with overlap.
     Memory and disk: the slice once each, in a temporary folder until it is loaded.
-    Raises: HardwareError for a GPU that is not there; MemoryBudgetError for a slice that does not fit; ConfigError for
-    a trace that cannot be written.
+    Raises: HardwareError for a GPU that is not there, or no room on the disk; MemoryBudgetError for a slice that does
+    not fit; ConfigError for more tokens than a cache holds, or a trace that cannot be written.
     """
+    tokens = check_tokens(sequences, context, steps)
     if trace_to is not None:
         check_writable(trace_to)
     config = slice_config(widths(scale), layers, experts, "bench overlap")
     torch.manual_seed(seed)
     total = steps + WARM_STEPS
-    with _loaded(_make_rules(device, sequences * (context + total + PAGE)), config, progress) as (plan, model):
+    with _loaded(_make_rules(device, tokens), config, progress) as (plan, model):
         decoding = _Decoding(model, LatentCache(plan.kv_cache, config), sequences, context, total)
         trace, on, off = Trace(), [], []
         for number in range(total):
@@ -139,10 +140,25 @@ def measure_overlap(
     return report
 
 
+def check_tokens(sequences: int, context: int, steps: int) -> int:
+    """Return the tokens of the cache that such a measurement needs: whole pages for each sequence.
+
+    Raises: ConfigError for more than a cache may hold.
+    """
+    of_each = -(-(context + steps + WARM_STEPS) // PAGE_TOKENS) * PAGE_TOKENS
+    if sequences * of_each > CONTEXT:
+        raise ConfigError(
+            f"bench overlap: expected at most {CONTEXT} cached tokens, got {sequences * of_each}: {of_each} of each of "
+            f"the {sequences} sequences",
+            hint="ask for fewer sequences, or for less context or fewer steps",
+        )
+    return sequences * of_each
+
+
 def _make_rules(device: str, tokens: int) -> Rules:
     """Return the shipped rules for the twin or the first GPU, with overlap and a cache of this size."""
     rules = shipped_rules(TWIN if device == TWIN else "gpu")
-    return replace(rules, overlap="ping_pong", kv_cache=replace(rules.kv_cache, tokens=tokens))
+    return replace(rules, overlap="ping_pong", kv_cache=replace(rules.kv_cache, tokens=tokens), source="bench overlap")
 
 
 @contextmanager
@@ -154,16 +170,31 @@ def _loaded(rules: Rules, config: ModelConfig, progress: Callable[[str], None]) 
             f"bench overlap: expected a CUDA device, got none{note}",
             hint="--device twin measures the same with a thread of the host in the place of a GPU",
         )
-    plan = make_plan(rules, config, machine)
-    with tempfile.TemporaryDirectory() as name:
-        progress(f"writing {config.num_hidden_layers} layers of random weights to {name}")
-        write_slice(Path(name), config)
-        with Checkpoint.open(Path(name)) as checkpoint:
+    try:
+        plan = make_plan(rules, config, machine)
+    except MemoryBudgetError as error:
+        hint = "ask for fewer --layers, --experts, --sequences or less --context, or for a larger --scale"
+        raise MemoryBudgetError(error.message, hint=hint) from error
+    with _temporary_folder() as name:
+        folder = Path(name)
+        progress(f"writing {config.num_hidden_layers} layers of random weights to {folder}")
+        write_slice(folder, config)
+        with Checkpoint.open(folder) as checkpoint:
             model = load_text_model(checkpoint, config, plan)
     try:
         yield plan, model
     finally:
         model.close()
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise HardwareError(
+            f"bench overlap: expected a folder for temporary files, got: {error.strerror}",
+            hint="point TMPDIR at a folder with room",
+        ) from error
 
 
 class _Decoding:

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hybrid_k2.checkpoint.tensors import TensorSpec, expected_tensors
 from hybrid_k2.config import ModelConfig
+from hybrid_k2.errors import HardwareError
+from hybrid_k2.placement.sizes import format_bytes
 
+CONTEXT = 262144  # tokens that a model of the family has positions for
 YARN = {
     "type": "yarn", "factor": 64.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0,
     "mscale": 1.0, "mscale_all_dim": 1.0,
@@ -36,14 +40,14 @@ def slice_config(sizes: Mapping[str, int], layers: int, experts: int, source: st
         "n_routed_experts": experts, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "moe_layer_freq": 1,
         "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
         "routed_scaling_factor": 2.827, "hidden_act": "silu", "rms_norm_eps": 1e-5, "attention_bias": False,
-        "rope_theta": 50000.0, "rope_scaling": YARN, "max_position_embeddings": 262144, "tie_word_embeddings": False,
+        "rope_theta": 50000.0, "rope_scaling": YARN, "max_position_embeddings": CONTEXT, "tie_word_embeddings": False,
         "num_nextn_predict_layers": 0, "dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
     return ModelConfig.from_dict(data, source)
 
 
 def write_slice(folder: Path, config: ModelConfig) -> None:
-    """Write the checkpoint, its routed experts in INT4."""
+    """Write the checkpoint, its routed experts in INT4. Raises: HardwareError where there is no room."""
     tensors: dict[str, Tensor] = {}
     for spec in expected_tensors(config, lambda name: ".experts." in name and name.endswith("weight_packed")):
         if spec.name.endswith("weight_shape"):
@@ -51,7 +55,15 @@ def write_slice(folder: Path, config: ModelConfig) -> None:
             tensors[spec.name] = torch.tensor([packed.shape[0], packed.shape[1] * 8], dtype=torch.int32)
         else:
             tensors[spec.name] = _random(spec)
-    save_file(tensors, folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    try:
+        save_file(tensors, file)
+    except (OSError, SafetensorError) as error:
+        size = format_bytes(sum(tensor.nbytes for tensor in tensors.values()))
+        raise HardwareError(
+            f"{file}: expected to write {size}, got: {error}",
+            hint="point TMPDIR at a folder with room, or ask for fewer layers or experts",
+        ) from error
 
 
 def _random(spec: TensorSpec) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hybrid_k2.cli.exits import ends_cleanly
 from hybrid_k2.cli.interrupts import leaving_at_once
+from hybrid_k2.cli.options import trace_file
 from hybrid_k2.cli.terminal import Nowhere, Output
 
 MOST_TOKENS = 65536
@@ -98,7 +98,7 @@ def overlap(
     experts: Annotated[int, typer.Option(help="Experts of a layer.", min=8, max=384)] = 16,
     context: Annotated[int, typer.Option(help="Tokens before the first step.", min=1, max=200000)] = 256,
     steps: Annotated[int, typer.Option(help="Steps that are measured.", min=1, max=10000)] = 12,
-    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the steps for Chrome or Perfetto.")] = None,
+    trace: Annotated[str | None, typer.Option(metavar="FILE", help="Write the steps for Chrome or Perfetto.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,
 ) -> None:
@@ -107,10 +107,16 @@ def overlap(
         raise typer.BadParameter(f"expected twin or cuda, got {device!r}", param_hint="--device")
     if scale not in (1, 2, 4, 8):
         raise typer.BadParameter(f"expected 1, 2, 4 or 8, got {scale}", param_hint="--scale")
+    trace_to = trace_file(trace)
 
     with leaving_at_once():
-        from hybrid_k2.bench.overlap import measure_overlap
+        from hybrid_k2.bench.overlap import check_tokens, measure_overlap
+        from hybrid_k2.errors import ConfigError
 
+    try:
+        check_tokens(sequences, context, steps)
+    except ConfigError as error:
+        raise typer.BadParameter(error.message, param_hint="--sequences, --context, --steps") from error
     notes = Output(Nowhere() if quiet else sys.stderr)
     report = measure_overlap(
         device,
@@ -120,7 +126,7 @@ def overlap(
         experts=experts,
         context=context,
         steps=steps,
-        trace_to=trace,
+        trace_to=trace_to,
         progress=lambda text: notes.line(text, "dim"),
     )
     out = Output(sys.stdout)

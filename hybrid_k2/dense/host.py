@@ -34,6 +34,7 @@ class HostMatrix:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         self.shape = torch.Size((rows, inputs))
         self.dtype = dtype
+        self.runtime = runtime
         self._matrix = native.DenseMatrix(runtime, rows, inputs, dtype == "int8")
         if not self.bound:
             warn_unbound()
@@ -80,7 +81,7 @@ class HostMatrix:
 
 
 def multiply_all(matrices: Sequence[HostMatrix], x: Tensor) -> list[Tensor]:
-    """Multiply rows with several matrices of one dtype at once: the threads are asked once.
+    """Multiply rows with several matrices of one dtype and runtime at once: the threads are asked once.
 
     Shapes: x [T, in] -> [T, out] for each, in x's dtype.
     """

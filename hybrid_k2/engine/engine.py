@@ -73,12 +73,11 @@ class Engine:
         `rules`: a placement rule file or the name of a shipped one; None chooses for the machine. `on_plan` gets the
         plan when everything has been checked and nothing large was read; an exception from it ends the loading.
         `progress` gets the bytes read and the bytes to read. `trace`: a file that `close` writes, with the times of all
-        operations of accelerator and experts, for Chrome or Perfetto; they are kept in memory until then.
+        operations of accelerator and experts, for Chrome or Perfetto; they are kept in memory until then. A file that
+        is there already is replaced only if it is a trace, or empty.
         Raises: CheckpointError, ConfigError, UnsupportedModelError, RulesError, HardwareError.
         """
-        trace_to = None if trace is None else Path(trace)
-        if trace_to is not None:
-            check_writable(trace_to)
+        trace_to = None if trace is None else check_writable(trace)
         loaded = load_model(path, rules, on_plan, progress)
         try:
             return cls(loaded, trace_to)
@@ -200,9 +199,11 @@ class Engine:
             self._closed = True
             self._prefix.release()
             trace = self._loaded.text.trace
-            self._loaded.text.close()
-            if trace is not None and self._trace_to is not None:
-                trace.write(self._trace_to)
+            try:
+                self._loaded.text.close()
+            finally:
+                if trace is not None and self._trace_to is not None:
+                    trace.write(self._trace_to)
 
     def __enter__(self) -> Engine:
         return self

@@ -28,7 +28,8 @@ from hybrid_k2.placement import (
     Rules,
     check_loadable,
     default_rules,
-    described_machine,
+    described_gpu,
+    described_host,
     load_rules,
     make_plan,
 )
@@ -99,16 +100,16 @@ def plan_checkpoint(
 ) -> Plan:
     """Plan a checkpoint without loading it: its configuration is enough, its index is used where there is one.
 
-    A GPU that the rules name and size need not be here (`described_machine`). The plan may hold what this version
+    A GPU that the rules name and size need not be here (`described_gpu`). The plan may hold what this version
     cannot load (`missing_parts`). host_memory_bytes: plan for a host with so much free memory.
     Raises: CheckpointError, ConfigError, UnsupportedModelError, RulesError, HardwareError, MemoryBudgetError.
     """
     folder = find_checkpoint(path) if str(path) == DEMO else resolve_configuration(str(path))
     config = ModelConfig.load(folder)
     packed = planned_packed(folder, config)
-    machine = Machine.probe()
+    machine = described_host(Machine.probe(), host_memory_bytes)
     chosen = _rules(rules, machine, config, packed)
-    return make_plan(chosen, config, described_machine(machine, chosen, host_memory_bytes), experts_packed=packed)
+    return make_plan(chosen, config, described_gpu(machine, chosen), experts_packed=packed)
 
 
 def _rules(rules: str | Path | Rules | None, machine: Machine, config: ModelConfig, packed: bool) -> Rules:

@@ -7,6 +7,7 @@ tokens of the batch, their order, or the number of threads.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -141,6 +142,13 @@ class ExpertsBackend(ABC):
         whatever the computation raised; ValueError for a slot that is not in flight.
         """
 
+    def computed(self, slot: int) -> tuple[int, int] | None:
+        """Return when the result that `wait` returned last from this slot was computed, from and to.
+
+        Units: ns of CLOCK_MONOTONIC (`time.monotonic_ns`). None where that is not known.
+        """
+        return None
+
     def abandon(self, slot: int, timeout_s: float | None = None) -> None:
         """Free a slot whose result, or error, nobody wants any more; one that is not in flight stays as it is.
 
@@ -205,6 +213,7 @@ class QueuedBackend(ExpertsBackend):
         super().__init__(shape)
         self._queue = queue
         self._slots: dict[int, Future[Tensor]] = {}
+        self._computed: dict[int, tuple[int, int]] = {}
 
     @abstractmethod
     def _compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -223,7 +232,13 @@ class QueuedBackend(ExpertsBackend):
             raise ValueError(f"slot {slot}: it is in flight; wait for it first")
         self.shape.check_call(hidden, ids, weights)
         self.shape.check_ids(ids)
-        self._slots[slot] = self._queue.submit(self._compute, hidden.clone(), ids.clone(), weights.clone())
+        self._slots[slot] = self._queue.submit(self._compute_in, slot, hidden.clone(), ids.clone(), weights.clone())
+
+    def _compute_in(self, slot: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        start = time.monotonic_ns()
+        result = self._compute(hidden, ids, weights)
+        self._computed[slot] = start, time.monotonic_ns()
+        return result
 
     def wait(self, slot: int, timeout_s: float | None = None) -> Tensor:
         """See ExpertsBackend."""
@@ -244,6 +259,10 @@ class QueuedBackend(ExpertsBackend):
             raise
         del self._slots[slot]
         return result
+
+    def computed(self, slot: int) -> tuple[int, int] | None:
+        """See ExpertsBackend."""
+        return self._computed.get(slot)
 
     def abandon(self, slot: int, timeout_s: float | None = None) -> None:
         """See ExpertsBackend; what comes next queues behind the computation."""

@@ -12,8 +12,9 @@ from torch.nn import functional
 from hybrid_k2.accelerator.gpu_matrix import GpuMatrix
 from hybrid_k2.checkpoint import Checkpoint
 from hybrid_k2.dense import HostMatrix, Int8Weight, fits_blocks, quantize_int8
-from hybrid_k2.errors import CheckpointError, MemoryBudgetError
+from hybrid_k2.errors import CheckpointError
 from hybrid_k2.experts import ExpertsRuntime
+from hybrid_k2.model.room import room_for
 
 if TYPE_CHECKING:
     from hybrid_k2.placement.plan import Placement
@@ -36,20 +37,16 @@ def load_host_matrix(
     if runtime.native is None and placement.dtype == "bf16":
         return None
     try:
-        if runtime.native is None:
-            weight = quantize_int8(checkpoint.read_linear(prefix))
-            count(checkpoint.linear_bytes(prefix))
-            return weight
-        matrix = HostMatrix(runtime.native, rows, inputs, placement.dtype)
-        for first, piece, nbytes in _pieces(checkpoint, prefix, rows):
-            matrix.load_rows(first, piece)
-            count(nbytes)
-        return matrix
-    except MemoryError as error:
-        raise MemoryBudgetError(
-            f"{prefix}: expected room in host memory, got none left",
-            hint="the plan counts on memory that another program or a limit has taken since",
-        ) from error
+        with room_for(prefix, placement.device):
+            if runtime.native is None:
+                weight = quantize_int8(checkpoint.read_linear(prefix))
+                count(checkpoint.linear_bytes(prefix))
+                return weight
+            matrix = HostMatrix(runtime.native, rows, inputs, placement.dtype)
+            for first, piece, nbytes in _pieces(checkpoint, prefix, rows):
+                matrix.load_rows(first, piece)
+                count(nbytes)
+            return matrix
     except CheckpointError as error:
         raise _named(error, checkpoint, prefix) from None
 
@@ -67,16 +64,12 @@ def load_gpu_matrix(
     if placement.memory == "host" or placement.dtype not in ("int8", "fp8") or not fits_blocks(rows, inputs):
         return None
     try:
-        matrix = GpuMatrix(rows, inputs, placement.dtype, device)
-        for first, piece, nbytes in _pieces(checkpoint, prefix, rows):
-            matrix.load_rows(first, piece)
-            count(nbytes)
-        return matrix
-    except torch.OutOfMemoryError as error:
-        raise MemoryBudgetError(
-            f"{prefix}: expected room on {placement.device}, got none left",
-            hint="another program may be using the GPU; the plan counts on all of its memory",
-        ) from error
+        with room_for(prefix, placement.device):
+            matrix = GpuMatrix(rows, inputs, placement.dtype, device)
+            for first, piece, nbytes in _pieces(checkpoint, prefix, rows):
+                matrix.load_rows(first, piece)
+                count(nbytes)
+            return matrix
     except ValueError as error:  # fp8 cannot hold it
         raise _named(CheckpointError(str(error)), checkpoint, prefix) from None
     except CheckpointError as error:
@@ -95,18 +88,18 @@ def load_router(
 ) -> HostMatrix | None:
     """Load a router's matrix for the native kernels, in whole blocks of 32 experts; None if it stays a plain tensor.
 
-    That is so on a GPU, without the native kernels, and where it is not stored in bf16. The kernels multiply fp32 rows
-    with bf16 weights, so that weights widened to fp32 would give the same, in twice the memory.
+    That is so on a GPU, in fp32, and without the native kernels, which multiply fp32 rows with bf16 weights.
     Effects: calls `count` with the bytes on disk.
-    Raises: CheckpointError naming tensor and file.
+    Raises: CheckpointError naming tensor and file; MemoryBudgetError.
     """
     experts, inputs = checkpoint.linear_shape(prefix)
     padded = -(-experts // 32) * 32
     native = runtime.native is not None and placement.memory == "host" and fits_blocks(padded, inputs)
-    if not native or checkpoint.info(f"{prefix}.weight").dtype != "BF16":
+    if not native or placement.dtype != "bf16":
         return None
-    matrix = HostMatrix(runtime.native, padded, inputs, "bf16")
-    matrix.load_rows(0, functional.pad(checkpoint.read(f"{prefix}.weight"), (0, 0, 0, padded - experts)))
+    with room_for(prefix, placement.device):
+        matrix = HostMatrix(runtime.native, padded, inputs, "bf16")
+        matrix.load_rows(0, functional.pad(checkpoint.read(f"{prefix}.weight"), (0, 0, 0, padded - experts)))
     count(checkpoint.linear_bytes(prefix))
     return matrix
 

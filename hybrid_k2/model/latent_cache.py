@@ -13,6 +13,7 @@ from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import EngineError
 from hybrid_k2.model.batch import Batch, SequenceSlice
 from hybrid_k2.model.devices import torch_device, torch_dtype
+from hybrid_k2.model.room import room_for
 
 if TYPE_CHECKING:
     from hybrid_k2.placement.plan import KvCachePlan
@@ -66,13 +67,14 @@ class LatentCache:
     """
 
     def __init__(self, plan: KvCachePlan, config: ModelConfig, device: torch.device | str | None = None) -> None:
-        """Reserve the pages on the plan's device, or on `device`."""
+        """Reserve the pages on the plan's device, or on `device`. Raises: MemoryBudgetError."""
         self.page_tokens = plan.page_tokens
         self.pool = PagePool(-(-plan.tokens // plan.page_tokens))
         shape = (self.pool.pages, plan.page_tokens, config.latent_dim)
         where = torch_device(plan.device) if device is None else torch.device(device)
         dtype = torch_dtype(plan.dtype)
-        self.layers = [torch.empty(shape, dtype=dtype, device=where) for _ in range(config.num_hidden_layers)]
+        with room_for(f"KV cache of {plan.tokens} tokens", plan.device):
+            self.layers = [torch.empty(shape, dtype=dtype, device=where) for _ in range(config.num_hidden_layers)]
 
     @property
     def tokens(self) -> int:

@@ -40,14 +40,20 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
 
 
 def linear_all(x: Tensor, weights: Sequence[Matrix]) -> list[Tensor]:
-    """Multiply rows with several weights; native ones of one dtype in one go.
+    """Multiply rows with several weights; native ones in one go where they can be.
 
     Shapes: x [T, in], weights [out, in] each -> [T, out] each.
     """
-    native = [weight for weight in weights if isinstance(weight, HostMatrix)]
-    if len(native) == len(weights) and len({weight.dtype for weight in native}) == 1:
+    if native := native_of_one_kind(weights):
         return multiply_all(native, x)
     return [linear(x, weight) for weight in weights]
+
+
+def native_of_one_kind(weights: Sequence[Matrix]) -> list[HostMatrix]:
+    """Return the weights if they are native ones that can be multiplied in one go, else none."""
+    native = [weight for weight in weights if isinstance(weight, HostMatrix)]
+    one_kind = len({(weight.dtype, id(weight.runtime)) for weight in native}) == 1
+    return native if one_kind and len(native) == len(weights) else []
 
 
 def rowwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -130,5 +136,11 @@ class SwiGlu:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.gate.device)
-        gate, up = linear_all(x, (self.gate, self.up))  # [T, inner] each
+        return self.finish(*linear_all(x, (self.gate, self.up)))
+
+    def finish(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Compute what follows the products with gate and up.
+
+        Shapes: gate, up [T, inner] -> [T, hidden].
+        """
         return linear(rowwise(functional.silu, gate) * up, self.down)

@@ -21,7 +21,6 @@ from hybrid_k2.accelerator.gpu_matrix import check_kernels
 from hybrid_k2.accelerator.handoff_cuda import CudaHandoff
 from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, expected_tensors, experts_packed
 from hybrid_k2.config import ModelConfig
-from hybrid_k2.errors import MemoryBudgetError
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
 from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.model.devices import torch_device, torch_dtype
@@ -29,6 +28,7 @@ from hybrid_k2.model.expert_loading import load_experts, warn_of_small_pages
 from hybrid_k2.model.layer import Layer
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.part_loading import PartLoader
+from hybrid_k2.model.room import room_for
 from hybrid_k2.model.text import EXPERTS_LIMIT, TextModel
 from hybrid_k2.placement import Plan, check_loadable
 from hybrid_k2.placement.memories import HOST, TWIN, memory_of
@@ -129,10 +129,11 @@ class _Builder:
         if native and len(native) == len(experts) and not isinstance(accelerator, InlineAccelerator):
             runtime = self.runtimes[HOST].native
             mailbox: MailboxHandoff | CudaHandoff
-            if isinstance(accelerator, CudaAccelerator):
-                mailbox = CudaHandoff(accelerator, runtime, native, self.plan.batch_tokens, EXPERTS_LIMIT)
-            else:
-                mailbox = MailboxHandoff(runtime, native, EXPERTS_LIMIT)
+            with room_for("hand-off to the experts", HOST):
+                if isinstance(accelerator, CudaAccelerator):
+                    mailbox = CudaHandoff(accelerator, runtime, native, self.plan.batch_tokens, EXPERTS_LIMIT)
+                else:
+                    mailbox = MailboxHandoff(runtime, native, EXPERTS_LIMIT)
             self.undo.callback(mailbox.close)
             return mailbox
         beside = any(self.plan.where("shared_experts", layer).device != HOST for layer in experts)
@@ -158,13 +159,8 @@ class _Builder:
             config.n_routed_experts,
             config.num_experts_per_tok,
         )
-        try:
+        with room_for(f"routed experts of layer {layer}", HOST):
             backend = self.runtimes[HOST].make_layer(*sizes)
-        except MemoryError as error:
-            raise MemoryBudgetError(
-                f"routed experts of layer {layer}: expected room in host memory, got none left",
-                hint="the plan counts on memory that another program or a limit has taken since",
-            ) from error
         self.undo.callback(backend.close)
         dtype = self.plan.where("routed_experts", layer).dtype
         load_experts(backend, self.checkpoint, config, layer, dtype=dtype, threads=self.plan.threads, count=self.count)

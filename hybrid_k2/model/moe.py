@@ -5,13 +5,16 @@ What computes when, and what beside what, is the schedule's (`schedule.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from hybrid_k2.experts import ExpertsBackend
-from hybrid_k2.model.layers import SwiGlu
-from hybrid_k2.model.router import Router
+from hybrid_k2.model.layers import SwiGlu, linear_all, native_of_one_kind
+from hybrid_k2.model.router import Router, Routing
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,19 @@ class Moe:
     router: Router
     experts: ExpertsBackend
     shared: SwiGlu
+
+    def begin(self, x: Tensor) -> tuple[Routing, Callable[[], Tensor]]:
+        """Route rows, and return what computes their shared expert.
+
+        Where nobody waits for the routing alone: native matrices that read the rows are multiplied in one go, so that
+        the threads are asked once.
+        Shapes: x [T, hidden].
+        """
+        reading = self.router.weight, self.shared.gate, self.shared.up
+        if x.dtype != torch.float32 or not native_of_one_kind(reading):
+            return self.router(x), partial(self.shared, x)
+        logits, gate, up = linear_all(x, reading)
+        return self.router.route(logits), partial(self.shared.finish, gate, up)
 
 
 def mixed(routed: Tensor, shared: Tensor, residual: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from hybrid_k2.accelerator.kernels import have_triton
 from hybrid_k2.checkpoint import Checkpoint
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.dense import HostMatrix
-from hybrid_k2.errors import MemoryBudgetError
 from hybrid_k2.experts import ExpertsRuntime
 from hybrid_k2.model.attention import Attention
 from hybrid_k2.model.dense_loading import load_gpu_matrix, load_host_matrix, load_router
@@ -20,6 +19,7 @@ from hybrid_k2.model.gpu_attention import GpuAttention
 from hybrid_k2.model.layers import Matrix, RmsNorm, SwiGlu
 from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.native_attention import NativeAttention
+from hybrid_k2.model.room import room_for
 from hybrid_k2.model.router import Router
 from hybrid_k2.placement.memories import HOST, memory_of
 from hybrid_k2.placement.plan import KvCachePlan, Placement
@@ -159,10 +159,5 @@ class PartLoader:
 
 def place(name: str, device: str, dtype: torch.dtype, tensor: Tensor) -> Tensor:
     """Bring a tensor to a device of the plan. Raises: MemoryBudgetError, HardwareError."""
-    try:
+    with room_for(name, device):
         return tensor.to(torch_device(device), dtype)
-    except torch.OutOfMemoryError as error:
-        raise MemoryBudgetError(
-            f"{name}: expected room for {tensor.numel() * dtype.itemsize} bytes on {device}, got none left",
-            hint="another program may be using the GPU; the plan counts on all of its memory",
-        ) from error

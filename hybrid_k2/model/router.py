@@ -44,15 +44,21 @@ class Router:
     def __call__(self, x: Tensor) -> Routing:
         """Route each row.
 
-        Experts whose biased scores tie rank by index, the lower first, so that a choice is reproducible.
         Shapes: x [T, hidden].
+        """
+        return self.route(self._logits(x.to(self.bias.device)))
+
+    def route(self, logits: Tensor) -> Routing:
+        """Route rows by their products with the weight; those with its padding are left out.
+
+        Experts whose biased scores tie rank by index, the lower first, so that a choice is reproducible.
+        Shapes: logits [T, rows of the weight] fp32.
         """
         if self.kernel:
             from hybrid_k2.accelerator.kernels.router import route
 
-            logits = self._logits(x.to(self.bias.device))  # [T, E]
             return Routing(*route(logits, self.bias, self.experts_per_token, self.normalise, self.scale))
-        scores = self.scores(x)  # [T, E]
+        scores = self._scores(logits)  # [T, E]
         order = torch.sort(scores + self.bias, dim=-1, descending=True, stable=True).indices  # [T, E]
         ids = order[:, : self.experts_per_token]  # [T, K]
         return Routing(ids.int(), self.weigh(scores, ids))
@@ -62,7 +68,7 @@ class Router:
 
         Shapes: x [T, hidden] -> [T, E] fp32.
         """
-        return rowwise(torch.sigmoid, self._logits(x.to(self.bias.device)))
+        return self._scores(self._logits(x.to(self.bias.device)))
 
     def weigh(self, scores: Tensor, ids: Tensor) -> Tensor:
         """Return the weights of chosen experts.
@@ -74,7 +80,10 @@ class Router:
             weights = weights / (weights.sum(-1, keepdim=True) + NO_SCORE)
         return weights * self.scale
 
+    def _scores(self, logits: Tensor) -> Tensor:
+        return rowwise(torch.sigmoid, logits[:, : len(self.bias)])
+
     def _logits(self, x: Tensor) -> Tensor:
         if isinstance(self.weight, HostMatrix):
-            return self.weight(x.float())[:, : len(self.bias)]
+            return self.weight(x.float())
         return functional.linear(x.float(), self.weight.float())

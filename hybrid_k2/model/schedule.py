@@ -52,6 +52,7 @@ class Half:
         self._logits = logits
         self._x: Tensor  # [T, hidden], the residual stream
         self._normal: Tensor  # [T, hidden], what router and experts read
+        self._share: Callable[[], Tensor]  # the shared expert of these rows: [T, hidden]
         self._shared: Tensor  # [T, hidden]
         self._rotation: Rotation
 
@@ -73,12 +74,15 @@ class Half:
 
     def post(self, index: int, moe: Moe) -> None:
         """Route, and start the routed experts."""
-        routing = moe.router(self._normal)
+        if self._handoff.concurrent:
+            routing, self._share = moe.router(self._normal), partial(moe.shared, self._normal)
+        else:
+            routing, self._share = moe.begin(self._normal)
         self._handoff.post(self.slot, index, self._normal, routing.ids, routing.weights)
 
-    def shared(self, moe: Moe) -> None:
+    def shared(self) -> None:
         """Compute the shared expert."""
-        self._shared = moe.shared(self._normal)
+        self._shared = self._share()
 
     def take(self, index: int) -> None:
         """Wait for the routed experts, and add."""
@@ -110,7 +114,7 @@ def through_layers(
 
 def _finish(index: int, layer: Layer, half: Half) -> Iterator[Operation]:
     if isinstance(layer.mlp, Moe):
-        yield partial(half.shared, layer.mlp), _label("shared", index, half)
+        yield half.shared, _label("shared", index, half)
         yield partial(half.take, index), _label("take", index, half)
 
 

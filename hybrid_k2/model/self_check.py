@@ -325,9 +325,10 @@ class _Checks:
 
     def _amplitude(self, what: str, layer: int | None) -> float:
         """Return what roundings on both ways amount to: the host's weights are bf16."""
-        weights = ROUNDING[self.plan.where(what, layer).dtype]
-        if what != "router":  # which the host multiplies as it is stored
-            weights = max(weights, ROUNDING["bf16"])
+        weights = max(ROUNDING[self.plan.where(what, layer).dtype], ROUNDING["bf16"])
+        gate = f"{self.config.tensor_prefix}model.layers.{layer}.mlp.gate.weight"
+        if what == "router" and self.checkpoint.info(gate).dtype == "BF16":
+            weights = 0.0  # multiplied in fp32 as they are stored, on every way
         return combined(weights, ROUNDING[self.plan.activation_dtype])
 
     def _inputs(self, rows: int = ROWS) -> Tensor:
@@ -384,7 +385,7 @@ _HOST_DEVICE = torch.device("cpu")
 
 
 def _all_on_host(dtype: str) -> Callable[[str, int | None], Placement]:
-    return lambda what, layer: Placement(HOST, "fp32" if what == "router" else dtype)
+    return lambda what, layer: Placement(HOST, dtype)
 
 
 def _attend(norm: RmsNorm, attention: Attention, cache: LatentCache, steps: list[Step], device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -100,17 +101,21 @@ class TextModel:
         return logits
 
     def close(self) -> None:
-        """Release weights, experts and threads. Closing twice is fine."""
+        """Release weights, experts and threads. Closing twice is fine; an interrupt is raised when all is released."""
         if self._closed:
             return
         self._closed = True
-        self.handoff.close()
-        self.accelerator.close()
-        for layer in self.layers:
-            if isinstance(layer.mlp, Moe):
-                layer.mlp.experts.close()
-        for runtime in self._runtimes:
-            runtime.close()
+        with ExitStack() as left:  # whatever one of them raises, the others are closed; from the last to the first
+            left.callback(self._forget_weights)
+            for runtime in self._runtimes:
+                left.callback(runtime.close)
+            for layer in self.layers:
+                if isinstance(layer.mlp, Moe):
+                    left.callback(layer.mlp.experts.close)
+            left.callback(self.accelerator.close)
+            left.callback(self.handoff.close)
+
+    def _forget_weights(self) -> None:
         self.layers.clear()
         self.embedding = torch.empty(0)
         self.lm_head = self.embedding

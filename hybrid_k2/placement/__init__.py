@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybrid_k2.placement.described import described_machine
+from hybrid_k2.placement.described import described_gpu, described_host
 from hybrid_k2.placement.draft import NO_SELF_CHECK, make_plan
 from hybrid_k2.placement.later import check_loadable, missing_parts
 from hybrid_k2.placement.machine import Gpu, Machine
@@ -20,7 +20,8 @@ __all__ = [
     "Rules",
     "check_loadable",
     "default_rules",
-    "described_machine",
+    "described_gpu",
+    "described_host",
     "load_rules",
     "make_plan",
     "missing_parts",

@@ -86,4 +86,7 @@ def _hint(device: str, budget: Budget) -> str:
         return "place less on the GPU, lower kv_cache tokens, or use rules/host.yaml"
     if budget.origin.startswith("devices"):
         return "raise devices.host.memory, or lower kv_cache tokens"
-    return "free host memory (other programs, the container's limit), lower kv_cache tokens, or use a larger machine"
+    return (
+        "free host memory (other programs, the container's limit), lower kv_cache tokens, or use a larger machine; "
+        "--dry-run --host-memory SIZE plans for one"
+    )

@@ -10,21 +10,23 @@ from hybrid_k2.placement.memories import TWIN
 from hybrid_k2.placement.sizes import format_bytes
 
 
-def described_machine(machine: Machine, rules: Rules, host_memory_bytes: int | None = None) -> Machine:
-    """Add the GPU that the rules name and size (`devices.gpu_memory`) where it is missing; its notes say so.
+def described_host(machine: Machine, memory_bytes: int | None) -> Machine:
+    """Give the host so much free memory, whatever this one has; its notes say so. None: leave it as it is."""
+    if memory_bytes is None:
+        return machine
+    here = format_bytes(machine.host_available_bytes)
+    note = f"host: planned for {format_bytes(memory_bytes)} of free memory; here are {here}"
+    return replace(
+        machine,
+        host_memory_bytes=memory_bytes,
+        host_available_bytes=memory_bytes,
+        nodes=(),  # how that host's memory is divided is not known
+        notes=(*machine.notes, note),
+    )
 
-    host_memory_bytes: plan for a host with so much free memory, whatever this one has.
-    """
-    if host_memory_bytes is not None:
-        here = format_bytes(machine.host_available_bytes)
-        note = f"host: planned for {format_bytes(host_memory_bytes)} of free memory; here are {here}"
-        machine = replace(
-            machine,
-            host_memory_bytes=host_memory_bytes,
-            host_available_bytes=host_memory_bytes,
-            nodes=(),  # how that host's memory is divided is not known
-            notes=(*machine.notes, note),
-        )
+
+def described_gpu(machine: Machine, rules: Rules) -> Machine:
+    """Add the GPU that the rules name and size (`devices.gpu_memory`) where it is missing; its notes say so."""
     device, size = rules.devices.gpu, rules.devices.gpu_memory_bytes
     if device is None or device == TWIN or size is None or machine.find_gpu(device) is not None:
         return machine

@@ -47,7 +47,8 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
     devices = _resolve_devices(rules, machine)
     claims = claim_groups(rules, config)
     stream = _stream_dtype(claims)
-    rows = tuple(_row(claim, rules, config, devices, stream, experts_packed) for claim in claims.all)
+    numerics = rules.numerics if experts_packed else "reference"
+    rows = tuple(_row(claim, rules, config, devices, stream, numerics, experts_packed) for claim in claims.all)
     activation_dtype = "fp32" if _stream_on_host(rows) else stream
     accelerator = _accelerator(devices, claims)
     streams = rules.prefill.stream if accelerator not in (None, TWIN) else "off"
@@ -58,7 +59,6 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
     work = replace(work, chunk_tokens=chunk_tokens)
     overheads = _overheads(work, rows, kv_cache)
     rows, notes = _place_hot(claims, rules, config, machine, rows, kv_cache, overheads, experts_packed)
-    numerics = rules.numerics if experts_packed else "reference"
     threads = plan_threads(
         rules,
         machine,
@@ -81,7 +81,7 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
         + claims.notes
         + notes
         + threads.notes
-        + _fp8_notes(rows, rules, machine)
+        + _check_fp8(rows, rules, machine)
         + _numerics_notes(rules.numerics, numerics, activation_dtype)
         + ((NO_SELF_CHECK,) if accelerator is not None and not rules.self_check else ()),
         accelerator=accelerator,
@@ -139,8 +139,8 @@ def _place_hot(
     return tuple(placed), tuple(hot_notes(claims.hot, counts))
 
 
-def _fp8_notes(rows: tuple[PlanRow, ...], rules: Rules, machine: Machine) -> tuple[str, ...]:
-    """Check that a card with fp8 weights can multiply them. Raises: HardwareError."""
+def _check_fp8(rows: tuple[PlanRow, ...], rules: Rules, machine: Machine) -> tuple[str, ...]:
+    """Refuse fp8 on a card that cannot multiply it; say in a note where that is not known. Raises: HardwareError."""
     first = next((row for row in rows if row.dtype == "fp8"), None)
     gpu = machine.find_gpu(first.device) if first is not None else None
     if first is None or gpu is None:
@@ -237,15 +237,26 @@ def _stream_on_host(rows: tuple[PlanRow, ...]) -> bool:
 
 
 def _row(
-    claim: Claim, rules: Rules, config: ModelConfig, devices: dict[str, str], stream: str, experts_packed: bool
+    claim: Claim,
+    rules: Rules,
+    config: ModelConfig,
+    devices: dict[str, str],
+    stream: str,
+    numerics: str,
+    experts_packed: bool,
 ) -> PlanRow:
-    dtype = claim.rule.dtype
+    device, dtype = devices[claim.rule.on], claim.rule.dtype
     if claim.what == "routed_experts":
         dtype = _expert_dtype(claim, rules, stream, experts_packed)
     elif dtype is None:
-        dtype = "fp32" if claim.what == "router" else "bf16"
+        dtype = _router_dtype(device, numerics) if claim.what == "router" else "bf16"
     nbytes = len(claim.layers or (0,)) * group_bytes(config, claim.what, dtype)
-    return PlanRow(claim.what, claim.layers, devices[claim.rule.on], dtype, nbytes, claim.rule.line)
+    return PlanRow(claim.what, claim.layers, device, dtype, nbytes, claim.rule.line)
+
+
+def _router_dtype(device: str, numerics: str) -> str:
+    """Keep the router as it is stored where the native kernels read it; elsewhere fp32 saves a conversion per token."""
+    return "bf16" if memory_of(device) == HOST and numerics != "reference" else "fp32"
 
 
 def _expert_dtype(claim: Claim, rules: Rules, stream: str, experts_packed: bool) -> str:
@@ -271,11 +282,15 @@ def _plan_kv_cache(
 ) -> KvCachePlan:
     rule = rules.kv_cache
     attention = {row.device: row.line for row in rows if row.what == "attention"}
-    device = devices[rule.on] if rule.on else next(iter(attention))
-    for other, line in attention.items():
-        if other != device:
-            message = f"kv_cache: expected on the device of all attention ({other} on line {line}), got {device}"
-            fail(rules.source, rule.line, message, "place kv_cache and all attention layers together")
+    if len(attention) > 1:
+        found = " and ".join(f"{device} on line {line}" for device, line in attention.items())
+        message = f"attention: expected all layers on one device, with the KV cache, got {found}"
+        fail(rules.source, max(attention.values()), message)
+    (other, line), *_ = attention.items()
+    device = devices[rule.on] if rule.on else other
+    if other != device:
+        message = f"kv_cache: expected on the device of all attention ({other} on line {line}), got {device}"
+        fail(rules.source, rule.line, message, "place kv_cache and all attention layers together")
     page_bytes = PAGE_TOKENS * latent_bytes_per_token(config, rule.dtype)
     limit = config.max_position_embeddings
     if rule.tokens is not None and rule.tokens > limit:

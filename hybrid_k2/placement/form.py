@@ -25,6 +25,7 @@ class Devices:
     twin_threads: int | None = None
     gpu_line: int | None = None
     gpu_memory_line: int | None = None
+    twin_threads_line: int | None = None
     host_memory_line: int | None = None
 
 
@@ -33,7 +34,7 @@ class PlaceRule:
     """Place one tensor group, or some layers of it.
 
     layers: None for all layers of the group; ranges stay ranges until the model bounds them.
-    on: "gpu" or "host". dtype: None means as stored (the router: fp32).
+    on: "gpu" or "host". dtype: None means as stored (the router on a GPU: fp32).
     hottest: place so many of the most used routed experts of each layer; 0: as many as fit; None: the whole group.
     also_on_host: keep them in host memory, too.
     line: of the rule. number: its place in the list, from 1.

@@ -8,6 +8,7 @@ from hybrid_k2.host.threads import NodeThreads, node_shares, spread_threads, vir
 from hybrid_k2.placement.form import Rules
 from hybrid_k2.placement.machine import Machine
 from hybrid_k2.placement.sizes import format_bytes
+from hybrid_k2.placement.yaml_tree import fail
 
 # Per token, one thread reads this in about 0.3 ms. The hand-offs of a token between threads cost some 0.1 ms on a quiet
 # machine, and many times that on a busy one: less work than this is not worth another thread.
@@ -30,12 +31,27 @@ def plan_threads(
 
     bytes_per_token: weights that a token reads. expert_bytes: of the routed experts on the host, which the nodes share.
     gpu: something is on a GPU. twin_share: which part of the multiplications the twin does; None without one.
+    Raises: RulesError: more threads for the twin than leave a core to the experts, where the rules leave the sum open.
     """
     threads = rules.devices.host_threads or _auto_threads(machine.cores, bytes_per_token, gpu)
     if twin_share is None:
         return _spread(rules, machine, threads, expert_bytes)
+    _check_twin_threads(rules, machine)
     twin = rules.devices.twin_threads or _auto_twin_threads(threads, twin_share)
     return replace(_spread(rules, machine, max(1, threads - twin), expert_bytes), twin_threads=twin)
+
+
+def _check_twin_threads(rules: Rules, machine: Machine) -> None:
+    """Refuse a twin that takes all cores; where the rules state the host's threads, they have been compared."""
+    devices, most = rules.devices, max(1, machine.cores - 1)
+    if devices.host_threads is None and (devices.twin_threads or 0) > most:
+        fail(
+            rules.source,
+            devices.twin_threads_line,
+            f"devices: twin_threads: expected at most {most} (of the {machine.cores} cores at hand, one is for the "
+            f"experts), got {devices.twin_threads}",
+            "for more threads than cores, state their sum: host: {threads: N}",
+        )
 
 
 def _auto_twin_threads(threads: int, share: float) -> int:

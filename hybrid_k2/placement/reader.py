@@ -9,7 +9,7 @@ from hybrid_k2.placement.form import FORM_VERSION, Devices, KvCacheRule, PlaceRu
 from hybrid_k2.placement.groups import GROUPS, INT8_GROUPS, LAYERED_GROUPS
 from hybrid_k2.placement.memories import TWIN
 from hybrid_k2.placement.section import HOTTEST, Section, describe
-from hybrid_k2.placement.yaml_tree import Mapping, Node, Sequence, parse_yaml
+from hybrid_k2.placement.yaml_tree import Mapping, Node, Scalar, Sequence, parse_yaml
 
 DENSE_DTYPES = ("bf16", "fp32")
 EXPERT_DTYPES = ("int4", "bf16", "fp32")
@@ -68,6 +68,7 @@ def _devices(top: Section) -> Devices:
         twin_threads=twin_threads,
         gpu_line=devices.line_of("gpu"),
         gpu_memory_line=devices.line_of("gpu_memory"),
+        twin_threads_line=devices.line_of("twin_threads"),
     )
     host_node = devices.get("host")
     if host_node is None:
@@ -115,10 +116,7 @@ def _place_rule(source: str, node: Node, number: int, devices: Devices) -> Place
         section.fail("layers", f"layers: expected no layers for {what} (it stands outside them), got some")
     on = _on(section, devices) or section.choice("on", ("host", "gpu"))
     hottest = _hottest(section, what, on, devices)
-    dtype: str | None = None
-    if section.get("dtype") is not None:
-        allowed = _dtypes(what, hottest is not None, on_card=on == "gpu" and devices.gpu != TWIN)
-        dtype = section.choice("dtype", allowed, [later for later in LATER_DTYPES if later not in allowed])
+    dtype = _dtype(section, what, hottest is not None, on, devices)
     also_on_host = section.choice("also_on_host", ("true", "false"), default="false") == "true"
     return PlaceRule(what, layers, on, dtype, section.line, number, hottest, also_on_host)
 
@@ -135,6 +133,18 @@ def _hottest(section: Section, what: str, on: str, devices: Devices) -> int | No
     if section.get(HOTTEST) is None:
         section.unavailable("on", "routed_experts on: gpu", "hottest: N places the most used ones of each layer there")
     return section.count(HOTTEST, MAX_EXPERTS) or 0
+
+
+def _dtype(section: Section, what: str, hot: bool, on: str, devices: Devices) -> str | None:
+    """Read the dtype of a rule; None when the key is absent."""
+    node = section.get("dtype")
+    if node is None:
+        return None
+    allowed = _dtypes(what, hot, on_card=on == "gpu" and devices.gpu != TWIN)
+    if isinstance(node, Scalar) and node.text not in allowed and node.text in _dtypes(what, hot, on_card=True):
+        expected = f"one of {', '.join(allowed)} on the {'twin' if on == 'gpu' else 'host'}"
+        section.fail("dtype", f"dtype: expected {expected}, got {node.text!r}, which only a GPU computes")
+    return section.choice("dtype", allowed, [later for later in LATER_DTYPES if later not in allowed])
 
 
 def _dtypes(what: str, hot: bool, on_card: bool) -> tuple[str, ...]:

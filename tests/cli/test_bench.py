@@ -119,7 +119,10 @@ def test_a_trace_that_cannot_be_written_is_refused_before_any_work(call: Call, t
     assert "step 1" not in done.err
 
 
-@pytest.mark.parametrize(("option", "value"), [("--device", "tpu"), ("--scale", "3"), ("--sequences", "0")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--device", "tpu"), ("--scale", "3"), ("--sequences", "0"), ("--sequences", "1024"), ("--context", "200000")],
+)
 def test_wrong_usage_of_overlap(call: Call, option: str, value: str) -> None:
     done = call("bench", "overlap", option, value)
     assert (done.code, done.out) == (2, "")

@@ -7,10 +7,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hybrid_k2.placement import Gpu, Machine
+from hybrid_k2.placement import Gpu, Machine, Rules, default_rules
 from tests.cli.conftest import Done
 
 Call = Callable[..., Done]
@@ -114,16 +115,64 @@ def test_a_plan_that_does_not_fit_is_the_error_of_loading(call: Call, babbler: P
 def test_another_host_is_described(call: Call, kimi_data: Path) -> None:
     done = call("chat", kimi_data, "--rules", "host", "--dry-run", "--host-memory", "768GiB")
     assert (done.code, done.err) == (0, "")
-    assert "\nhost: 557.99 GiB of 751.64 GiB (768.00 GiB free less 16.36 GiB in reserve)\n" in done.out
+    assert "\nhost: 557.69 GiB of 751.64 GiB (768.00 GiB free less 16.36 GiB in reserve)\n" in done.out
     here = Machine.probe().host_available_bytes >> 30
     assert re.search(
         rf"^note: host: planned for 768.00 GiB of free memory; here are ({here - 1}|{here}|{here + 1})\.",
         done.out,
         re.M,
     )
-    call_error = call("chat", kimi_data, "--dry-run", "--host-memory", "768")
-    assert (call_error.code, call_error.out) == (1, "")
-    assert "--host-memory: expected a size with its unit, as 768GiB, got '768'" in call_error.err
+
+
+def test_rules_are_chosen_for_the_described_host(call: Call, kimi_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Machine] = []
+
+    def choose(machine: Machine, *args: Any, **options: Any) -> Rules:
+        asked.append(machine)
+        return default_rules(machine, *args, **options)
+
+    monkeypatch.setattr("hybrid_k2.engine.loading.default_rules", choose)
+    done = call("chat", kimi_data, "--dry-run", "--host-memory", "768GiB")
+    assert (done.code, done.err) == (0, "")
+    assert [machine.host_available_bytes for machine in asked] == [768 << 30]
+    assert done.out.count("note: host: planned for 768.00 GiB of free memory") == 1
+
+
+@pytest.mark.parametrize("size", ["768", "", "0GiB", "many"])
+def test_a_malformed_size_is_wrong_usage(call: Call, size: str) -> None:
+    done = call("chat", "--dry-run", "--host-memory", size)
+    assert (done.code, done.out) == (2, "")
+    said = " ".join(done.err.replace("│", " ").split())
+    assert f"--host-memory: expected a size with its unit, as 768GiB, got {size!r}" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--temperature", "-1"), "temperature"),
+        (("--max-tokens", "0"), "max_tokens"),
+        (("-p", " "), "--prompt: expected text, got none"),
+        (("--system", ""), "--system: expected text, got none"),
+        (("--tools", "/nowhere.json"), "/nowhere.json"),
+        (("--trace", "/nowhere/trace.json"), "expected a trace file that can be written, got No such file"),
+    ],
+)
+def test_the_other_options_are_checked(call: Call, babbler: Path, arguments: tuple[str, str], expected: str) -> None:
+    done = call("chat", babbler, "--rules", "host", "--dry-run", *arguments)
+    assert (done.code, done.out) == (1, "")
+    assert expected in done.err
+
+
+def test_good_options_change_nothing_and_leave_nothing(call: Call, babbler: Path, tmp_path: Path) -> None:
+    plain = ("chat", babbler, "--rules", "host", "--dry-run", "--host-memory", "8GiB")
+    trace = tmp_path / "trace.json"
+    done = call(*plain, "-p", "hi", "-p", "-", "--trace", trace, "--seed", "7", stdin=b"\xff")  # it is not read
+    expected = call(*plain).out.splitlines()
+    assert (done.code, done.err) == (0, "")
+    assert [line for line in done.out.splitlines() if "here are" not in line] == [
+        line for line in expected if "here are" not in line
+    ]
+    assert not trace.exists()
 
 
 def test_a_host_is_described_for_a_dry_run_alone(call: Call, babbler: Path) -> None:

@@ -127,6 +127,20 @@ def test_wrong_usage(call: Call) -> None:
         assert done.out == ""
 
 
+@pytest.mark.parametrize("command", [("chat", "-p", "hi"), ("bench", "overlap")])
+def test_a_trace_without_a_name(call: Call, command: tuple[str, ...]) -> None:
+    done = call(*command, "--trace", "")
+    assert (done.code, done.out) == (2, "")
+    assert "--trace: expected the name of a file, got" in " ".join(done.err.split())
+
+
+def test_a_trace_replaces_no_other_file(call: Call, babbler: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    refused(call("chat", babbler, "-p", "hi", "--trace", notes), str(notes), "expected a trace", "hint: ")
+    assert notes.read_text() == "mine"
+
+
 @pytest.mark.parametrize("rules", ["", " "])
 def test_rules_without_a_name(call: Call, rules: str) -> None:
     done = call("chat", "-p", "hi", "--rules", rules)

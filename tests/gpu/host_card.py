@@ -43,13 +43,17 @@ class HostCard(Accelerator):
         yield
 
     def synchronize(self, timeout_s: float | None = None) -> None:
-        self.abandon()
         self.steps += 1
-        for peer in self.peers:
-            peer.end()
+        try:
+            for peer in self.peers:
+                peer.end()
+        finally:
+            self.abandon()
 
     def abandon(self) -> None:
         self._running = False
+        for peer in self.peers:
+            peer.rest()
 
     def close(self) -> None:
         return

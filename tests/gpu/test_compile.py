@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -50,3 +51,14 @@ def test_a_kernel_is_left_out_only_where_the_card_lacks_its_type(compiled: dict[
         missing = everything - compiled_names
         assert all("fp8" in name for name in missing), f"sm_{card} lacks {missing}"
         assert not missing or card < 89, f"sm_{card} lacks {missing}"
+
+
+def test_every_launch_says_whether_products_and_sums_may_fuse() -> None:
+    launches = 0
+    for path in sorted((REPO / "hybrid_k2" / "accelerator" / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launches += 1
+                options = [keyword.value for keyword in node.keywords if keyword.arg is None]
+                assert options, f"{path.name}:{node.lineno}: expected **FUSED, or arguments that hold it"
+    assert launches >= 10

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -25,6 +26,99 @@ def test_a_card_that_is_not_there_is_an_error() -> None:
     missing = torch.device("cuda", torch.cuda.device_count())
     with pytest.raises(HardwareError, match=f"{missing}: expected a CUDA device, got {torch.cuda.device_count()}"):
         CudaAccelerator(missing)
+
+
+class Lane:
+    """In the place of a stream and its events: `dry` says whether what was launched has run."""
+
+    dry = True
+
+    def __init__(self, *_: object, **options: object) -> None:
+        pass
+
+    def query(self) -> bool:
+        return self.dry
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def wait_stream(self, stream: object) -> None:
+        pass
+
+
+class Watched:
+    """A peer that keeps awake while a step runs."""
+
+    awake = False
+    failure: EngineError | None = None
+
+    def begin(self) -> None:
+        self.awake = True
+
+    def release(self) -> None:
+        Lane.dry = True
+
+    def end(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def rest(self) -> None:
+        self.awake = False
+
+
+@pytest.fixture
+def peer(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    monkeypatch.setattr(Lane, "dry", True)
+    for name, stand_in in (
+        ("is_available", lambda: True), ("device_count", lambda: 1), ("Stream", Lane), ("Event", Lane),
+        ("default_stream", Lane), ("stream", lambda _: nullcontext()), ("is_current_stream_capturing", lambda: False),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return Watched()
+
+
+def test_peers_rest_after_a_step_however_it_ends(peer: Watched) -> None:
+    accelerator = CudaAccelerator(torch.device("cuda:0"))
+    accelerator.attach(peer)
+
+    def fail() -> None:
+        raise ValueError("an operation")
+
+    def step(op: Callable[[], None], timeout_s: float) -> None:
+        try:
+            accelerator.enqueue(op, LABEL)
+            assert peer.awake
+            accelerator.synchronize(timeout_s)
+        except BaseException:
+            accelerator.abandon()
+            raise
+
+    step(lambda: None, 60)
+    assert not peer.awake
+    with pytest.raises(ValueError, match="an operation"):
+        step(fail, 60)
+    assert not peer.awake
+    peer.failure = EngineError("the experts")
+    with pytest.raises(EngineError, match="the experts"):
+        step(lambda: None, 60)
+    assert not peer.awake
+    Lane.dry = False  # what was launched waits until it is let go
+    with pytest.raises(EngineError, match="expected an operation to end within"):
+        step(lambda: None, 0.01)
+    assert not peer.awake
+
+
+def test_a_peer_stays_awake_while_an_abandoned_step_still_runs(peer: Watched) -> None:
+    accelerator = CudaAccelerator(torch.device("cuda:0"))
+    accelerator.attach(peer)
+    accelerator.enqueue(lambda: None, LABEL)
+    Lane.dry = False
+    accelerator.abandon()
+    assert peer.awake, "kernels that run may wait for it"
+    accelerator.enqueue(lambda: None, LABEL)
+    Lane.dry = True
+    accelerator.synchronize(60)
+    assert not peer.awake
 
 
 @pytest.fixture(params=["kernels", "host calls"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,9 +13,10 @@ import pytest
 from typer.main import get_command
 
 from hybrid_k2.bench import overlap as bench
-from hybrid_k2.bench.overlap import OverlapReport, measure_overlap
+from hybrid_k2.bench.overlap import OverlapReport, check_tokens, measure_overlap
+from hybrid_k2.bench.slice import slice_config, widths, write_slice
 from hybrid_k2.cli.bench import app
-from hybrid_k2.errors import HardwareError
+from hybrid_k2.errors import ConfigError, HardwareError, MemoryBudgetError
 from hybrid_k2.native import NATIVE_ERROR
 from hybrid_k2.placement import Machine
 from tests.conftest import REPO
@@ -45,6 +48,44 @@ def test_the_figures_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyP
     waited = sum(event["dur"] for event in events if event["cat"] == "waits")
     assert (worked - waited) / 1e3 == pytest.approx(report.layer_accelerator_ms * 2 * report.steps, rel=1e-3)
     assert f"{report.overlap_share:.0%}" in report.table()
+
+
+def test_the_cache_holds_whole_pages_of_each_sequence_and_no_more_than_the_model_allows() -> None:
+    assert check_tokens(1, 1, 1) == 64
+    assert check_tokens(3, 61, 1) == 3 * 64
+    assert check_tokens(3, 62, 1) == 3 * 128
+    assert check_tokens(1, 200000, 10000) == -(-210002 // 64) * 64
+    assert check_tokens(1024, 250, 4) == check_tokens(2, 131000, 70) == 262144
+    for many in ((1025, 250, 4), (1024, 250, 5), (2, 131000, 71), (2, 200000, 1)):
+        with pytest.raises(ConfigError, match="bench overlap: expected at most 262144 cached tokens, got "):
+            check_tokens(*many)
+
+
+def test_a_slice_that_does_not_fit_is_told_in_the_options_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Machine(1 << 24, 1 << 24, 2)
+    monkeypatch.setattr(Machine, "probe", classmethod(lambda cls: small))
+    with pytest.raises(MemoryBudgetError, match=r"^bench overlap: host: expected a plan of at most ") as caught:
+        measure_overlap("twin", 2)
+    assert "fewer --layers" in (caught.value.hint or "")
+
+
+def test_a_full_disk_is_named_with_what_was_to_be_written(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # as a disk that is full after a MiB
+    try:
+        with pytest.raises(
+            HardwareError, match=r"model\.safetensors: expected to write \d+\.\d\d MiB, got: "
+        ) as caught:
+            write_slice(tmp_path, slice_config(widths(8), 2, 8, "test"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "TMPDIR" in (caught.value.hint or "")
+
+
+def test_no_folder_for_temporary_files_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at/all")
+    with pytest.raises(HardwareError, match="expected a folder for temporary files, got: No such file"):
+        measure_overlap("twin", 1, **SMALL)  # type: ignore[arg-type]
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

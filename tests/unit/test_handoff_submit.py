@@ -55,7 +55,28 @@ def test_two_slots_from_the_twin_give_what_forward_gives(layers: dict[int, Exper
     assert len(layers) == 2
     for _ in range(5):
         check_step(twin, handoff, layers, [batch(5), batch(1)])
-    assert [event.label for event in handoff.trace.events[:2]] == [Label("wait", 1, half, "waits") for half in range(2)]
+    waits = [event.label for event in handoff.trace.events if event.label.lane == "waits"]
+    assert waits[:2] == [Label("wait", 1, half, "waits") for half in range(2)]
+
+
+def test_the_trace_shows_when_the_experts_computed(layers: dict[int, ExpertsBackend], twin: HostTwin) -> None:
+    handoff = SubmitHandoff(layers)
+    handoff.trace = trace = Trace()
+    before = time.monotonic_ns()
+    for _ in range(3):
+        check_step(twin, handoff, layers, [batch(5), batch(1)])
+    after = time.monotonic_ns()
+    lanes = {name: [event for event in trace.events if event.label.lane == name] for name in ("waits", "experts")}
+    if layers[1].computed(0) is None:  # the native experts keep no times: with them, a mailbox hands over
+        assert lanes["experts"] == []
+        return
+    assert [event.label for event in lanes["experts"]] == [
+        Label("experts", event.label.layer, event.label.half, "experts") for event in lanes["waits"]
+    ]
+    for wait, computed in zip(lanes["waits"], lanes["experts"], strict=True):
+        assert before <= computed.start_ns < computed.stop_ns <= wait.stop_ns <= after
+    starts = [event.start_ns for event in lanes["experts"]]
+    assert starts == sorted(starts), "one computation after the other"
 
 
 def test_slots_and_layers_are_checked(layers: dict[int, ExpertsBackend]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_k2.config import ModelConfig
-from hybrid_k2.errors import EngineError
+from hybrid_k2.errors import EngineError, MemoryBudgetError
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.latent_cache import LatentCache, PagePool
 from hybrid_k2.placement.plan import KvCachePlan
@@ -129,3 +129,8 @@ def test_pool_refuses_pages_that_are_not_taken(pages: list[int]) -> None:
     with pytest.raises(ValueError, match="expected pages that are taken"):
         pool.free(pages)
     assert pool.available == 2
+
+
+def test_a_cache_that_has_no_room_is_one_error() -> None:
+    with pytest.raises(MemoryBudgetError, match=r"KV cache of \d+ tokens: expected room in host memory, got none left"):
+        make_cache(tokens=1 << 45, page_tokens=1 << 45)

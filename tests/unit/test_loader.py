@@ -17,10 +17,11 @@ from hybrid_k2.accelerator import DirectHandoff, SubmitHandoff
 from hybrid_k2.checkpoint import Checkpoint, expected_tensors
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.dense import HostMatrix, Int8Weight, fits_blocks, quantize_int8
-from hybrid_k2.errors import CheckpointError
+from hybrid_k2.errors import CheckpointError, MemoryBudgetError
 from hybrid_k2.experts.open import open_experts
-from hybrid_k2.model import loader
+from hybrid_k2.model import dense_loading, loader
 from hybrid_k2.model.dense_loading import PIECE_BYTES
+from hybrid_k2.model.devices import torch_dtype
 from hybrid_k2.model.layers import SwiGlu
 from hybrid_k2.model.loader import load_text_model
 from hybrid_k2.model.moe import Moe
@@ -198,6 +199,24 @@ def test_bf16_on_the_host_is_computed_by_the_native_kernels(block_folder: Path) 
     assert error.median() < 1e-2  # of the latents, rounded to bf16 in the cache
 
 
+@pytest.mark.parametrize("dtype", [None, "fp32"])
+def test_the_router_is_kept_as_the_plan_shows_it(dtype: str | None, block_folder: Path) -> None:
+    if NATIVE_ERROR is not None:
+        pytest.skip(f"the native extension is not installed: {NATIVE_ERROR}")
+    rule = "" if dtype is None else f"  - {{what: router, on: host, dtype: {dtype}}}\n"
+    rules = parse_rules(INT8_RULES.replace("kv_cache", f"{rule}kv_cache"), "router.yaml")
+    with loaded(block_folder, rules) as model, loaded(block_folder) as reference:
+        mlp, expected = model.model.layers[2].mlp, reference.model.layers[2].mlp
+        assert isinstance(mlp, Moe)
+        assert isinstance(expected, Moe)
+        planned, weight = model.plan.where("router", 2).dtype, mlp.router.weight
+        kept = weight.read() if isinstance(weight, HostMatrix) else weight
+        assert isinstance(kept, torch.Tensor)
+        assert torch_dtype(planned) == kept.dtype == model.model.layers[2].post_norm.weight.dtype
+        assert isinstance(weight, HostMatrix) == (planned == "bf16")
+        assert torch.equal(kept.float()[: len(mlp.router.bias)], expected.router.weight)
+
+
 def test_a_weight_that_int8_cannot_hold_is_named(block_folder: Path, tmp_path: Path) -> None:
     tensors = read_tensors(block_folder)
     name = "language_model.model.layers.1.mlp.shared_experts.up_proj.weight"
@@ -210,6 +229,28 @@ def test_a_weight_that_int8_cannot_hold_is_named(block_folder: Path, tmp_path: P
         place = re.escape(f"got inf at row 3, input 40 (in {file})")
         with pytest.raises(CheckpointError, match=f"^{re.escape(name)}: expected finite values below .*, {place}$"):
             load_text_model(checkpoint, config, plan)
+
+
+@pytest.mark.parametrize("what", ["gate", "q_a_proj", "lm_head"])
+def test_a_matrix_that_has_no_room_is_named(what: str, block_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if NATIVE_ERROR is not None:
+        pytest.skip(f"the native extension is not installed: {NATIVE_ERROR}")
+    config = ModelConfig.load(block_folder)
+    rows = {"gate": -(-config.n_routed_experts // 32) * 32, "q_a_proj": 64, "lm_head": config.vocab_size}[what]
+
+    def allocate(runtime: object, count: int, inputs: int, dtype: str) -> HostMatrix:
+        if count == rows:
+            raise MemoryError("memory: expected 5 bytes")
+        return HostMatrix(runtime, count, inputs, dtype)
+
+    monkeypatch.setattr(dense_loading, "HostMatrix", allocate)
+    with Checkpoint.open(block_folder) as checkpoint:
+        plan = make_test_plan(checkpoint, config, parse_rules(INT8_RULES, "int8.yaml"))
+        with pytest.raises(
+            MemoryBudgetError, match=rf"\b{what}: expected room in host memory, got none left"
+        ) as caught:
+            load_text_model(checkpoint, config, plan)
+    assert "taken since" in (caught.value.hint or "")
 
 
 def test_progress_counts_the_bytes_that_are_read(folder: Path) -> None:

@@ -2,18 +2,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from hybrid_k2.accelerator import DirectHandoff
 from hybrid_k2.checkpoint import ExpertWeights
 from hybrid_k2.config import ModelConfig
+from hybrid_k2.dense import HostMatrix
 from hybrid_k2.errors import EngineError
 from hybrid_k2.experts import ExpertsRuntime
 from hybrid_k2.experts.reference import ReferenceRuntime
-from hybrid_k2.model.layers import SwiGlu
+from hybrid_k2.model.layers import SwiGlu, native_of_one_kind
 from hybrid_k2.model.moe import Moe, mixed
 from hybrid_k2.model.router import Router
 from tests.generators import config_dict
@@ -105,3 +108,32 @@ def test_abandoning_swallows_errors_and_empty_slots(open_runtime: Any) -> None:
     assert torch.equal(backend.wait(0), backend.forward(*batch))
     backend.close()
     runtime.close()
+
+
+@pytest.mark.parametrize("dtypes", [("bf16", "bf16"), ("bf16", "int8"), ("plain", "bf16")])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_router_and_shared_expert_in_one_go_give_the_same_bits(dtypes: tuple[str, str], tokens: int) -> None:
+    """One question to the threads where all three matrices are native and of one kind, and the same without."""
+    config = ModelConfig.from_dict(config_dict(hidden_size=96, moe_intermediate_size=64), "test")
+    moe, weights = make_moe(config, ReferenceRuntime())
+    native = native_runtime().native
+
+    def matrix(weight: torch.Tensor, dtype: str) -> torch.Tensor | HostMatrix:
+        if dtype == "plain":
+            return weight
+        padded = functional.pad(weight, (0, 0, 0, -len(weight) % 32))
+        made = HostMatrix(native, *padded.shape, dtype)
+        made.load_rows(0, padded)
+        return made
+
+    parts = [matrix(weights[f"shared_experts.{part}_proj"], dtypes[1]) for part in ("gate", "up", "down")]
+    router = replace(moe.router, weight=matrix(weights["gate"], dtypes[0]))
+    moe = replace(moe, router=router, shared=SwiGlu(*parts))
+    x = torch.randn(tokens, config.hidden_size)
+    apart, shared = moe.router(x), moe.shared(x)
+    routing, share = moe.begin(x)
+    assert torch.equal(routing.ids, apart.ids)
+    assert torch.equal(routing.weights, apart.weights)
+    assert torch.equal(share(), shared)
+    joined = native_of_one_kind((moe.router.weight, moe.shared.gate, moe.shared.up))
+    assert bool(joined) == (dtypes == ("bf16", "bf16"))

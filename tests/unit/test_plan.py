@@ -38,14 +38,22 @@ def test_each_layer_goes_where_its_rule_says() -> None:
         plan.where("embedding", 0)
 
 
-def test_an_unnamed_router_follows_its_attention_and_stays_fp32() -> None:
+def test_an_unnamed_router_follows_its_attention() -> None:
     on_gpu = plan_of("attention gpu")
     assert {on_gpu.where("router", layer) for layer in range(2, 7)} == {Placement("cuda:0", "fp32")}
     named = plan_of("attention gpu", "router host layers: 2..3, dtype: bf16", "router gpu layers: 4..6")
     assert named.where("router", 3) == Placement("host", "bf16")
     assert named.where("router", 4) == Placement("cuda:0", "fp32")
     partly = plan_of("attention gpu", "router host layers: 4")
+    assert partly.where("router", 4) == Placement("host", "bf16")
     assert [partly.where("router", layer).device for layer in range(2, 7)] == ["cuda:0"] * 2 + ["host"] + ["cuda:0"] * 2
+
+
+def test_a_router_on_the_host_is_kept_as_the_native_kernels_read_it() -> None:
+    assert plan_of().where("router", 2) == Placement("host", "bf16")
+    assert plan_of("router host dtype: fp32").where("router", 2) == Placement("host", "fp32")
+    reference = plan_of(tail="numerics: reference\n")
+    assert reference.where("router", 2) == plan_of(packed=False).where("router", 2) == Placement("host", "fp32")
 
 
 def test_a_range_may_reach_over_layers_of_another_kind() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_k2.errors import HardwareError, MemoryBudgetError
+from hybrid_k2.errors import HardwareError, MemoryBudgetError, RulesError
 from hybrid_k2.placement import make_plan, parse_rules, shipped_rules
 from hybrid_k2.placement.budget import reserve_bytes
 from tests.conftest import REPO
@@ -63,10 +63,17 @@ def test_the_kv_cache_stands_with_all_attention() -> None:
     assert error.message == (
         "x.yaml:10: kv_cache: expected on the device of all attention (cuda:0 on line 4), got host"
     )
-    error = refusal("attention host layers: 0..3", "attention gpu layers: 4..6", tail="kv_cache: {on: host}\n")
-    assert "(cuda:0 on line 5), got host" in error.message
-    assert (
-        "(cuda:0 on line 5), got host" in refusal("attention host layers: 0..3", "attention gpu layers: 4..6").message
+
+
+@pytest.mark.parametrize("gpu", ["cuda:0", "twin"])
+@pytest.mark.parametrize("tail", ["", "kv_cache: {on: host}\n", "kv_cache: {on: gpu}\n"])
+def test_attention_on_two_devices_is_refused_as_such(gpu: str, tail: str) -> None:
+    text = rules_text("attention host layers: 0..3", "attention gpu layers: 4..6", tail=tail)
+    with pytest.raises(RulesError) as caught:
+        make_plan(parse_rules(text.replace("cuda:0", gpu), "x.yaml"), small_config(), machine(64, 24))
+    assert caught.value.message == (
+        "x.yaml:5: attention: expected all layers on one device, with the KV cache, "
+        f"got host on line 4 and {gpu} on line 5"
     )
 
 
@@ -95,7 +102,8 @@ def test_a_plan_over_the_free_memory_is_refused_with_its_biggest_parts() -> None
     assert message.startswith(
         "rules/host.yaml: host: expected a plan of at most 249.88 GiB (256.00 GiB free less 6.12 GiB"
     )
-    assert "got 553.71 GiB; the biggest: routed_experts of layers 1..60 (line 9) 531.56 GiB, attention" in message
+    assert "got 553.40 GiB; the biggest: routed_experts of layers 1..60 (line 9) 531.56 GiB, attention" in message
+    assert "--dry-run --host-memory SIZE" in (caught.value.hint or "")
 
 
 def test_a_plan_over_the_memory_of_the_rules_names_their_line() -> None:

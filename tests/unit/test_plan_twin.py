@@ -26,7 +26,7 @@ def test_the_memory_of_the_twin_is_the_hosts() -> None:
     assert twin.kv_cache.device == "twin"
     assert twin.kv_cache.nbytes == host.kv_cache.nbytes
     assert (twin.activation_dtype, host.activation_dtype) == ("fp32", "fp32"), "no GPU meets the residual stream"
-    assert repr(twin).startswith("Plan('rules/twin.yaml', kimi_k25, host 557.99 GiB")
+    assert repr(twin).startswith("Plan('rules/twin.yaml', kimi_k25, host 557.69 GiB")
 
 
 def test_a_plan_with_the_twin_must_fit_the_host() -> None:
@@ -57,9 +57,26 @@ def test_both_sides_have_a_thread_on_any_machine() -> None:
 def test_threads_by_rule() -> None:
     plan = twin_plan("attention gpu", devices="gpu: twin, twin_threads: 5, host: {threads: 9}")
     assert (plan.twin_threads, plan.threads) == (5, 4)
-    plan = twin_plan("attention gpu", devices="gpu: twin, twin_threads: 40")
-    assert (plan.twin_threads, plan.threads) == (40, 1)
+    plan = twin_plan("attention gpu", devices="gpu: twin, twin_threads: 40, host: {threads: 41}")
+    assert (plan.twin_threads, plan.threads) == (40, 1), "more than cores, as asked"
     assert twin_plan(devices="gpu: twin, twin_threads: 5").twin_threads == 0, "nothing is on it"
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 16, 64])
+@pytest.mark.parametrize("kimi", [False, True])
+def test_the_twins_threads_are_among_the_cores_where_the_sum_is_open(cores: int, kimi: bool) -> None:
+    most = max(1, cores - 1)
+    for asked in {1, (most + 1) // 2, most}:
+        plan = twin_plan("attention gpu", devices=f"gpu: twin, twin_threads: {asked}", cores=cores, kimi=kimi)
+        assert plan.twin_threads == asked
+        assert 1 <= plan.threads <= max(1, cores - asked)
+    with pytest.raises(RulesError) as caught:
+        twin_plan("attention gpu", devices=f"gpu: twin, twin_threads: {most + 1}", cores=cores, kimi=kimi)
+    assert caught.value.message == (
+        f"x.yaml:2: devices: twin_threads: expected at most {most} (of the {cores} cores at hand, one is for the "
+        f"experts), got {most + 1}"
+    )
+    assert "host: {threads: N}" in (caught.value.hint or "")
 
 
 def test_cores_of_their_own_are_those_of_the_experts() -> None:
@@ -95,7 +112,7 @@ def test_the_table_names_the_twin() -> None:
         "twin",
         "host",
     ]
-    assert "\nhost: 557.99 GiB of " in table
+    assert "\nhost: 557.69 GiB of " in table
 
 
 def test_what_can_be_planned_can_be_loaded() -> None:

@@ -185,7 +185,9 @@ def test_dense_groups_may_be_int8_anywhere_and_fp8_on_a_gpu(what: str) -> None:
     ):  # fmt: skip
         assert parse_rules(text % (gpu, what, on, dtype)).place[0].dtype == dtype
     for gpu, on in (("cuda:0", "host"), ("twin", "gpu")):
-        with pytest.raises(RulesError, match="4: place rule 1: dtype: fp8 is not available in this version"):
+        place = "twin" if on == "gpu" else "host"
+        expected = f"dtype: expected one of bf16, fp32, int8 on the {place}, got 'fp8', which only a GPU computes"
+        with pytest.raises(RulesError, match=f"4: place rule 1: {expected}"):
             parse_rules(text % (gpu, what, on, "fp8"))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from hybrid_k2.accelerator import DirectHandoff
 from hybrid_k2.errors import EngineError, RequestError
 from hybrid_k2.model.batch import Batch, Chunk
+from hybrid_k2.model.moe import Moe
+from hybrid_k2.model.router import Router
+from hybrid_k2.native import NATIVE_ERROR
 from hybrid_k2.placement import shipped_rules
 from tests.generators import read_tensors, write_checkpoint
 from tests.models import Loaded, loaded
@@ -125,6 +130,34 @@ def test_a_closed_model_says_so(folder: Path) -> None:
         tiny.model.close()
 
 
+@pytest.mark.parametrize("part", ["handoff", "accelerator"])
+@pytest.mark.parametrize("rules", ["host", "twin"])
+def test_closing_that_is_interrupted_releases_everything(
+    rules: str, part: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(os.listdir("/proc/self/task"))
+    with loaded(folder, rules) as tiny:
+        assert tiny.logits([1, 2, 3]).isfinite().all()
+        owner = getattr(tiny.model, part)
+        real, experts = owner.close, [layer.mlp.experts for layer in tiny.model.layers if isinstance(layer.mlp, Moe)]
+        assert NATIVE_ERROR or len(os.listdir("/proc/self/task")) > before
+
+        def interrupted() -> None:
+            real()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(owner, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.model.close()
+        shape = experts[0].shape
+        hidden, ids = torch.zeros(1, shape.hidden_size), torch.arange(shape.num_experts_per_tok).int()[None]
+        for backend in experts:
+            with pytest.raises(EngineError, match="closed"):
+                backend.forward(hidden, ids, torch.ones(ids.shape))
+        assert tiny.model.layers == []
+    assert len(os.listdir("/proc/self/task")) <= before
+
+
 @pytest.mark.parametrize("top", [4, 16])
 def test_native_experts_stay_close_to_the_reference(top: int, tmp_path: Path, record_property) -> None:  # type: ignore[no-untyped-def]
     """Both plans keep the dense groups in fp32, so that only the experts differ."""
@@ -177,3 +210,18 @@ def test_gpu_rules_stay_close_to_the_reference(folder: Path, tiny: Loaded) -> No
     error = (got - expected).norm(dim=1) / expected.norm(dim=1)
     assert error.median() < 0.04  # bf16 keeps 8 bits
     assert (got.argmax(1) == expected.argmax(1)).float().mean() > 0.8
+
+
+@pytest.mark.skipif(NATIVE_ERROR is not None, reason="the native extension is not installed")
+def test_the_threads_are_asked_for_router_and_shared_expert_at_once_where_nobody_waits(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(router: Router, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the router's products by themselves")
+
+    with loaded(folder, "host") as host:
+        with monkeypatch.context() as patch:
+            patch.setattr(Router, "_logits", refuse)
+            joined = host.logits([5, 6, 7, 8], [3])
+        monkeypatch.setattr(DirectHandoff, "concurrent", True)
+        assert torch.equal(host.logits([5, 6, 7, 8], [3]), joined)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -83,11 +84,43 @@ def test_a_label_reads_well(label: Label, text: str) -> None:
 
 
 def test_looking_whether_it_can_be_written_leaves_no_file_and_changes_none(tmp_path: Path) -> None:
-    new, old = tmp_path / "new.json", tmp_path / "old.json"
-    old.write_text("kept")
-    check_writable(new)
-    check_writable(old)
+    new, empty, old, link = (tmp_path / name for name in ("new.json", "empty", "old.json", "link"))
+    link.symlink_to(new)
+    empty.touch()
+    trace = Trace()
+    trace.add(Label("front", layer=3, half=1), 5_000, 9_500)
+    trace.add(Label("odd", lane="another"), 5_500, 8_000)
+    trace.write(old)
+    written = old.read_bytes()
+    for path in (new, empty, old, link):
+        assert check_writable(path) == check_writable(str(path)) == path
     assert not new.exists()
-    assert old.read_text() == "kept"
-    with pytest.raises(ConfigError, match="expected a trace file that can be written, got Is a directory"):
+    assert link.is_symlink()
+    assert (empty.read_bytes(), old.read_bytes()) == (b"", written)
+
+
+@pytest.mark.parametrize("content", ["kept", "{}", '{"traceEvents":[]}', " "])
+def test_a_file_that_is_no_trace_is_not_replaced(content: str, tmp_path: Path) -> None:
+    other = tmp_path / "notes"
+    other.write_text(content)
+    with pytest.raises(
+        ConfigError, match="notes: expected a trace, an empty file or none, got a file that holds"
+    ) as error:
+        check_writable(other)
+    assert "another file" in (error.value.hint or "")
+    assert other.read_text() == content
+
+
+def test_what_is_no_regular_file_is_refused_unopened(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match="expected a trace file that can be written, got a device, pipe or socket"):
+        check_writable(pipe)  # to open it would wait for a reader
+    with pytest.raises(ConfigError, match="expected a trace file that can be written, got a folder"):
         check_writable(tmp_path)
+    for name in ("null\0byte", "long" * 100):
+        with pytest.raises(ConfigError, match="expected a trace file that can be written, got"):
+            check_writable(tmp_path / name)
+    for name in ("", " "):
+        with pytest.raises(ConfigError, match="trace: expected the name of a file, got"):
+            check_writable(name)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybrid_k2.accelerator.kernels.bf16 import FUSED
 from hybrid_k2.accelerator.slot_memory import SlotMemory
 
 BLOCK = 1024  # words of 32 bits that a program moves at once
@@ -50,10 +51,32 @@ def _publish(flag, value):
 
 
 @triton.jit
-def _observe(flag):
-    """Load a flag before anything that the program reads later (step 7)."""
-    return tl.inline_asm_elementwise(
-        "ld.acquire.sys.global.u32 $0, [$1];", "=r,l", [flag], dtype=tl.int32, is_pure=False, pack=1
+def _await(flag, value):
+    """Wait until a flag has this value, before anything that the program reads behind a barrier (step 7).
+
+    One thread asks: each question goes over PCIe, past the computation that it waits for.
+    """
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred other;
+            .reg .u32 thread, seen;
+            mov.u32 $0, 0;
+            mov.u32 thread, %tid.x;
+            setp.ne.u32 other, thread, 0;
+            @other bra done;
+        ask:
+            ld.acquire.sys.global.u32 seen, [$1];
+            setp.ne.u32 other, seen, $2;
+            @other bra ask;
+        done:
+        }
+        """,
+        "=r,l,r",
+        [flag, value],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -64,8 +87,10 @@ if triton.knobs.runtime.interpret:  # the interpreter has no assembly; on its ho
         tl.store(flag, value)
 
     @triton.jit
-    def _observe(flag):
-        return tl.load(flag)
+    def _await(flag, value):
+        seen = tl.load(flag)
+        while seen != value:
+            seen = tl.load(flag)
 
 
 @triton.jit(do_not_specialize=["layer", "tokens", "bf16", "hidden_words", "choices"])
@@ -93,10 +118,7 @@ def post_kernel(
 @triton.jit(do_not_specialize=["words"])
 def take_kernel(reply, state, output, result, words, BLOCK: tl.constexpr):
     """Wait for the reply to the last post, and read the result."""
-    ticket = tl.load(state)
-    seen = _observe(reply)
-    while seen != ticket:
-        seen = _observe(reply)
+    _await(reply, tl.load(state))
     tl.debug_barrier()
     _copy(output, result, words, BLOCK)
 
@@ -116,7 +138,7 @@ def post(slot: SlotMemory, layer: int, hidden: Tensor, ids: Tensor, weights: Ten
         words, ids.contiguous(), weights.contiguous().view(torch.int32),
         slot.hidden.view(torch.int32), slot.ids, slot.weights.view(torch.int32),
         slot.request, slot.state, layer, hidden.shape[0], int(bf16), words.numel(), ids.numel(),
-        BLOCK=BLOCK,
+        BLOCK=BLOCK, **FUSED,
     )  # fmt: skip
 
 
@@ -126,6 +148,7 @@ def take(slot: SlotMemory, result: Tensor) -> Tensor:
     Shapes: result [T, H] fp32.
     """
     take_kernel[_programs(result.numel())](
-        slot.reply, slot.state, slot.output.view(torch.int32), result.view(torch.int32), result.numel(), BLOCK=BLOCK
-    )
+        slot.reply, slot.state, slot.output.view(torch.int32), result.view(torch.int32), result.numel(),
+        BLOCK=BLOCK, **FUSED,
+    )  # fmt: skip
     return result

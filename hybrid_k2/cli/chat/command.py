@@ -10,6 +10,7 @@ import typer
 
 from hybrid_k2.cli.exits import ends_cleanly
 from hybrid_k2.cli.interrupts import leaving_at_once
+from hybrid_k2.cli.options import memory_size, trace_file
 from hybrid_k2.cli.terminal import Nowhere, Output
 
 if TYPE_CHECKING:
@@ -48,14 +49,17 @@ def chat(
         bool, typer.Option("--json", help="Print one JSON object; needs a prompt or --dry-run.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and exit: nothing is loaded, no weights need be here.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything, print the plan and exit: no weights are loaded or need be here."
+        ),
     ] = False,
     host_memory: Annotated[
         str | None,
         typer.Option("--host-memory", metavar="SIZE", help="Plan for a host with this much free, with --dry-run."),
     ] = None,
     trace: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--trace", metavar="FILE", help="At the end, write what computed when, for Chrome or Perfetto."),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,
@@ -104,12 +108,8 @@ def chat(
         raise typer.BadParameter("expected --prompt TEXT or text on standard input", param_hint="--json")
     if rules is not None and not rules.strip():
         raise typer.BadParameter("expected a rule file or a name, got an empty text", param_hint="--rules")
-
-    if dry_run:
-        from hybrid_k2.cli.chat.dry_run import show_plan
-
-        show_plan(model, rules, host_memory, Output(sys.stdout), as_json)
-        return
+    trace_to = trace_file(trace)
+    host_memory_bytes = memory_size(host_memory, "--host-memory")
 
     with leaving_at_once():
         from hybrid_k2.cli.chat.options import ChatOptions, check_text, read_tools
@@ -135,10 +135,28 @@ def chat(
         thinking=think,
     )
     notes = Output(Nowhere() if quiet else sys.stderr)
-    if interactive:
-        _chat(options, rules, notes, trace)
+    if dry_run:
+        _plan(options, rules, prompt or [], trace_to, host_memory_bytes, as_json)
+    elif interactive:
+        _chat(options, rules, notes, trace_to)
     else:
-        _answer(options, rules, prompt or [], notes, as_json, trace)
+        _answer(options, rules, prompt or [], notes, as_json, trace_to)
+
+
+def _plan(
+    options: ChatOptions,
+    rules: str | None,
+    prompt: list[str],
+    trace: Path | None,
+    host_memory_bytes: int | None,
+    as_json: bool,
+) -> None:
+    with leaving_at_once():
+        from hybrid_k2.cli.chat.dry_run import show_plan
+        from hybrid_k2.cli.chat.one_shot import check_parts
+
+    check_parts(prompt)
+    show_plan(options.model, rules, trace, host_memory_bytes, Output(sys.stdout), as_json)
 
 
 def _chat(options: ChatOptions, rules: str | None, notes: Output, trace: Path | None) -> None:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from hybrid_k2.cli.interrupts import leaving_at_once
 from hybrid_k2.cli.terminal import Output
-from hybrid_k2.errors import ConfigError
 from hybrid_k2.placement import missing_parts
 from hybrid_k2.placement.plan_json import plan_values
-from hybrid_k2.placement.sizes import try_parse_bytes
 
 
-def show_plan(model: str, rules: str | None, host_memory: str | None, output: Output, as_json: bool) -> None:
+def show_plan(
+    model: str, rules: str | None, trace: Path | None, host_memory_bytes: int | None, output: Output, as_json: bool
+) -> None:
     """Print the plan that loading would obey.
 
-    Raises: HybridK2Error: everything that is wrong with the configuration, the rules or the machine.
+    Raises: HybridK2Error: everything that is wrong with the configuration, the rules, the machine or the trace's file.
     """
-    host_memory_bytes = _read_size(host_memory)  # before the imports, which take seconds
     with leaving_at_once():
+        from hybrid_k2.accelerator import check_writable
         from hybrid_k2.engine.loading import plan_checkpoint
 
+    if trace is not None:
+        check_writable(trace)
     plan = plan_checkpoint(model, rules, host_memory_bytes=host_memory_bytes)
     if as_json:
         output.line(json.dumps(plan_values(plan), ensure_ascii=False, indent=2))
@@ -30,12 +33,3 @@ def show_plan(model: str, rules: str | None, host_memory: str | None, output: Ou
     for part in missing_parts(plan):
         place = plan.rules.source if part.line is None else f"{plan.rules.source}:{part.line}"
         output.line(f"not in this version, so loading is refused: {place}: {part.what} ({part.hint})")
-
-
-def _read_size(text: str | None) -> int | None:
-    if text is None:
-        return None
-    size = try_parse_bytes(text)
-    if not size:
-        raise ConfigError(f"--host-memory: expected a size with its unit, as 768GiB, got {text!r}")
-    return size

@@ -29,12 +29,18 @@ def prompt_text(parts: list[str], notes: Output) -> str:
     """
     if not parts:
         return check_text(_read_stdin(), "standard input")
-    texts = [
-        check_text(_read_stdin(), "standard input") if part == STDIN else check_text(part, "--prompt") for part in parts
-    ]
+    check_parts(parts)
+    texts = [check_text(_read_stdin(), "standard input") if part == STDIN else part for part in parts]
     if STDIN not in parts and _stdin_waits():
         notes.line("note: standard input is not read; --prompt - adds it to the prompt", "dim")
     return "\n\n".join(text.strip("\n") for text in texts)
+
+
+def check_parts(parts: list[str]) -> None:
+    """Check the parts of a prompt that are not read from stdin. Raises: RequestError: one is empty or not UTF-8."""
+    for part in parts:
+        if part != STDIN:
+            check_text(part, "--prompt")
 
 
 def answer_once(engine: Engine, options: ChatOptions, text: str, answer: Output, notes: Output, as_json: bool) -> None:

@@ -1,0 +1,24 @@
+"""What several commands check of their options, as usage errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def trace_file(name: str | None) -> Path | None:
+    """Return the file that --trace names; None without one. Raises: typer.BadParameter for an empty name."""
+    if name is not None and not name.strip():
+        raise typer.BadParameter(f"expected the name of a file, got {name!r}", param_hint="--trace")
+    return None if name is None else Path(name)
+
+
+def memory_size(text: str | None, option: str) -> int | None:
+    """Read a size in bytes, as `768GiB`; None without one. Raises: typer.BadParameter."""
+    from hybrid_k2.placement.sizes import try_parse_bytes
+
+    size = None if text is None else try_parse_bytes(text)
+    if text is not None and not size:
+        raise typer.BadParameter(f"expected a size with its unit, as 768GiB, got {text!r}", param_hint=option)
+    return size
