@@ -1,0 +1,91 @@
+"""The parameters of sampling that the dialects of OpenAI share, and what they become for the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, WithJsonSchema
+
+from hybrid_k2.engine.params import MAX_STOP_STRINGS, SamplingParams
+from hybrid_k2.errors import shown
+from hybrid_k2.server.body import Body
+from hybrid_k2.server.errors import bad_request
+from hybrid_k2.server.options import Limits
+
+MAX_TOP_LOGPROBS = 20
+
+StopStrings = Annotated[
+    Any,
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": MAX_STOP_STRINGS}]}
+    ),
+]
+
+
+class StreamOptions(Body):
+    """What a stream has beside the reply."""
+
+    include_usage: bool = False
+
+
+class SamplingFields(Body):
+    """The fields themselves; `SamplingParams` knows their ranges, and refuses what lies outside."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: StopStrings = None
+    stop_token_ids: list[int] | None = None
+    logit_bias: dict[str, float] | None = None
+    ignore_eos: bool = False
+    n: int = Field(default=1)
+
+    def params(
+        self,
+        *,
+        max_tokens: int | None,
+        logprobs: int | None = None,
+        grammar: Any = None,
+        forbidden_ids: Iterable[int] = (),
+    ) -> SamplingParams:
+        """Return the engine's parameters. Raises: RequestError, ApiError."""
+        bias = _token_bias(self.logit_bias or {}) | dict.fromkeys(forbidden_ids, -100.0)
+        more = {"logprobs": logprobs, "grammar": grammar}
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            stop=() if self.stop is None else self.stop,
+            stop_token_ids=self.stop_token_ids or (),
+            logit_bias=bias,
+            max_tokens=max_tokens,
+            ignore_eos=self.ignore_eos,
+            **{name: value for name, value in more.items() if value is not None},
+        )
+
+    def check_choices(self, limits: Limits, prompts: int = 1) -> None:
+        """Refuse more choices than one request may have. Raises: ApiError."""
+        if not 1 <= self.n <= limits.choices // prompts:
+            each = f" for each of {prompts} prompts" if prompts > 1 else ""
+            raise bad_request("n", f"expected 1 to {limits.choices // prompts}{each}, got {shown(self.n)}")
+
+
+def _token_bias(bias: Mapping[str, float]) -> dict[int, float]:
+    """Read the keys of a JSON object as token ids. Raises: ApiError."""
+    ids: dict[int, float] = {}
+    for token, value in bias.items():
+        if not (token.isascii() and token.isdigit() and len(token) <= 9):
+            raise bad_request("logit_bias", f"expected token ids as keys, got {shown(token)}")
+        ids[int(token)] = value
+    return ids
