@@ -68,6 +68,7 @@ class Runner:
             usage=sequence.usage(),
             timings=timings,
             token_ids=tuple(sequence.completion),
+            logprobs=sequence.logprobs,
         )
 
 
