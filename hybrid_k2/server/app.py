@@ -53,7 +53,7 @@ def create_app(backend: Backend, options: ServerOptions) -> FastAPI:
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    request.state.log["error"] = error.message
+    request.state.log.setdefault("error", error.message)  # the engine's own words say more
     return error_response(error, request.url.path, request.state.request_id)
 
 

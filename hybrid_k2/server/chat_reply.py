@@ -7,13 +7,13 @@ its arguments; the last one of a choice has an empty delta, the finish reason an
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid_k2.engine.reply import Reply, TokenLogprob
 from hybrid_k2.engine.service import Finished, Piece, Progress
-from hybrid_k2.protocol import Event
+from hybrid_k2.protocol import Event, call_type
 from hybrid_k2.server.openai_usage import chat_logprobs, timings, usage
 from hybrid_k2.server.run import Run
 from hybrid_k2.server.sse import DONE, frame
@@ -27,7 +27,6 @@ class ReplyForm:
     model: str
     created: int
     choices: int
-    call_id: Callable[[str], str]  # the id by which the client knows a call, of the one that the model wrote
     logprobs: bool = False
     usage_frame: bool = False  # the last frame of a stream counts all choices
     progress: bool = False  # frames while the prompt is computed
@@ -54,7 +53,11 @@ def chat_completion(form: ReplyForm, replies: list[Reply]) -> dict[str, Any]:
 
 def _choice(form: ReplyForm, index: int, reply: Reply) -> dict[str, Any]:
     calls = [
-        {"id": form.call_id(call.id), "type": _call_type(call.name), "function": {"name": call.name, "arguments": call.arguments}}
+        {
+            "id": call.id,
+            "type": call_type(call.name),
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
         for call in reply.tool_calls
     ]
     message: dict[str, Any] = {"role": "assistant", "content": reply.content or (None if calls else "")}
@@ -65,7 +68,7 @@ def _choice(form: ReplyForm, index: int, reply: Reply) -> dict[str, Any]:
     return {
         "index": index,
         "message": message,
-        "logprobs": chat_logprobs(reply.logprobs) if form.logprobs else None,
+        "logprobs": chat_logprobs(reply.logprobs or ()) if form.logprobs else None,
         "finish_reason": reply.finish_reason,
     }
 
@@ -135,8 +138,8 @@ class _ChoiceFrames:
                 _call_delta(
                     event.index,
                     {"name": event.name, "arguments": ""},
-                    id=self.form.call_id(event.id),
-                    type=_call_type(event.name),
+                    id=event.id,
+                    type=call_type(event.name),
                 )
             )
         elif event.kind == "tool_call_arguments":
@@ -145,14 +148,9 @@ class _ChoiceFrames:
     def end(self, event: Finished) -> dict[str, Any]:
         """Return the last increment."""
         if self.form.logprobs:
-            self.waiting_tokens = list(event.reply.logprobs[self.shown_tokens :])
+            self.waiting_tokens = list((event.reply.logprobs or ())[self.shown_tokens :])
         return self.increment({}, event.reply.finish_reason) | {"usage": usage([event.reply])}
 
 
 def _call_delta(index: int | None, function: dict[str, str], **more: str) -> dict[str, Any]:
     return {"tool_calls": [{"index": index, **more, "function": function}]}
-
-
-def _call_type(name: str) -> str:
-    """Return the type of a call; names of tools that are built into Moonshot's API begin with a dollar sign."""
-    return "builtin_function" if name.startswith("$") else "function"

@@ -130,7 +130,7 @@ def read_tool_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> str:
         return "required"
     function = choice.get("function") if isinstance(choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str) or not isinstance(choice, Mapping) or choice.get("type") != "function":
+    if not isinstance(name, str) or choice.get("type") != "function":
         raise bad_request("tool_choice", f"expected none, auto, required or a function, got {shown(choice)}")
     if name not in {tool["function"]["name"] for tool in tools}:
         raise bad_request("tool_choice.function.name", f"expected the name of a tool, got {shown(name)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -10,13 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hybrid_k2 import __version__
-from hybrid_k2.protocol import encode_prompt
+from hybrid_k2.protocol import Tokenizer, canonical_history, encode_prompt, expand_builtins
 from hybrid_k2.server.body import Body, body_schema, read_body
 from hybrid_k2.server.context import Context
 from hybrid_k2.server.conversation import check_messages, check_tools
 from hybrid_k2.server.errors import json_response
 from hybrid_k2.server.openai_chat import AnyObject
-from hybrid_k2.server.thinking import read_thinking
+from hybrid_k2.server.thinking import Thinking, read_thinking
 
 
 class EstimateRequest(Body):
@@ -54,7 +55,9 @@ def model_routes(context: Context) -> APIRouter:
     @router.get("/v1/models")
     async def list_models() -> Response:
         """List the names under which the model is served."""
-        return json_response({"object": "list", "data": [_model(context, name) for name in context.options.model_names]})
+        return json_response(
+            {"object": "list", "data": [_model(context, name) for name in context.options.model_names]}
+        )
 
     @router.get("/v1/models/{name:path}")
     async def get_model(name: str) -> Response:
@@ -70,10 +73,22 @@ def model_routes(context: Context) -> APIRouter:
         messages, tools = check_messages(body.messages, limits), check_tools(body.tools, limits)
         thinking = read_thinking(body.thinking)
         tokenizer = context.backend.ready().model.tokenizer
-        ids = await asyncio.to_thread(encode_prompt, tokenizer, messages, tools, thinking.on, thinking.keep)
-        return json_response({"code": 0, "data": {"total_tokens": len(ids)}, "status": True})
+        count = await asyncio.to_thread(count_prompt_tokens, tokenizer, messages, tools, thinking)
+        return json_response({"code": 0, "data": {"total_tokens": count}, "status": True})
 
     return router
+
+
+def count_prompt_tokens(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    thinking: Thinking,
+) -> int:
+    """Count the tokens of a conversation as the engine will encode it. Raises: RequestError."""
+    messages, _ = canonical_history(messages)
+    declared = expand_builtins(tools, thinking.on)
+    return len(encode_prompt(tokenizer, messages, declared, thinking.on, thinking.keep))
 
 
 def _model(context: Context, name: str) -> dict[str, Any]:

@@ -74,8 +74,7 @@ def _check_message(index: int, message: Mapping[str, Any], thinking: Thinking) -
     if thinking.on and message.get("tool_calls") and "reasoning_content" not in message:
         raise _refusal(
             "messages",
-            "thinking is enabled but reasoning_content is missing in assistant tool call message "
-            f"at index {index}",
+            f"thinking is enabled but reasoning_content is missing in assistant tool call message at index {index}",
         )
 
 

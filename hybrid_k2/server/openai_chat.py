@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hybrid_k2.engine.grammar import Grammar
+from hybrid_k2.engine.params import MAX_LOGPROBS
 from hybrid_k2.engine.service import ServiceRequest
 from hybrid_k2.errors import shown
 from hybrid_k2.protocol import Tokenizer
@@ -26,7 +27,7 @@ from hybrid_k2.server.errors import bad_request, json_response
 from hybrid_k2.server.openai_usage import new_id
 from hybrid_k2.server.response_format import read_response_format
 from hybrid_k2.server.run import unless_gone
-from hybrid_k2.server.sampling import MAX_TOP_LOGPROBS, SamplingFields, StreamOptions
+from hybrid_k2.server.sampling import SamplingFields, StreamOptions
 from hybrid_k2.server.sse import SseResponse
 from hybrid_k2.server.thinking import Thinking, read_thinking
 
@@ -90,8 +91,8 @@ class ChatRequest(SamplingFields):
         """Return how many alternatives of each token to report; None for no log probabilities. Raises: ApiError."""
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("top_logprobs", "expected logprobs = true beside it")
-        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
-            raise bad_request("top_logprobs", f"expected 0 to {MAX_TOP_LOGPROBS}, got {shown(self.top_logprobs)}")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
+            raise bad_request("top_logprobs", f"expected 0 to {MAX_LOGPROBS}, got {shown(self.top_logprobs)}")
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -177,7 +178,6 @@ def chat_routes(context: Context) -> APIRouter:
             model=model,
             created=int(time.time()),
             choices=body.n,
-            call_id=lambda written: written,
             logprobs=chat.logprobs is not None,
             usage_frame=body.stream_options is not None and body.stream_options.include_usage,
             progress=body.return_progress,

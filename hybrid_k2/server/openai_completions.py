@@ -109,11 +109,8 @@ def completion_routes(context: Context) -> APIRouter:
         async def submit() -> None:
             try:
                 for run, prompt in zip(runs, prompts, strict=True):
-                    await run.submit(
-                        lambda prompt=prompt: ServiceRequest(
-                            prompt=prompt, params=params, key=request.state.owner, n=body.n
-                        )
-                    )
+                    asked = ServiceRequest(prompt=prompt, params=params, key=request.state.owner, n=body.n)
+                    await run.submit(partial(_same, asked))
             except BaseException:
                 cancel()
                 raise
@@ -130,7 +127,9 @@ def completion_routes(context: Context) -> APIRouter:
                 cancel()
             echoes = await asyncio.to_thread(_echoes, body.echo, prompts, served.model.tokenizer)
             choices = [
-                _choice(number, echo + reply.content, reply.finish_reason, _logprobs(body, reply.logprobs, len(echo)))
+                _choice(
+                    number, echo + reply.content, reply.finish_reason, _logprobs(body, reply.logprobs or (), len(echo))
+                )
                 for number, (echo, reply) in enumerate(
                     (echo, reply) for echo, group in zip(echoes, groups, strict=True) for reply in group
                 )
@@ -179,7 +178,7 @@ async def _frames(
                 tokens, text, reason = event.tokens, event.event.text, None
             else:
                 groups[number].append(event.reply)
-                tokens = event.reply.logprobs[shown_tokens.get(index, 0) :] if body.logprobs is not None else ()
+                tokens = (event.reply.logprobs or ())[shown_tokens.get(index, 0) :]
                 text, reason = "", event.reply.finish_reason
             shown_tokens[index] = shown_tokens.get(index, 0) + len(tokens)
             yield frame({**head, "choices": [_choice(index, text, reason, _logprobs(body, tokens, 0))]})
@@ -198,9 +197,7 @@ def _choice(index: int, text: str, finish_reason: str | None, logprobs: dict[str
 
 def _echoes(echo: bool, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[str]:
     """Return the text of each prompt if it was asked for."""
-    return [
-        "" if not echo else prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts
-    ]
+    return ["" if not echo else prompt if isinstance(prompt, str) else tokenizer.decode(prompt) for prompt in prompts]
 
 
 def _logprobs(body: CompletionRequest, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:

@@ -44,17 +44,4 @@ def timings(reply: Reply) -> dict[str, Any]:
 
 def chat_logprobs(tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
     """Return the log probabilities of a chat's tokens: all that were generated, in order, thinking included."""
-    return {
-        "content": [
-            {
-                **_token(token.text_bytes, token.logprob),
-                "top_logprobs": [_token(text, logprob) for _, text, logprob in token.top],
-            }
-            for token in tokens
-        ],
-        "refusal": None,
-    }
-
-
-def _token(text: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": text.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(text)}
+    return {"content": [token.to_dict() for token in tokens], "refusal": None}

@@ -12,6 +12,7 @@ from starlette.types import Receive
 
 from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.service import Failed, Finished, Piece, Progress, Service, ServiceEvent, ServiceRequest, Ticket
+from hybrid_k2.errors import HybridK2Error
 from hybrid_k2.server.errors import ApiError, api_error
 from hybrid_k2.server.metrics import Metrics
 
@@ -27,7 +28,6 @@ class Run:
 
     def __init__(self, service: Service, metrics: Metrics, log: dict[str, Any]) -> None:
         """`log` takes what the log shall say about this request."""
-        self.prompt_tokens = 0
         self._service = service
         self._metrics = metrics
         self._log = log
@@ -49,11 +49,12 @@ class Run:
         except asyncio.CancelledError:
             work.add_done_callback(_cancel_ticket)
             raise
-        except Exception as error:
-            refused = api_error(error) if not isinstance(error, ApiError) else error
+        except HybridK2Error as error:
+            self._log["error"] = error.message
+            refused = api_error(error)
             self._metrics.refused(refused)
             raise refused from error
-        self.prompt_tokens = self._log["prompt_tokens"] = self._ticket.prompt_tokens
+        self._log["prompt_tokens"] = self._log.get("prompt_tokens", 0) + self._ticket.prompt_tokens
 
     async def events(self) -> AsyncIterator[Progress | Piece | Finished]:
         """Yield the service's events; the last is the last choice's end.
@@ -65,6 +66,7 @@ class Run:
             while left:
                 event = await self._events.get()
                 if isinstance(event, Failed):
+                    self._log["error"] = event.error.message
                     raise api_error(event.error) from event.error
                 if isinstance(event, Piece):
                     self._observe_piece(event.choice)

@@ -7,13 +7,12 @@ from typing import Annotated, Any
 
 from pydantic import Field, WithJsonSchema
 
+from hybrid_k2.engine.grammar import Grammar
 from hybrid_k2.engine.params import MAX_STOP_STRINGS, SamplingParams
 from hybrid_k2.errors import shown
 from hybrid_k2.server.body import Body
 from hybrid_k2.server.errors import bad_request
 from hybrid_k2.server.options import Limits
-
-MAX_TOP_LOGPROBS = 20
 
 StopStrings = Annotated[
     Any,
@@ -43,6 +42,8 @@ class SamplingFields(Body):
     stop: StopStrings = None
     stop_token_ids: list[int] | None = None
     logit_bias: dict[str, float] | None = None
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
     ignore_eos: bool = False
     n: int = Field(default=1)
 
@@ -51,12 +52,11 @@ class SamplingFields(Body):
         *,
         max_tokens: int | None,
         logprobs: int | None = None,
-        grammar: Any = None,
+        grammar: Grammar | None = None,
         forbidden_ids: Iterable[int] = (),
     ) -> SamplingParams:
         """Return the engine's parameters. Raises: RequestError, ApiError."""
         bias = _token_bias(self.logit_bias or {}) | dict.fromkeys(forbidden_ids, -100.0)
-        more = {"logprobs": logprobs, "grammar": grammar}
         return SamplingParams(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -68,10 +68,13 @@ class SamplingFields(Body):
             seed=self.seed,
             stop=() if self.stop is None else self.stop,
             stop_token_ids=self.stop_token_ids or (),
+            include_stop=self.include_stop_str_in_output,
             logit_bias=bias,
+            min_tokens=self.min_tokens,
             max_tokens=max_tokens,
             ignore_eos=self.ignore_eos,
-            **{name: value for name, value in more.items() if value is not None},
+            logprobs=logprobs,
+            **({} if grammar is None else {"grammar": grammar}),
         )
 
     def check_choices(self, limits: Limits, prompts: int = 1) -> None:

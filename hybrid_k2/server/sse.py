@@ -53,7 +53,7 @@ class SseResponse(Response):
         except ApiError as error:
             anthropic = is_anthropic(scope["path"])
             data = error_object(error, anthropic, scope.get("state", {}).get("request_id", ""))
-            scope.setdefault("state", {}).setdefault("log", {})["error"] = error.message
+            scope.setdefault("state", {}).setdefault("log", {}).setdefault("error", error.message)
             part = frame(data, "error" if anthropic else "")
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

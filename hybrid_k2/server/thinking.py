@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ def read_thinking(
         on, keep_all = read_thinking_object(thinking)
         switches.append(("thinking", on))
         keep = keep or keep_all
-    for (first, wanted), (second, other) in zip(switches, switches[1:], strict=False):
+    for (first, wanted), (second, other) in itertools.pairwise(switches):
         if wanted != other:
             raise bad_request(second, f"expected it to agree with {first}, got thinking both on and off")
     return Thinking(switches[0][1] if switches else True, keep)
