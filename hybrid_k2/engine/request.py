@@ -13,7 +13,7 @@ from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.sampling import Sampler
 from hybrid_k2.engine.sequence import TokenSequence
 from hybrid_k2.errors import RequestError, shown
-from hybrid_k2.protocol import OutputParser, encode_prompt
+from hybrid_k2.protocol import OutputParser, canonical_history, encode_prompt, expand_builtins, reply_thinks
 from hybrid_k2.protocol.tokens import REPLY_ENDS, SECTION_BEGIN, THINK_END
 
 
@@ -26,13 +26,16 @@ def chat_sequence(
     params: SamplingParams,
 ) -> TokenSequence:
     """Prepare the answer to a conversation. Raises: RequestError."""
+    messages, call_ids = canonical_history(messages)
+    tools = expand_builtins(tools, thinking)
     ids = encode_prompt(loaded.tokenizer, messages, tools, thinking, preserve_thinking)
     if not messages:
         raise RequestError("messages: expected at least one message, got none")
-    parser = OutputParser(loaded.tokenizer, tools, thinking)
+    thinks = reply_thinks(messages, thinking)
+    parser = OutputParser(loaded.tokenizer, tools, thinks, call_ids)
     special = loaded.tokenizer.special
     turn_ends = [special[name] for name in REPLY_ENDS if name in special]
-    thinking_ends = [special[name] for name in (THINK_END, SECTION_BEGIN)] if thinking else []
+    thinking_ends = [special[name] for name in (THINK_END, SECTION_BEGIN)] if thinks else []
     return _sequence(loaded, ids, parser, turn_ends, thinking_ends, thinking, params)
 
 
