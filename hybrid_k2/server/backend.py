@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from hybrid_k2.engine.service import Service
 from hybrid_k2.protocol import Tokenizer
 from hybrid_k2.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from hybrid_k2.engine.service import Service
 
 _RETRY_AFTER_S = 5.0
 
@@ -24,6 +26,10 @@ class Model(Protocol):
         """The longest prompt and reply together."""
         ...
 
+    def close(self) -> None:
+        """Free the weights."""
+        ...
+
 
 @dataclass(frozen=True)
 class Served:
@@ -31,6 +37,11 @@ class Served:
 
     model: Model
     service: Service
+
+    def close(self) -> None:
+        """End what still runs, and free everything."""
+        self.service.close()
+        self.model.close()
 
 
 class Backend:
@@ -44,11 +55,19 @@ class Backend:
 
     @property
     def state(self) -> str:
-        """One of loading, ready and draining."""
+        """One of loading, ready, failing (no step of the engine works) and draining."""
         with self._lock:
             if self._draining:
                 return "draining"
-            return "loading" if self._served is None else "ready"
+            if self._served is None:
+                return "loading"
+        return "ready" if self._served.service.stats().healthy else "failing"
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is about to end."""
+        with self._lock:
+            return self._draining
 
     @property
     def loading_progress(self) -> tuple[int, int]:

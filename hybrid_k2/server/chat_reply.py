@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid_k2.engine.reply import Reply, TokenLogprob
-from hybrid_k2.engine.service import Finished, Piece, Progress
+from hybrid_k2.engine.service_types import Finished, Piece, Progress
 from hybrid_k2.protocol import Event, call_type
 from hybrid_k2.server.openai_usage import chat_logprobs, timings, usage
 from hybrid_k2.server.run import Run

@@ -17,7 +17,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from hybrid_k2.engine.service import QueueFullError
+from hybrid_k2.engine.service_types import QueueFullError
 from hybrid_k2.errors import HybridK2Error, RequestError
 
 CLIENT_GONE = 499  # never sent: the log's word for a client that left

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from hybrid_k2.engine.reply import Reply
-from hybrid_k2.engine.service import ServiceStats
+from hybrid_k2.engine.service_types import ServiceStats
 from hybrid_k2.server.backend import Backend
 from hybrid_k2.server.errors import ApiError
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from hybrid_k2.engine.grammar import Grammar
 from hybrid_k2.engine.params import MAX_LOGPROBS
-from hybrid_k2.engine.service import ServiceRequest
+from hybrid_k2.engine.service_types import ServiceRequest
 from hybrid_k2.errors import shown
 from hybrid_k2.protocol import Tokenizer
 from hybrid_k2.protocol.tokens import CALL_BEGIN, SECTION_BEGIN
@@ -27,7 +27,7 @@ from hybrid_k2.server.errors import bad_request, json_response
 from hybrid_k2.server.openai_usage import new_id
 from hybrid_k2.server.response_format import read_response_format
 from hybrid_k2.server.run import unless_gone
-from hybrid_k2.server.sampling import SamplingFields, StreamOptions
+from hybrid_k2.server.sampling import CacheSalt, SamplingFields, StreamOptions, cache_salt
 from hybrid_k2.server.sse import SseResponse
 from hybrid_k2.server.thinking import Thinking, read_thinking
 
@@ -55,6 +55,7 @@ class ChatRequest(SamplingFields):
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_progress: bool = False
+    cache_salt: CacheSalt = ""
     # Names for the client's own books, without effect on the reply.
     user: str | None = None
     safety_identifier: str | None = None
@@ -144,6 +145,7 @@ class Chat:
                 forbidden_ids=() if callable_tools else _call_ids(tokenizer),
             ),
             key=owner,
+            cache_salt=cache_salt(owner, self.body.cache_salt),
             n=self.body.n,
         )
 

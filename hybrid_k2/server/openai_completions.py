@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -13,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hybrid_k2.engine.reply import Reply, TokenLogprob
-from hybrid_k2.engine.service import Finished, Piece, ServiceRequest
+from hybrid_k2.engine.service_types import Finished, Piece, ServiceRequest
 from hybrid_k2.errors import shown
 from hybrid_k2.protocol import Tokenizer
 from hybrid_k2.server.body import body_schema, read_body
@@ -21,7 +22,7 @@ from hybrid_k2.server.context import Context
 from hybrid_k2.server.errors import bad_request, json_response
 from hybrid_k2.server.openai_usage import new_id, timings, usage
 from hybrid_k2.server.run import Run, unless_gone
-from hybrid_k2.server.sampling import SamplingFields, StreamOptions
+from hybrid_k2.server.sampling import CacheSalt, SamplingFields, StreamOptions, cache_salt
 from hybrid_k2.server.sse import DONE, SseResponse, frame
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -55,6 +56,7 @@ class CompletionRequest(SamplingFields):
     suffix: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    cache_salt: CacheSalt = ""
     user: str | None = None
 
     def prompts(self) -> list[Prompt]:
@@ -106,11 +108,15 @@ def completion_routes(context: Context) -> APIRouter:
             "model": model,
         }
 
+        def build(prompt: Prompt) -> ServiceRequest:
+            owner = request.state.owner
+            salt = cache_salt(owner, body.cache_salt)
+            return ServiceRequest(prompt=prompt, params=params, key=owner, cache_salt=salt, n=body.n)
+
         async def submit() -> None:
             try:
                 for run, prompt in zip(runs, prompts, strict=True):
-                    asked = ServiceRequest(prompt=prompt, params=params, key=request.state.owner, n=body.n)
-                    await run.submit(partial(_same, asked))
+                    await run.submit(partial(build, prompt))
             except BaseException:
                 cancel()
                 raise

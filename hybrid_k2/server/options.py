@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hybrid_k2.engine.service_types import MAX_CHOICES
 from hybrid_k2.errors import ConfigError
 
 
@@ -17,7 +18,7 @@ class Limits:
     header_bytes: int = 64 * 2**10
     messages: int = 10_000  # the context of K2.6 holds no more
     tools: int = 128  # as the official API
-    choices: int = 16  # n, times the prompts of a text completion
+    choices: int = MAX_CHOICES  # n, times the prompts of a text completion
     schema_bytes: int = 256 * 2**10
     schema_depth: int = 64
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request
 from starlette.types import Receive
 
 from hybrid_k2.engine.reply import Reply
-from hybrid_k2.engine.service import Failed, Finished, Piece, Progress, Service, ServiceEvent, ServiceRequest, Ticket
+from hybrid_k2.engine.service_types import Failed, Finished, Piece, Progress, ServiceEvent, ServiceRequest
 from hybrid_k2.errors import HybridK2Error
 from hybrid_k2.server.errors import ApiError, api_error
 from hybrid_k2.server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from hybrid_k2.engine.service import Service, Ticket
 
 Result = TypeVar("Result")
 

@@ -22,6 +22,17 @@ StopStrings = Annotated[
 ]
 
 
+CacheSalt = Annotated[str, Field(max_length=128)]
+
+
+def cache_salt(owner: str, salt: str) -> str:
+    """Return what separates cached prompts: those of one key from another's, and within a key as the client asks.
+
+    Otherwise the time to the first token would tell one client what another one has asked.
+    """
+    return f"{owner}/{salt}"
+
+
 class StreamOptions(Body):
     """What a stream has beside the reply."""
 
@@ -56,6 +67,8 @@ class SamplingFields(Body):
         forbidden_ids: Iterable[int] = (),
     ) -> SamplingParams:
         """Return the engine's parameters. Raises: RequestError, ApiError."""
+        if not isinstance(self.stop, (str, list, type(None))):
+            raise bad_request("stop", f"expected a string or a list of strings, got {shown(self.stop)}")
         bias = _token_bias(self.logit_bias or {}) | dict.fromkeys(forbidden_ids, -100.0)
         return SamplingParams(
             temperature=self.temperature,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import httpx
 import pytest
@@ -72,7 +72,7 @@ def make_client(service: ScriptedService) -> Callable[..., Client]:
     def make(*, ready: bool = True, **options: Any) -> Client:
         backend = Backend()
         if ready:
-            backend.serve(Served(service, service))
+            backend.serve(Served(service, cast(Any, service)))
         return Client(create_app(backend, ServerOptions(**{"model_names": ("k2",), **options})), backend)
 
     return make

@@ -9,9 +9,9 @@ from typing import Any
 
 from hybrid_k2.engine.output import Output, PlainText
 from hybrid_k2.engine.reply import FinishReason, Reply, Timings, TokenLogprob, Usage
-from hybrid_k2.engine.service import Failed, Finished, Piece, Progress, ServiceEvent, ServiceRequest, ServiceStats
+from hybrid_k2.engine.service_types import Failed, Finished, Piece, Progress, ServiceEvent, ServiceRequest, ServiceStats
 from hybrid_k2.errors import HybridK2Error
-from hybrid_k2.protocol import OutputParser, Tokenizer, encode_prompt
+from hybrid_k2.protocol import OutputParser, Tokenizer, canonical_history, encode_prompt
 
 
 @dataclass
@@ -51,10 +51,11 @@ class ScriptedService:
 
     def submit(self, request: ServiceRequest, on_event: Callable[[ServiceEvent], None]) -> ScriptedTicket:
         self.requests.append(request)
+        prompt_tokens = len(self._prompt(request))
         scripts = [self.scripts.pop(0) for _ in range(request.n)]
         if (refusal := scripts[0].refusal) is not None:
             raise refusal
-        ticket = ScriptedTicket(f"t{len(self.tickets)}", len(self._prompt(request)))
+        ticket = ScriptedTicket(f"t{len(self.tickets)}", prompt_tokens)
         self.tickets.append(ticket)
         thread = threading.Thread(target=self._play, args=(request, scripts, ticket, on_event), daemon=True)
         self._threads.append(thread)
@@ -63,7 +64,10 @@ class ScriptedService:
 
     def stats(self) -> ServiceStats:
         return ServiceStats(
-            running=sum(thread.is_alive() for thread in self._threads), kv_pages_used=3, kv_pages_total=12
+            started_at=0.0,
+            running=sum(thread.is_alive() for thread in self._threads),
+            kv_pages_used=3,
+            kv_pages_total=12,
         )
 
     def drain(self, timeout_s: float) -> bool:
@@ -78,9 +82,8 @@ class ScriptedService:
             assert request.prompt is not None
             prompt = request.prompt
             return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return encode_prompt(
-            self.tokenizer, request.messages, request.tools, request.thinking, request.preserve_thinking
-        )
+        messages, _ = canonical_history(request.messages)
+        return encode_prompt(self.tokenizer, messages, request.tools, request.thinking, request.preserve_thinking)
 
     def _play(
         self,
@@ -95,7 +98,8 @@ class ScriptedService:
             if request.messages is None:
                 parser: Any = PlainText(self.tokenizer)
             else:
-                parser = OutputParser(self.tokenizer, request.tools, request.thinking)
+                _, call_ids = canonical_history(request.messages)
+                parser = OutputParser(self.tokenizer, request.tools, request.thinking, call_ids)
             output = Output(parser, request.params.stop)
             ids: list[int] = []
             logprobs: list[TokenLogprob] = []
