@@ -18,7 +18,7 @@ from hybrid_k2.accelerator import Trace, check_writable
 from hybrid_k2.engine.generation import Generation, OnPrefill, Runner
 from hybrid_k2.engine.loading import LoadedModel, OnPlan, load_model
 from hybrid_k2.engine.params import SamplingParams
-from hybrid_k2.engine.prefix import KeptPrefix
+from hybrid_k2.engine.prefix import PrefixCache
 from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.request import chat_sequence, check_ids, check_prompt_fits, text_sequence
 from hybrid_k2.errors import EngineError, MemoryBudgetError, RequestError, shown
@@ -50,7 +50,7 @@ class Engine:
         self._trace_to = trace_to
         loaded.text.trace = Trace() if trace_to is not None else None
         self._cache = LatentCache(loaded.plan.kv_cache, loaded.config)
-        self._prefix = KeptPrefix(self._cache, loaded.plan.chunk_tokens)
+        self._prefix = PrefixCache(self._cache)
         self._runner = Runner(
             loaded.text, self._cache, self._prefix, loaded.plan.chunk_tokens, self._enter, self._memory_share
         )
@@ -120,9 +120,7 @@ class Engine:
         check_prompt_fits(len(ids), self._loaded)
         with self._enter():
             logits = np.empty((len(ids), self.config.vocab_size), np.float32)
-            if self._cache.pool.available < self._cache.pages_for(len(ids)):
-                self._prefix.release()
-            pages = self._cache.pool.allocate(self._cache.pages_for(len(ids)))
+            pages = self._prefix.allocate(self._cache.pages_for(len(ids)))
             try:
                 for start in range(0, len(ids), self.plan.chunk_tokens):
                     chunk = Chunk(ids[start : start + self.plan.chunk_tokens], start, pages)

@@ -96,6 +96,7 @@ def _sequence(
         {*loaded.config.eos_token_ids, *turn_ends},  # K2.5 names [EOS] alone, and writes <|im_end|>
         turn_ends,
         thinking_ends,
+        loaded.block_tokens,
     )
 
 

@@ -16,7 +16,6 @@ import torch
 from torch.nn import functional
 
 from hybrid_k2.engine import Engine, FinishEvent, SamplingParams
-from hybrid_k2.engine.generation import step
 from hybrid_k2.engine.request import chat_sequence, text_sequence
 from hybrid_k2.engine.sequence import TokenSequence
 from hybrid_k2.errors import EngineError, RequestError
@@ -81,7 +80,11 @@ def test_steps_mix_prefill_and_decode_of_many_sequences(engine: Engine) -> None:
     everyone = list(waiting)
     running = [waiting.pop(0)]
     while running:
-        step(engine._loaded.text, engine._cache, running, CHUNK)
+        work = [(sequence, sequence.next_chunks(CHUNK)) for sequence in running]
+        for (sequence, chunks), logits in zip(work, engine._runner.forward(work), strict=True):
+            sequence.chunks_done(chunks)
+            if logits is not None:
+                sequence.sample(logits)
         if waiting:
             running.append(waiting.pop(0))
         running = [sequence for sequence in running if sequence.finish_reason is None]
