@@ -65,6 +65,7 @@ class Runner:
             usage=sequence.usage(),
             timings=timings,
             token_ids=tuple(sequence.completion),
+            logprobs=sequence.logprobs,
         )
 
 

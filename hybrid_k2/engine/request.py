@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from hybrid_k2.engine.loading import LoadedModel
+from hybrid_k2.engine.logprobs import LogprobReader
 from hybrid_k2.engine.output import Output, Parser, PlainText
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.sampling import Sampler
@@ -92,11 +93,12 @@ def _sequence(
         params,
         _max_tokens(params, len(ids), loaded),
         Sampler(params, vocab_size, ids),
-        Output(parser, params.stop),
+        Output(parser, params.stop, params.include_stop),
         {*loaded.config.eos_token_ids, *turn_ends},  # K2.5 names [EOS] alone, and writes <|im_end|>
         turn_ends,
         thinking_ends,
         loaded.block_tokens,
+        None if params.logprobs is None else LogprobReader(loaded.tokenizer, params.logprobs),
     )
 
 

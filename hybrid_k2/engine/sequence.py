@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
+from hybrid_k2.engine.logprobs import LogprobReader
 from hybrid_k2.engine.output import Output
 from hybrid_k2.engine.params import SamplingParams
-from hybrid_k2.engine.reply import FinishReason, Timings, Usage
+from hybrid_k2.engine.reply import FinishReason, Timings, TokenLogprob, Usage
 from hybrid_k2.engine.sampling import Sampler
 from hybrid_k2.model.batch import Chunk
 from hybrid_k2.protocol import Event
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class TokenSequence:
@@ -33,11 +39,13 @@ class TokenSequence:
         turn_end_ids: Collection[int],
         thinking_end_ids: Collection[int],
         block_tokens: int,
+        logprobs: LogprobReader | None = None,
     ) -> None:
         """Start with nothing cached.
 
         `turn_end_ids` are the end ids that the output's parser understands: with one, a call whose arguments are whole
         counts as complete. `thinking_end_ids` is empty for a reply that does not think.
+        `logprobs` reads log probabilities where the request asks for them.
         """
         self.tokens = list(prompt_ids)
         self.prompt_tokens = len(self.tokens)
@@ -62,6 +70,8 @@ class TokenSequence:
         self._thinking_end_ids = frozenset(thinking_end_ids)
         self._thinking = bool(thinking_end_ids)
         self._reasoning_tokens = 0
+        self._logprob_reader = logprobs
+        self._logprobs: list[TokenLogprob] = []
 
     @property
     def completion(self) -> list[int]:
@@ -72,6 +82,11 @@ class TokenSequence:
     def completion_tokens(self) -> int:
         """How many tokens the reply has."""
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Log probabilities of the reply's tokens so far; None if the request did not ask for them."""
+        return tuple(self._logprobs) if self._logprob_reader is not None else None
 
     @property
     def decoding(self) -> bool:
@@ -127,7 +142,9 @@ class TokenSequence:
 
         Shapes: logits: [V].
         """
-        token = self.sampler.sample(logits)
+        token = self.sampler.sample(logits, self._allowed(len(logits)))
+        if self._logprob_reader is not None:
+            self._logprobs.append(self._logprob_reader.read(logits, token))
         self.tokens.append(token)
         if token in self._end_ids or token in self._stop_ids:
             if token in self._stop_ids:
@@ -161,6 +178,14 @@ class TokenSequence:
         prefill = computed / self.prefill_s if self.decoding and self.prefill_s > 0 else None
         decode = (self.completion_tokens - 1) / self.decode_s if self.completion_tokens > 1 and self.decode_s else None
         return Timings(self.prefill_s, self.decode_s, prefill, decode, None)
+
+    def _allowed(self, vocab_size: int) -> NDArray[np.bool_] | None:
+        """Say which tokens may come next. Shapes: [V]; None: all."""
+        if self.completion_tokens >= self.params.min_tokens:
+            return None
+        allowed = np.ones(vocab_size, np.bool_)
+        allowed[[*self._end_ids, *self._stop_ids]] = False
+        return allowed
 
     def _count_thinking(self, token: int) -> None:
         if token in self._thinking_end_ids:

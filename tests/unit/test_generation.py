@@ -146,6 +146,7 @@ def test_a_seed_repeats_bit_for_bit_whatever_ran_before(tmp_path: Path) -> None:
         first = generated(engine, prompt, seeded)
         assert generated(engine, prompt, seeded).token_ids == first.token_ids
         for shared in (0, 1, CHUNK, 2 * CHUNK + 3, len(prompt)):
+            engine._prefix.release()
             generated(engine, prompt[:shared] + random_ids(10), max_tokens=7)
             again = generated(engine, prompt, seeded)
             assert again.token_ids == first.token_ids
@@ -184,6 +185,17 @@ def test_the_models_end_token_stops_unless_ignored(engine: Engine) -> None:
     assert reply.matched_stop is None
     reply = generated(engine, random_ids(5), GREEDY, **forced)
     assert (reply.token_ids, reply.content, reply.finish_reason) == ((end,) * 3, "", "length")
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_no_end_comes_before_the_least_number_of_tokens(engine: Engine, temperature: float) -> None:
+    end, stop = engine.config.eos_token_ids[0], 77
+    params = SamplingParams(temperature=temperature, stop_token_ids=[stop], logit_bias={end: 100.0, stop: 100.0})
+    for least in (0, 1, 5):
+        reply = generated(engine, random_ids(5), params, min_tokens=least, max_tokens=9)
+        assert len(reply.token_ids) == least + 1
+        assert reply.token_ids[-1] in (end, stop)
+        assert not {end, stop} & set(reply.token_ids[:-1])
 
 
 def write(engine: Engine, text: str, end: str | None) -> TokenSequence:
