@@ -50,10 +50,13 @@ class Runner:
         logits = iter(self.model.forward(Batch.build([chunk for _, chunks in work for chunk in chunks]), self.cache))
         return [next(logits) if chunks[-1].logits else None for _, chunks in work]
 
-    def reply(self, sequence: TokenSequence) -> Reply:
-        """Put together the reply of a sequence; an unfinished one counts as cancelled."""
+    def reply(self, sequence: TokenSequence, *, alone: bool = True) -> Reply:
+        """Put together the reply of a sequence; an unfinished one counts as cancelled.
+
+        alone: nothing else was computed in its steps, so that its speed says how fast weights were read.
+        """
         timings = sequence.timings()
-        if timings.decode_tokens_per_s is not None:
+        if alone and timings.decode_tokens_per_s is not None:
             timings = replace(timings, memory_share=self.memory_share(timings.decode_tokens_per_s))
         return Reply(
             content=sequence.output.content,

@@ -58,13 +58,17 @@ class PrefixCache:
         # From the least to the most recently used; a child always stands before its parent.
         self._resident: OrderedDict[Node, None] = OrderedDict()
         self._stored: OrderedDict[Node, None] = OrderedDict()
-        self._ram_pages = 0
+        self.ram_pages = 0  # that the second level has room for
         self.set_ram(ram_bytes)
 
     def set_ram(self, ram_bytes: int) -> None:
         """Give the second level so much host memory."""
-        self._ram_pages = ram_bytes // self._cache.page_bytes
+        self.ram_pages = ram_bytes // self.page_like().nbytes
         self._trim()
+
+    def page_like(self) -> Tensor:
+        """Return a tensor on the meta device with the shape and dtype of a page's latents."""
+        return self._cache.page_like()
 
     @property
     def kept_pages(self) -> int:
@@ -99,10 +103,8 @@ class PrefixCache:
         At least one token is left to be computed: its logits are wanted. A sequence that repeats gets only latents that
         computing them again would give bit for bit.
         """
-        path, common, repeatable = self._find(sequence)
+        path, reused, repeatable = self._reusable(sequence)
         block = sequence.block_tokens
-        # Blocks that reach into its reply have other bits than its own tokens had, one by one.
-        reused = min(repeatable, sequence.prompt_tokens // block * block) if sequence.repeats else common
         full, rest = divmod(reused, self._page_tokens)
         self._touch(path)
         with self._held(path[full] if rest else None) as fill:
@@ -114,6 +116,12 @@ class PrefixCache:
         sequence.pages = pages
         sequence.cached = min(reused, len(pages) * self._page_tokens)
         sequence.repeatable = min(sequence.cached, repeatable) // block * block
+
+    def in_use(self, sequence: TokenSequence) -> int:
+        """Count the pages that `lend` would give and that others use already: they take no room."""
+        path, reused, _ = self._reusable(sequence)
+        shared = (node.page for node in path[: reused // self._page_tokens])
+        return sum(page is not None and self._cache.pool.users(page) > 1 for page in shared)
 
     def publish(self, sequence: TokenSequence) -> None:
         """Let others use the full pages of a sequence that goes on."""
@@ -154,18 +162,16 @@ class PrefixCache:
         return self._cache.read_page(node.page)
 
     def restore(self, nodes: Iterable[tuple[str, Node]]) -> int:
-        """Put nodes in the second level, in the order of `nodes`, as many as it has room for; return how many."""
-        added = []
-        for salt, node in nodes:
-            if len(self._stored) + len(added) >= self._ram_pages:
-                break
-            if node.parent is None:
-                node.parent = self._root(salt)
-            if node.tokens not in node.parent.children:
-                node.parent.children[node.tokens] = node
-                added.append(node)
-        for node in reversed(added):
-            self._stored[node] = None
+        """Start with these nodes in the second level, in the order of `nodes`, whose parents are None for a root.
+
+        Returns how many there is room for.
+        """
+        self.release()
+        added = [*islice(nodes, self.ram_pages)]
+        for salt, node in added:
+            node.parent = node.parent or self._root(salt)
+            node.parent.children[node.tokens] = node
+        self._stored.update((node, None) for _, node in reversed(added))
         return len(added)
 
     def _root(self, salt: str) -> Node:
@@ -174,6 +180,15 @@ class PrefixCache:
     def _parts(self, tokens: Sequence[int]) -> Iterator[tuple[int, ...]]:
         for start in range(0, len(tokens), self._page_tokens):
             yield tuple(tokens[start : start + self._page_tokens])
+
+    def _reusable(self, sequence: TokenSequence) -> tuple[list[Node], int, int]:
+        """Return the nodes of the longest common prefix, the tokens to reuse, and how many are repeatable blocks."""
+        path, common, repeatable = self._find(sequence)
+        if sequence.repeats:
+            # Blocks that reach into its reply have other bits than its own tokens had, one by one.
+            block = sequence.block_tokens
+            return path, min(repeatable, sequence.prompt_tokens // block * block), repeatable
+        return path, common, repeatable
 
     def _find(self, sequence: TokenSequence) -> tuple[list[Node], int, int]:
         """Return the nodes of the longest common prefix, its tokens, and how many of them are repeatable blocks."""
@@ -239,7 +254,7 @@ class PrefixCache:
         self._resident.move_to_end(node)
 
     def _insert(self, sequence: TokenSequence, count: int) -> None:
-        """Put the first `count` tokens of a sequence in the tree; nodes that are there stay, unless these are better."""
+        """Put the first `count` tokens of a sequence in the tree; nodes that are there stay, unless it has better."""
         node, path = self._root(sequence.salt), list[Node]()
         for place, part in enumerate(self._parts(sequence.tokens[:count])):
             repeatable = sequence.repeatable - place * self._page_tokens
@@ -270,7 +285,7 @@ class PrefixCache:
             (self._resident if node.resident else self._stored).move_to_end(node)
 
     def _spare(self) -> Iterator[Node]:
-        """List the nodes of the first level that could leave it, in this order: no sequence uses them or their children."""
+        """List what could leave the first level, in this order: nodes that no sequence uses, nor their children."""
         used: set[Node | None] = set()
         for node in self._resident:
             assert node.page is not None
@@ -281,7 +296,7 @@ class PrefixCache:
 
     def _demote(self, node: Node) -> None:
         """Move a node to the second level, or drop it where there is none."""
-        if not self._ram_pages:
+        if not self.ram_pages:
             self._drop(node)
             return
         node.stored = self.content(node)
@@ -293,7 +308,7 @@ class PrefixCache:
 
     def _trim(self) -> None:
         """Drop what the second level has no room for, the least recently used first: never a parent before a child."""
-        while len(self._stored) > self._ram_pages:
+        while len(self._stored) > self.ram_pages:
             self._drop(next(iter(self._stored)))
 
     def _drop(self, node: Node) -> None:
@@ -307,7 +322,6 @@ class PrefixCache:
         node.page = node.stored = None
         if node.parent is not None:
             del node.parent.children[node.tokens]
-
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

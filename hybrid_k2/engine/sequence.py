@@ -25,7 +25,7 @@ class TokenSequence:
 
     Tokens are those of the prompt, then those of the reply. The latents of the first `cached` of them lie in `pages`;
     the first `repeatable` of these are those of whole blocks of a prompt, so that computing them again gives the same
-    bits. Blocks begin at multiples of `block_tokens`: however many of them a step computes, a token's block is the same.
+    bits. Blocks begin at multiples of `block_tokens`, however many of them a step computes.
     """
 
     def __init__(
@@ -107,6 +107,11 @@ class TokenSequence:
     def matched_stop(self) -> str | int | None:
         """The stop string or stop token that ended the reply."""
         return self._matched_token if self._matched_token is not None else self.output.matched_stop
+
+    @property
+    def next_tokens(self) -> int:
+        """Tokens of the smallest next step."""
+        return self._chunk_end(self.cached) - self.cached
 
     def next_chunks(self, limit: int) -> list[Chunk]:
         """Return what the next step computes: blocks of the prompt, at least one, together at most `limit` tokens.

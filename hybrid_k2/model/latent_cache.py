@@ -100,10 +100,10 @@ class LatentCache:
         """Pages that hold this many tokens of one sequence."""
         return -(-tokens // self.page_tokens)
 
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page, over all layers."""
-        return sum(layer[0].nbytes for layer in self.layers)
+    def page_like(self) -> Tensor:
+        """Return a tensor without memory that has the shape and dtype of `read_page`."""
+        shape = (len(self.layers), *self.layers[0].shape[1:])
+        return torch.empty(shape, dtype=self.layers[0].dtype, device="meta")
 
     def read_page(self, page: int) -> Tensor:
         """Copy a page to the host.

@@ -66,7 +66,7 @@ def test_chunked_prefill_gives_the_text_of_whole_prefill(engine: Engine) -> None
     prompt = random_ids(100)
     chunked = generated(engine, prompt, max_tokens=20)
     with Engine.load(engine.folder, engine.plan.rules) as whole:
-        whole._runner.chunk_tokens = 512
+        whole.runner.chunk_tokens = 512
         assert generated(whole, prompt, max_tokens=20).token_ids == chunked.token_ids
 
 
@@ -76,12 +76,12 @@ def test_steps_mix_prefill_and_decode_of_many_sequences(engine: Engine) -> None:
     alone = [list(generated(engine, prompt, max_tokens=9).token_ids) for prompt in prompts]
     engine._prefix.release()
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=9)
-    waiting = [text_sequence(engine._loaded, prompt, False, params) for prompt in prompts]
+    waiting = [text_sequence(engine.loaded, prompt, False, params) for prompt in prompts]
     everyone = list(waiting)
     running = [waiting.pop(0)]
     while running:
         work = [(sequence, sequence.next_chunks(CHUNK)) for sequence in running]
-        for (sequence, chunks), logits in zip(work, engine._runner.forward(work), strict=True):
+        for (sequence, chunks), logits in zip(work, engine.runner.forward(work), strict=True):
             sequence.chunks_done(chunks)
             if logits is not None:
                 sequence.sample(logits)
@@ -202,7 +202,7 @@ def write(engine: Engine, text: str, end: str | None) -> TokenSequence:
     """Make a thinking chat's sequence write this text, one likeliest token after the other."""
     params = SamplingParams(temperature=0, max_tokens=len(text))
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
-    sequence = chat_sequence(engine._loaded, [{"role": "user", "content": "hi"}], tools, True, False, params)
+    sequence = chat_sequence(engine.loaded, [{"role": "user", "content": "hi"}], tools, True, False, params)
     ids = engine.tokenizer.encode(text, allow_special=True)
     for token in [*ids, *([engine.tokenizer.token_id(end)] if end else [])]:
         sequence.sample(functional.one_hot(torch.tensor(token), engine.config.vocab_size).float())
@@ -360,7 +360,7 @@ def test_cancel_before_the_start(engine: Engine) -> None:
 
 def test_logits_that_are_not_finite_end_the_request_only(engine: Engine) -> None:
     """A damaged weight: NaN in lm_head reaches the sampler."""
-    row = engine._loaded.text._lm_head[7]
+    row = engine.loaded.text._lm_head[7]
     before = row.clone()
     row.fill_(float("nan"))
     try:
