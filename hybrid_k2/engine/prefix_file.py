@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,7 +43,8 @@ def save_prefixes(prefix: PrefixCache, path: Path, fingerprint: str) -> None:
         partial.replace(path)
     except OSError as error:
         log.warning("%s: the prefix cache could not be saved: %s", path, error)
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         return
     log.info("%s: saved %d pages of the prefix cache, %s", path, count, format_bytes(path.stat().st_size))
 
