@@ -100,6 +100,7 @@ def _sequence(
         {*loaded.config.eos_token_ids, *turn_ends},  # K2.5 names [EOS] alone, and writes <|im_end|>
         turn_ends,
         thinking_ends,
+        loaded.block_tokens,
         None if params.logprobs is None else LogprobReader(loaded.tokenizer, params.logprobs),
     )
 
