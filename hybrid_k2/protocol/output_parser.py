@@ -62,7 +62,7 @@ class OutputParser:
         thinking: bool = True,
         call_ids: ToolIds | None = None,
     ) -> None:
-        """Start a reply. `call_ids`: ids of the conversation, to find new ones; None: ids stay as the model wrote them."""
+        """Start a reply. `call_ids`: those of the conversation, to find new ones; None: ids as the model wrote them."""
         self.warnings: list[str] = []
         self._tokenizer = tokenizer
         self._ids: IdLexer | None = None
