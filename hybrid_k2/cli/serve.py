@@ -25,7 +25,7 @@ _LISTEN, _ACCESS, _LOAD, _LIMITS = "Where it listens", "Who may call", "How much
 _MAX_KEY_FILE_BYTES = 1 << 20
 
 
-def _option(name: str, metavar: str, text: str, panel: str | None = None, **more: Any) -> Any:
+def _option(name: str, metavar: str | None, text: str, panel: str | None = None, **more: Any) -> Any:
     variable = "HYBRID_K2_" + name.lstrip("-").replace("-", "_").upper()
     return typer.Option(name, metavar=metavar, help=text, rich_help_panel=panel, envvar=variable, **more)
 
@@ -72,9 +72,7 @@ def serve(
         list[str] | None,
         _option("--served-model-name", "NAME", "The model's name for clients (left out: its own). Repeat for more."),
     ] = None,
-    strict_moonshot: Annotated[
-        bool, _option("--strict-moonshot", "", "Refuse what Moonshot's API refuses.", is_flag=True)
-    ] = False,
+    strict_moonshot: Annotated[bool, _option("--strict-moonshot", None, "Refuse what Moonshot's API refuses.")] = False,
     max_running: Annotated[
         int | None, _option("--max-running", "N", "Sequences computed at once.", _LOAD, min=1)
     ] = None,

@@ -96,11 +96,12 @@ def _check_tool(tool: Any, place: str, limits: Limits) -> str:
     return name
 
 
-def check_schema(schema: Any, place: str, limits: Limits) -> None:
-    """Refuse a JSON schema that is no object, or too deep or large to compile. Raises: ApiError."""
+def check_schema(schema: Any, place: str, limits: Limits) -> Mapping[str, Any]:
+    """Return a JSON schema; refuse one that is no object, or too deep or large to compile. Raises: ApiError."""
     if not isinstance(schema, Mapping):
         raise bad_request(place, f"expected a JSON schema, an object, got {shown(schema)}")
-    size, level = 0, [schema]
+    size = 0
+    level: list[Any] = [schema]
     for _ in range(limits.schema_depth):
         inner: list[Any] = []
         for value in level:
@@ -113,7 +114,7 @@ def check_schema(schema: Any, place: str, limits: Limits) -> None:
         if size > limits.schema_bytes:
             raise bad_request(place, f"expected at most {limits.schema_bytes} characters, got more")
         if not inner:
-            return
+            return schema
         level = inner
     raise bad_request(place, f"expected at most {limits.schema_depth} levels, got more")
 

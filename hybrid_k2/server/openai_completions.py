@@ -100,6 +100,7 @@ def completion_routes(context: Context) -> APIRouter:
         body.check_choices(context.options.limits, len(prompts))
         params = body.params(max_tokens=body.max_tokens, logprobs=body.logprobs)
         served = context.backend.ready()
+        _check_ids(prompts, served.model.tokenizer.vocab_size)
         runs = [context.run(request) for _ in prompts]
         head = {
             "id": new_id("cmpl-"),
@@ -151,6 +152,15 @@ def completion_routes(context: Context) -> APIRouter:
         return SseResponse(_frames(head, body, runs, echoes), cancel, context.options.keep_alive_s)
 
     return router
+
+
+def _check_ids(prompts: Sequence[Prompt], vocab_size: int) -> None:
+    """Refuse token ids that the vocabulary does not have. Raises: ApiError."""
+    for number, prompt in enumerate(prompts):
+        wrong = [] if isinstance(prompt, str) else [token for token in prompt if not 0 <= token < vocab_size]
+        if wrong:
+            place = f"prompt[{number}]" if len(prompts) > 1 else "prompt"
+            raise bad_request(place, f"expected token ids from 0 to {vocab_size - 1}, got {shown(wrong[0])}")
 
 
 async def _frames(

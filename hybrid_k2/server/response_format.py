@@ -29,6 +29,5 @@ def read_response_format(response_format: Any, limits: Limits) -> Grammar | None
     for name in wrapper:
         if name not in ("name", "description", "schema", "strict"):
             raise bad_request(f"response_format.json_schema.{name}", "expected no such field")
-    schema = wrapper.get("schema")
-    check_schema(schema, "response_format.json_schema.schema", limits)
+    schema = check_schema(wrapper.get("schema"), "response_format.json_schema.schema", limits)
     return Grammar.json_schema(schema)
