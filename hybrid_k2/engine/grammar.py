@@ -18,5 +18,5 @@ class Grammar:
         raise RequestError("response_format: grammars are not here yet")
 
     @classmethod
-    def tools(cls, tools: Sequence[Mapping[str, Any]], choice: str) -> Grammar | None:
+    def tools(cls, tools: Sequence[Mapping[str, Any]], choice: str, *, parallel: bool = True) -> Grammar | None:
         return None

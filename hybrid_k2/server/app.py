@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from hybrid_k2 import __version__
 from hybrid_k2.errors import HybridK2Error
+from hybrid_k2.server.anthropic_messages import message_routes
 from hybrid_k2.server.auth import ApiKeys, Authentication
 from hybrid_k2.server.backend import Backend
 from hybrid_k2.server.context import Context
@@ -31,7 +32,7 @@ def create_app(backend: Backend, options: ServerOptions) -> FastAPI:
     context = Context(backend, options, metrics, int(time.time()))
     # The pages of the documentation would load scripts from elsewhere; the description itself is served.
     app = FastAPI(title="hybrid-k2", version=__version__, docs_url=None, redoc_url=None)
-    for routes in (model_routes, chat_routes, completion_routes):
+    for routes in (model_routes, chat_routes, completion_routes, message_routes):
         app.include_router(routes(context))
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HybridK2Error, _answer_engine_error)

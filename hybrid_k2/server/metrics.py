@@ -23,6 +23,8 @@ _GAUGES = {  # of ServiceStats
     "running": ("num_requests_running", "Requests that are being computed."),
     "waiting": ("num_requests_waiting", "Requests in the queue."),
     "kv_pages_used": ("kv_cache_pages_used", "Pages of the latent cache in use."),
+    "kv_pages_kept": ("kv_cache_pages_kept", "Pages of the latent cache kept for prompts that may come again."),
+    "ram_pages_kept": ("ram_cache_pages_kept", "Pages kept in host memory for prompts that may come again."),
     "kv_pages_total": ("kv_cache_pages", "Pages of the latent cache."),
 }
 _COUNTERS = {
@@ -32,6 +34,7 @@ _COUNTERS = {
     "generated_tokens": ("generation_tokens", "Tokens generated."),
     "preemptions": ("num_preemptions", "Requests that gave up their pages to others."),
     "steps": ("engine_steps", "Steps of the engine."),
+    "failed_steps": ("engine_failed_steps", "Steps of the engine in which a request failed."),
 }
 
 

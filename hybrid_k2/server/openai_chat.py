@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -12,24 +11,20 @@ from pydantic import WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hybrid_k2.engine.grammar import Grammar
 from hybrid_k2.engine.params import MAX_LOGPROBS
-from hybrid_k2.engine.service_types import ServiceRequest
 from hybrid_k2.errors import shown
-from hybrid_k2.protocol import Tokenizer
-from hybrid_k2.protocol.tokens import CALL_BEGIN, SECTION_BEGIN
 from hybrid_k2.server import moonshot
 from hybrid_k2.server.body import body_schema, read_body
+from hybrid_k2.server.chat import Chat
 from hybrid_k2.server.chat_reply import ReplyForm, chat_completion, chat_frames
 from hybrid_k2.server.context import Context
 from hybrid_k2.server.conversation import check_messages, check_tools, read_tool_choice
 from hybrid_k2.server.errors import bad_request, json_response
 from hybrid_k2.server.openai_usage import new_id
-from hybrid_k2.server.response_format import read_response_format
 from hybrid_k2.server.run import unless_gone
-from hybrid_k2.server.sampling import CacheSalt, SamplingFields, StreamOptions, cache_salt
+from hybrid_k2.server.sampling import CacheSalt, SamplingFields, StreamOptions
 from hybrid_k2.server.sse import SseResponse
-from hybrid_k2.server.thinking import Thinking, read_thinking
+from hybrid_k2.server.thinking import read_thinking
 
 AnyObject = Annotated[Any, WithJsonSchema({"type": "object"})]
 Effort = Annotated[Any, WithJsonSchema({"type": "string"})]
@@ -97,70 +92,27 @@ class ChatRequest(SamplingFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-@dataclass(frozen=True)
-class Chat:
-    """A chat request whose fields were checked; `service_request` does what takes time."""
-
-    body: ChatRequest
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]]
-    tool_choice: str
-    thinking: Thinking
-    longest: int | None
-    logprobs: int | None
-
-    @classmethod
-    def check(cls, body: ChatRequest, context: Context) -> Chat:
-        """Check everything that needs no model. Raises: ApiError."""
-        limits = context.options.limits
-        body.check_fixed()
-        body.check_choices(limits)
-        tools = check_tools(body.tools, limits)
-        thinking = read_thinking(body.thinking, body.reasoning_effort, body.enable_thinking, body.chat_template_kwargs)
-        chat = cls(
-            body=body,
-            messages=check_messages(body.messages, limits),
-            tools=tools,
-            tool_choice=read_tool_choice(body.tool_choice, tools),
-            thinking=thinking,
-            longest=body.longest(),
-            logprobs=body.top_k_logprobs(),
-        )
-        if context.options.strict_moonshot:
-            moonshot.check(body, chat.messages, tools, chat.tool_choice, thinking)
-        return chat
-
-    def service_request(self, tokenizer: Tokenizer, owner: str, context: Context) -> ServiceRequest:
-        """Compile grammars and build what the service takes. Raises: ApiError, RequestError."""
-        callable_tools = [] if self.tool_choice == "none" else self.tools
-        return ServiceRequest(
-            messages=self.messages,
-            tools=callable_tools or None,
-            thinking=self.thinking.on,
-            preserve_thinking=self.thinking.keep,
-            params=self.body.params(
-                max_tokens=self.longest,
-                logprobs=self.logprobs,
-                grammar=self._grammar(callable_tools, context),
-                forbidden_ids=() if callable_tools else _call_ids(tokenizer),
-            ),
-            key=owner,
-            cache_salt=cache_salt(owner, self.body.cache_salt),
-            n=self.body.n,
-        )
-
-    def _grammar(self, tools: list[dict[str, Any]], context: Context) -> Grammar | None:
-        wanted = read_response_format(self.body.response_format, context.options.limits)
-        if not tools:
-            return wanted
-        if wanted is not None:
-            raise bad_request("response_format", "expected text beside tools that may be called")
-        return Grammar.tools(tools, self.tool_choice.removeprefix("="))
-
-
-def _call_ids(tokenizer: Tokenizer) -> Iterable[int]:
-    """Return the tokens that begin a call, for a reply that shall have none."""
-    return [tokenizer.special[name] for name in (SECTION_BEGIN, CALL_BEGIN) if name in tokenizer.special]
+def check_chat(body: ChatRequest, context: Context) -> Chat:
+    """Check everything that needs no model. Raises: ApiError."""
+    limits = context.options.limits
+    body.check_fixed()
+    body.check_choices(limits)
+    tools = check_tools(body.tools, limits)
+    chat = Chat(
+        messages=check_messages(body.messages, limits),
+        tools=tools,
+        tool_choice=read_tool_choice(body.tool_choice, tools),
+        parallel=body.parallel_tool_calls,
+        thinking=read_thinking(body.thinking, body.reasoning_effort, body.enable_thinking, body.chat_template_kwargs),
+        sampling=body,
+        max_tokens=body.longest(),
+        logprobs=body.top_k_logprobs(),
+        response_format=body.response_format,
+        salt=body.cache_salt,
+    )
+    if context.options.strict_moonshot:
+        moonshot.check(chat)
+    return chat
 
 
 def chat_routes(context: Context) -> APIRouter:
@@ -172,7 +124,7 @@ def chat_routes(context: Context) -> APIRouter:
         """Answer a conversation."""
         body = await read_body(request, ChatRequest)
         model = context.check_model(body.model)
-        chat = Chat.check(body, context)
+        chat = check_chat(body, context)
         run = context.run(request)
         tokenizer = context.backend.ready().model.tokenizer
         form = ReplyForm(
@@ -185,7 +137,7 @@ def chat_routes(context: Context) -> APIRouter:
             progress=body.return_progress,
             alias=not context.options.strict_moonshot,
         )
-        build: Callable[[], ServiceRequest] = lambda: chat.service_request(tokenizer, request.state.owner, context)  # noqa: E731
+        build = partial(chat.service_request, tokenizer, request.state.owner, context.options.limits)
         if body.stream:
             await run.submit(build)
             return SseResponse(chat_frames(form, run), run.cancel, context.options.keep_alive_s)

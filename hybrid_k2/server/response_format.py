@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrid_k2.engine.grammar import Grammar
-from hybrid_k2.errors import shown
+from hybrid_k2.errors import RequestError, shown
 from hybrid_k2.server.conversation import check_schema
 from hybrid_k2.server.errors import bad_request
 from hybrid_k2.server.options import Limits
@@ -30,4 +30,7 @@ def read_response_format(response_format: Any, limits: Limits) -> Grammar | None
         if name not in ("name", "description", "schema", "strict"):
             raise bad_request(f"response_format.json_schema.{name}", "expected no such field")
     schema = check_schema(wrapper.get("schema"), "response_format.json_schema.schema", limits)
-    return Grammar.json_schema(schema)
+    try:
+        return Grammar.json_schema(schema)
+    except RequestError as error:
+        raise bad_request("response_format.json_schema", error.message, "invalid_schema") from None

@@ -31,6 +31,7 @@ class Run:
 
     def __init__(self, service: Service, metrics: Metrics, log: dict[str, Any]) -> None:
         """`log` takes what the log shall say about this request."""
+        self.prompt_tokens = 0
         self._service = service
         self._metrics = metrics
         self._log = log
@@ -57,6 +58,7 @@ class Run:
             refused = api_error(error)
             self._metrics.refused(refused)
             raise refused from error
+        self.prompt_tokens = self._ticket.prompt_tokens
         self._log["prompt_tokens"] = self._log.get("prompt_tokens", 0) + self._ticket.prompt_tokens
 
     async def events(self) -> AsyncIterator[Progress | Piece | Finished]:
