@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
+from hybrid_k2.engine.guide import Guide
 from hybrid_k2.engine.loading import LoadedModel
 from hybrid_k2.engine.logprobs import LogprobReader
 from hybrid_k2.engine.output import Output, Parser, PlainText
@@ -36,7 +37,11 @@ def chat_sequence(
     special = loaded.tokenizer.special
     turn_ends = [special[name] for name in REPLY_ENDS if name in special]
     thinking_ends = [special[name] for name in (THINK_END, SECTION_BEGIN)] if thinks else []
-    return _sequence(loaded, ids, parser, turn_ends, thinking_ends, thinking, params)
+    grammar = params.grammar
+    if grammar is not None and grammar.binds == "content" and not reply_thinks(messages):
+        raise RequestError("grammar: expected a reply from its beginning, got a partial message to continue")
+    guide = None if grammar is None else Guide(grammar, loaded.guide_vocabulary, thinks)
+    return _sequence(loaded, ids, parser, turn_ends, thinking_ends, thinking, params, guide)
 
 
 def text_sequence(
@@ -44,7 +49,12 @@ def text_sequence(
 ) -> TokenSequence:
     """Prepare the continuation of a text or of token ids. Raises: RequestError."""
     ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    return _sequence(loaded, ids, PlainText(loaded.tokenizer), [], [], thinking, params)
+    grammar, guide = params.grammar, None
+    if grammar is not None:
+        if grammar.binds == "calls":
+            raise RequestError("grammar: expected one for content with a prompt, got one for tool calls")
+        guide = Guide(grammar, loaded.guide_vocabulary, thinking=False)
+    return _sequence(loaded, ids, PlainText(loaded.tokenizer), [], [], thinking, params, guide)
 
 
 def check_ids(token_ids: Iterable[Any], vocab_size: int) -> list[int]:
@@ -86,6 +96,7 @@ def _sequence(
     thinking_ends: Sequence[int],
     thinking: bool,
     params: SamplingParams,
+    guide: Guide | None,
 ) -> TokenSequence:
     vocab_size = loaded.config.vocab_size
     ids = check_ids(ids, vocab_size)
@@ -97,11 +108,13 @@ def _sequence(
         _max_tokens(params, len(ids), loaded),
         Sampler(params, vocab_size, ids),
         Output(parser, params.stop, params.include_stop),
-        {*loaded.config.eos_token_ids, *turn_ends},  # K2.5 names [EOS] alone, and writes <|im_end|>
+        # K2.5 names [EOS] alone, and writes <|im_end|>
+        {*loaded.config.eos_token_ids, *turn_ends, *(guide.end_ids if guide else ())},
         turn_ends,
         thinking_ends,
         loaded.block_tokens,
         None if params.logprobs is None else LogprobReader(loaded.tokenizer, params.logprobs),
+        guide,
     )
 
 

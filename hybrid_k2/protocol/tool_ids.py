@@ -59,7 +59,7 @@ def canonical_history(messages: Sequence[Mapping[str, Any]]) -> tuple[Sequence[M
     return [_rewrite(message, ids, waiting) for message in messages], ids
 
 
-def _rewrite(message: Mapping[str, Any], ids: ToolIds, waiting: _Waiting) -> Mapping[str, Any]:
+def _rewrite(message: Any, ids: ToolIds, waiting: _Waiting) -> Any:
     if not isinstance(message, Mapping):
         return message
     calls = message.get("tool_calls")

@@ -57,7 +57,7 @@ class PromptFields(Body):
 
     def chat_messages(self) -> list[dict[str, Any]]:
         """Return the messages of a chat. Raises: ApiError."""
-        messages = [{"role": "system", "content": text} for text in _system_texts(self.system)]
+        messages: list[dict[str, Any]] = [{"role": "system", "content": text} for text in _system_texts(self.system)]
         for index, message in enumerate(self.messages):
             messages += _read_message(message, f"messages[{index}]")
         if self.messages and messages and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
@@ -125,12 +125,13 @@ class MessagesRequest(PromptFields):
     def check_fixed(self) -> None:
         """Refuse what this server does not do. Raises: ApiError."""
         super().check_fixed()
-        for index, text in enumerate(self.stop_sequences or []):
+        stops = self.stop_sequences or []
+        if len(stops) > MAX_STOP_STRINGS:
+            raise bad_request("stop_sequences", f"expected at most {MAX_STOP_STRINGS}, got {len(stops)}")
+        for index, text in enumerate(stops):
             if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
                 expected = f"expected 1 to {MAX_STOP_CHARACTERS} characters"
                 raise bad_request(f"stop_sequences[{index}]", f"{expected}, got {len(text)}")
-        if len(self.stop_sequences or []) > MAX_STOP_STRINGS:
-            raise bad_request("stop_sequences", f"expected at most {MAX_STOP_STRINGS}, got {len(self.stop_sequences)}")
         if self.service_tier not in ("auto", "standard_only"):
             raise bad_request("service_tier", f"expected auto or standard_only, got {shown(self.service_tier)}")
 
