@@ -278,7 +278,6 @@ class Service:
         failed = sum(result.error is not None for result in results.values())
         self._count(
             steps=1,
-            failed_steps=int(failed > 0),
             prompt_tokens=sum(prompts.values()),
             generated_tokens=sum(result.sampled for result in results.values()),
         )
@@ -320,6 +319,7 @@ class Service:
             return dict(zip(work, self._runner.forward([*work.values()]), strict=True)), {}
         except Exception as error:
             log.warning("a step of %d sequences failed: %s", len(work), error)
+            self._count(failed_steps=1)
             if len(work) == 1:
                 return {}, dict.fromkeys(work, _as_error(error))
         logits: dict[Job, Tensor | None] = {}
