@@ -213,10 +213,11 @@ class Service:
 
     def _check_places(self, key: str) -> None:
         options, running = self._options, self._scheduler.running
-        self._check_place("queue", self._waiting(), options.max_waiting, options.max_running - len(running))
+        free = options.max_running - len(running)
+        self._check_place("queue", self._waiting(), options.max_waiting, free)
         if options.max_waiting_per_key is not None:
-            free = (options.max_running_per_key or options.max_running) - sum(job.key == key for job in running)
-            self._check_place("key", self._waiting(key), options.max_waiting_per_key, free)
+            of_key = (options.max_running_per_key or options.max_running) - sum(job.key == key for job in running)
+            self._check_place("key", self._waiting(key), options.max_waiting_per_key, min(free, of_key))
 
     def _check_place(self, reason: str, waiting: int, most: int, free: int) -> None:
         if waiting < most + max(0, free):  # some of them are about to begin
@@ -277,7 +278,6 @@ class Service:
         failed = sum(result.error is not None for result in results.values())
         self._count(
             steps=1,
-            failed_steps=int(failed > 0),
             prompt_tokens=sum(prompts.values()),
             generated_tokens=sum(result.sampled for result in results.values()),
         )
@@ -319,6 +319,7 @@ class Service:
             return dict(zip(work, self._runner.forward([*work.values()]), strict=True)), {}
         except Exception as error:
             log.warning("a step of %d sequences failed: %s", len(work), error)
+            self._count(failed_steps=1)
             if len(work) == 1:
                 return {}, dict.fromkeys(work, _as_error(error))
         logits: dict[Job, Tensor | None] = {}

@@ -144,7 +144,7 @@ class ServiceStats:
     generated_tokens: int = 0
     preemptions: int = 0  # sequences that gave up their pages, to compute them again
     steps: int = 0
-    failed_steps: int = 0
+    failed_steps: int = 0  # some requests may have been served nevertheless
     step_s: float = 0.0  # of the last step
     step_prompt_tokens: int = 0
     step_sequences: int = 0

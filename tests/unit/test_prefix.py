@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +21,7 @@ from hybrid_k2.engine.sequence import TokenSequence
 from hybrid_k2.errors import EngineError
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.placement.plan import KvCachePlan
+from tests.conftest import REPO
 from tests.generators import config_dict
 
 CONFIG = ModelConfig.from_dict(config_dict(num_hidden_layers=2), "test")
@@ -330,3 +334,28 @@ def test_a_cache_that_cannot_be_saved_leaves_the_old_file(tmp_path: Path, caplog
     save_prefixes(world.prefix, path, "this engine")
     assert path.read_bytes() == before
     assert "the prefix cache could not be saved" in caplog.text
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from hybrid_k2.engine.prefix_file import save_prefixes
+from tests.unit.test_prefix import World, random, run
+world = World(random.Random(), 300, 300)
+world.keep(run(world, [1] * 1000))
+while True:
+    save_prefixes(world.prefix, Path(sys.argv[1]), "this engine")
+"""
+
+
+def test_a_process_that_is_killed_leaves_a_file_that_is_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "cache"
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=REPO)
+    while not path.exists():
+        assert child.poll() is None
+        time.sleep(0.01)
+    time.sleep(random.random() / 10)
+    child.kill()
+    child.wait()
+    assert restored(path, ram_pages=300).prefix.stored_pages == 250
+    assert not caplog.records
