@@ -47,6 +47,7 @@ class PromptFields(Body):
     thinking: AnyObject = None
     output_config: AnyObject = None
     context_management: AnyObject = None
+    cache_control: AnyObject = None  # a hint to caches; here every prefix is cached
 
     def read_thinking(self) -> Thinking:
         """Return whether the model thinks; earlier reasoning is kept, as the client sends it on purpose.

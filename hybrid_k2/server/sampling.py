@@ -87,7 +87,7 @@ class SamplingFields(Body):
             max_tokens=max_tokens,
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
-            **({} if grammar is None else {"grammar": grammar}),
+            grammar=grammar,
         )
 
     def check_choices(self, limits: Limits, prompts: int = 1) -> None:

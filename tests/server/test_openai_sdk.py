@@ -94,6 +94,43 @@ def test_tools_streamed(client: Any) -> None:
     assert streamed.function.arguments == whole.function.arguments
 
 
+def test_a_forced_call(client: Any) -> None:
+    chosen = {"type": "function", "function": {"name": "calculator"}}
+    for choice in ("required", chosen):
+        reply = client.chat.completions.create(
+            model="demo", messages=SUM, tools=[CALCULATOR], tool_choice=choice, temperature=0
+        )
+        assert reply.choices[0].finish_reason == "tool_calls"
+        (call,) = reply.choices[0].message.tool_calls
+        assert json.loads(call.function.arguments).keys() == {"expression"}
+
+
+def test_structured_output(client: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"sum": {"type": "integer"}, "sure": {"type": "boolean"}},
+        "required": ["sum", "sure"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    reply = client.chat.completions.create(model="demo", messages=SUM, response_format=wanted, temperature=0)
+    answer = json.loads(reply.choices[0].message.content)
+    assert isinstance(answer["sum"], int)
+    assert isinstance(answer["sure"], bool)
+    assert reply.choices[0].message.reasoning_content, "the thinking stays free"
+    reply = client.chat.completions.create(
+        model="demo", messages=SUM, response_format={"type": "json_object"}, temperature=0, max_tokens=200
+    )
+    if reply.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(reply.choices[0].message.content), dict)
+    with pytest.raises(openai.BadRequestError, match=r"response_format\.json_schema"):
+        client.chat.completions.create(
+            model="demo",
+            messages=SUM,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "colour"}}},
+        )
+
+
 def test_several_choices_with_a_seed_repeat(client: Any) -> None:
     asked = {"model": "demo", "messages": SUM, "n": 3, "seed": 11, "max_tokens": 12, "temperature": 3.0, "top_p": 1.0}
     first, again = (client.chat.completions.create(**asked) for _ in range(2))
