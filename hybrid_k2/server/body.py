@@ -53,9 +53,20 @@ def parse_fields(fields: Mapping[str, Any], form: type[BodyType]) -> BodyType:
 
 def body_schema(form: type[Body]) -> dict[str, Any]:
     """Return what the OpenAPI description of a route says about its body."""
-    schema = form.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
+    schema = form.model_json_schema()
+    schema = _inline(schema, schema.pop("$defs", {}))
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _inline(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    """Put the definitions where they are referred to; none of our forms contains itself."""
+    if isinstance(schema, list):
+        return [_inline(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inline(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {name: _inline(value, definitions) for name, value in schema.items()}
 
 
 def _parameter_error(place: tuple[int | str, ...], kind: str, message: str, value: object) -> ApiError:
