@@ -22,6 +22,7 @@ from hybrid_k2.server.metrics import Metrics
 from hybrid_k2.server.models import model_routes
 from hybrid_k2.server.openai_chat import chat_routes
 from hybrid_k2.server.openai_completions import completion_routes
+from hybrid_k2.server.openai_responses import response_routes
 from hybrid_k2.server.options import ServerOptions
 from hybrid_k2.server.request_log import HEADER, RequestLog
 
@@ -32,7 +33,7 @@ def create_app(backend: Backend, options: ServerOptions) -> FastAPI:
     context = Context(backend, options, metrics, int(time.time()))
     # The pages of the documentation would load scripts from elsewhere; the description itself is served.
     app = FastAPI(title="hybrid-k2", version=__version__, docs_url=None, redoc_url=None)
-    for routes in (model_routes, chat_routes, completion_routes, message_routes):
+    for routes in (model_routes, chat_routes, completion_routes, response_routes, message_routes):
         app.include_router(routes(context))
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HybridK2Error, _answer_engine_error)

@@ -10,6 +10,7 @@ from hybrid_k2.server.anthropic_request import MessagesRequest, PromptFields
 from hybrid_k2.server.body import Body
 from hybrid_k2.server.openai_chat import ChatRequest
 from hybrid_k2.server.openai_completions import CompletionRequest
+from hybrid_k2.server.responses_request import ResponsesRequest
 from tests.conftest import REPO
 from tests.server.conftest import Client
 
@@ -46,7 +47,7 @@ def test_every_route_is_documented(client: Client) -> None:
         assert path.replace("/anthropic/", "/").replace("{name}", "NAME") in DOC, path
 
 
-@pytest.mark.parametrize("form", [ChatRequest, CompletionRequest, PromptFields, MessagesRequest])
+@pytest.mark.parametrize("form", [ChatRequest, CompletionRequest, ResponsesRequest, PromptFields, MessagesRequest])
 def test_every_parameter_is_documented(form: type[Body]) -> None:
     missing = {name for name in form.model_fields if f"`{name}`" not in DOC} - {"model"}
     assert not missing

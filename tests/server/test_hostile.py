@@ -19,8 +19,14 @@ from tests.server.scripted import Script, ScriptedService
 from tests.server.test_anthropic import HELLO as MESSAGE
 from tests.server.test_chat import HELLO, PATH, THOUGHT, WEATHER, one_by_one
 
+RESPONSE = {"model": "k2", "input": "hello"}
 COMPLETION = {"model": "k2", "prompt": "Once"}
-ROUTES: dict[str, dict[str, Any]] = {PATH: HELLO, "/v1/messages": MESSAGE, "/v1/completions": COMPLETION}
+ROUTES: dict[str, dict[str, Any]] = {
+    PATH: HELLO,
+    "/v1/messages": MESSAGE,
+    "/v1/completions": COMPLETION,
+    "/v1/responses": RESPONSE,
+}
 
 
 class Endless(list[Script]):

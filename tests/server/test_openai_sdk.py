@@ -200,3 +200,26 @@ def test_asynchronous_streams_side_by_side(url: str, client: Any) -> None:
             model="demo", messages=[{"role": "user", "content": question}], temperature=0
         )
         assert text == alone.choices[0].message.content
+
+
+def test_responses(client: Any) -> None:
+    asked = {"model": "demo", "input": "What is 17 + 25?", "temperature": 0}
+    whole = client.responses.create(**asked)
+    assert whole.output_text == "17 + 25 = 42"
+    assert [item.type for item in whole.output] == ["reasoning", "message"]
+    with client.responses.stream(**asked) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        final = stream.get_final_response()
+    assert text == final.output_text == whole.output_text
+    assert final.usage.output_tokens == whole.usage.output_tokens
+
+
+def test_tools_of_responses_round_trip(client: Any) -> None:
+    tools = [{"type": "function", **CALCULATOR["function"]}]
+    history: list[Any] = [{"role": "user", "content": "What is 3481 * 27?"}]
+    reply = client.responses.create(model="demo", input=history, tools=tools, temperature=0)
+    (call,) = [item for item in reply.output if item.type == "function_call"]
+    history += [item.to_dict() for item in reply.output]
+    history.append({"type": "function_call_output", "call_id": call.call_id, "output": '{"result": 93987}'})
+    reply = client.responses.create(model="demo", input=history, tools=tools, temperature=0)
+    assert "93987" in reply.output_text.replace(",", "")

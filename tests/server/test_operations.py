@@ -29,6 +29,7 @@ ROUTES = [
     ("POST", PATH),
     ("POST", "/v1/completions"),
     ("POST", "/v1/tokenizers/estimate-token-count"),
+    ("POST", "/v1/responses"),
     ("POST", "/v1/messages"),
     ("POST", "/v1/messages/count_tokens"),
     ("POST", "/anthropic/v1/messages"),
