@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hybrid_k2.engine.engine import Engine
 from hybrid_k2.engine.generation import Generation
+from hybrid_k2.engine.grammar import Grammar
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.reply import FinishEvent, Reply, Timings, TokenLogprob, ToolCall, TopLogprob, Usage
 
@@ -11,6 +12,7 @@ __all__ = [
     "Engine",
     "FinishEvent",
     "Generation",
+    "Grammar",
     "Reply",
     "SamplingParams",
     "Timings",

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hybrid_k2.config import GENERATION_NAME
+from hybrid_k2.engine.grammar import Grammar
 from hybrid_k2.errors import ConfigError, RequestError, shown
 
 MAX_STOP_STRINGS = 16
@@ -35,8 +36,9 @@ _TOP_P = 0.95
 class SamplingParams:
     """Say how the next token is chosen and when a reply ends; None means the model's own default.
 
-    The order of operations on the logits is that of vLLM: `logit_bias`, repetition, frequency and presence penalty,
-    then (unless the temperature is 0, which takes the highest logit) temperature, min-p, top-k, top-p, and one draw.
+    The order of operations on the logits is that of vLLM: `logit_bias`, repetition, frequency and presence penalty, the
+    grammar, then (unless the temperature is 0, which takes the highest logit) temperature, min-p, top-k, top-p, and one
+    draw.
 
     Raises: RequestError naming the field and its range.
     """
@@ -56,6 +58,7 @@ class SamplingParams:
     min_tokens: int = 0  # before so many tokens, neither an end token nor one of `stop_token_ids` is chosen
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> -100 to 100, added to its logit
     logprobs: int | None = None  # 0 to 20: report each token's log probability, and those of so many of the likeliest
+    grammar: Grammar | None = None  # what content or tool calls must look like
     ignore_eos: bool = False  # go on after the model's end tokens (for measurements)
 
     def __post_init__(self) -> None:
@@ -77,6 +80,10 @@ class SamplingParams:
         for name, flag in (("ignore_eos", self.ignore_eos), ("include_stop", self.include_stop)):
             if not isinstance(flag, bool):
                 raise RequestError(f"{name}: expected True or False, got {shown(flag)}")
+        if not isinstance(self.grammar, (Grammar, type(None))):
+            raise RequestError(f"grammar: expected a Grammar, got {shown(self.grammar)}")
+        if self.grammar is not None and self.ignore_eos:
+            raise RequestError("ignore_eos: expected False beside a grammar, which says where the reply ends, got True")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens: expected at most max_tokens = {self.max_tokens}, got {self.min_tokens}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from hybrid_k2.protocol import Event
+from hybrid_k2.protocol import Event, call_type
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
@@ -94,7 +94,11 @@ class Reply:
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
             message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                {
+                    "id": call.id,
+                    "type": call_type(call.name),
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
                 for call in self.tool_calls
             ]
         return message

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from hybrid_k2.engine.guide import Guide
 from hybrid_k2.engine.logprobs import LogprobReader
 from hybrid_k2.engine.output import Output
 from hybrid_k2.engine.params import SamplingParams
@@ -40,12 +41,13 @@ class TokenSequence:
         thinking_end_ids: Collection[int],
         block_tokens: int,
         logprobs: LogprobReader | None = None,
+        guide: Guide | None = None,
     ) -> None:
         """Start with nothing cached.
 
         `turn_end_ids` are the end ids that the output's parser understands: with one, a call whose arguments are whole
         counts as complete. `thinking_end_ids` is empty for a reply that does not think.
-        `logprobs` reads log probabilities where the request asks for them.
+        `logprobs` reads log probabilities where the request asks for them; `guide` says what its grammar allows.
         """
         self.tokens = list(prompt_ids)
         self.prompt_tokens = len(self.tokens)
@@ -72,6 +74,7 @@ class TokenSequence:
         self._reasoning_tokens = 0
         self._logprob_reader = logprobs
         self._logprobs: list[TokenLogprob] = []
+        self._guide = guide
 
     @property
     def completion(self) -> list[int]:
@@ -146,6 +149,8 @@ class TokenSequence:
         """Choose the next token and return the events that it leads to.
 
         Shapes: logits: [V].
+        Raises: EngineError for logits that are not finite; RequestError for a grammar that takes more than it may. Both
+        concern this sequence alone, which cannot go on.
         """
         token = self.sampler.sample(logits, self._allowed(len(logits)))
         if self._logprob_reader is not None:
@@ -156,6 +161,8 @@ class TokenSequence:
                 self._matched_token = token
             events = self.output.feed([token]) if token in self._turn_end_ids else []
             return events + self.finish("stop")
+        if self._guide is not None:
+            self._guide.advance(token)
         self._count_thinking(token)
         events = [] if token in self._silent_ids else self.output.feed([token])
         if self.output.matched_stop is not None:
@@ -186,11 +193,12 @@ class TokenSequence:
 
     def _allowed(self, vocab_size: int) -> NDArray[np.bool_] | None:
         """Say which tokens may come next. Shapes: [V]; None: all."""
+        fitting = self._guide.allowed() if self._guide is not None else None
         if self.completion_tokens >= self.params.min_tokens:
-            return None
-        allowed = np.ones(vocab_size, np.bool_)
+            return fitting
+        allowed = np.ones(vocab_size, np.bool_) if fitting is None else fitting.copy()
         allowed[[*self._end_ids, *self._stop_ids]] = False
-        return allowed
+        return allowed if allowed.any() else fitting  # where the grammar is at its end, so is the reply
 
     def _count_thinking(self, token: int) -> None:
         if token in self._thinking_end_ids:

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -219,6 +220,36 @@ def test_the_end_of_the_turn_completes_a_call_whose_arguments_are_whole(
     sequence = write(engine, f"now</think>{begun}", end)
     assert (len(sequence.output.tool_calls), sequence.finish_reason) == (calls, reason)
     assert "im_end" not in sequence.output.content + sequence.output.reasoning
+
+
+def asked_twice(call_id: str) -> list[dict[str, Any]]:
+    """A conversation with one call and its result, whose id is the client's choice."""
+    call = {"id": call_id, "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    return [
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call_id, "content": "noon"},
+    ]
+
+
+def test_the_model_reads_ids_of_its_own_form_whatever_the_clients_are(engine: Engine) -> None:
+    own, foreign = (
+        chat_sequence(engine._loaded, asked_twice(call_id), None, True, False, SamplingParams())
+        for call_id in ("functions.clock:0", "call_aB3")
+    )
+    assert foreign.tokens == own.tokens
+
+
+def test_a_continued_answer_does_not_think(engine: Engine) -> None:
+    begun = {"role": "assistant", "content": "It is", "partial": True}
+    sequence = chat_sequence(
+        engine._loaded, [{"role": "user", "content": "When?"}, begun], None, True, False, SamplingParams()
+    )
+    (token,) = engine.tokenizer.encode("x")
+    sequence.sample(functional.one_hot(torch.tensor(token), engine.config.vocab_size).float() * 1000)
+    sequence.finish("length")
+    assert (sequence.output.content, sequence.output.reasoning) == ("x", "")
+    assert sequence.usage().reasoning_tokens == 0
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "[EOS]", "[EOT]"])
