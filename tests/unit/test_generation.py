@@ -234,7 +234,7 @@ def asked_twice(call_id: str) -> list[dict[str, Any]]:
 
 def test_the_model_reads_ids_of_its_own_form_whatever_the_clients_are(engine: Engine) -> None:
     own, foreign = (
-        chat_sequence(engine._loaded, asked_twice(call_id), None, True, False, SamplingParams())
+        chat_sequence(engine.loaded, asked_twice(call_id), None, True, False, SamplingParams())
         for call_id in ("functions.clock:0", "call_aB3")
     )
     assert foreign.tokens == own.tokens
@@ -243,7 +243,7 @@ def test_the_model_reads_ids_of_its_own_form_whatever_the_clients_are(engine: En
 def test_a_continued_answer_does_not_think(engine: Engine) -> None:
     begun = {"role": "assistant", "content": "It is", "partial": True}
     sequence = chat_sequence(
-        engine._loaded, [{"role": "user", "content": "When?"}, begun], None, True, False, SamplingParams()
+        engine.loaded, [{"role": "user", "content": "When?"}, begun], None, True, False, SamplingParams()
     )
     (token,) = engine.tokenizer.encode("x")
     sequence.sample(functional.one_hot(torch.tensor(token), engine.config.vocab_size).float() * 1000)

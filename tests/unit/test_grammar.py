@@ -12,6 +12,8 @@ import pytest
 
 from hybrid_k2.engine.grammar import MAX_DEPTH, MAX_MEMBERS, MAX_SCHEMA_CHARACTERS, Grammar
 from hybrid_k2.errors import RequestError, shown
+from tests.guides import CALL_BEGIN, SECTION_BEGIN, advanced, allowed, guide, tool
+from tests.protocol_strategies import small_tokenizer
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
 
@@ -25,10 +27,6 @@ def nested(levels: int) -> dict[str, Any]:
 
 def properties(count: int) -> dict[str, Any]:
     return {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(count)}}
-
-
-def tool(name: Any, parameters: Any = None, **more: Any) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name, "parameters": parameters, **more}}
 
 
 def endless() -> dict[str, Any]:
@@ -87,6 +85,17 @@ def test_large_and_open_schemas_are_taken(schema: Any) -> None:
     assert Grammar.json_schema(schema).binds == "content"
 
 
+def test_the_most_properties_that_an_object_may_have_can_be_followed() -> None:
+    one, chance = guide(Grammar.json_schema(properties(MAX_MEMBERS))), random.Random()
+    for name in ("p0", f"p{MAX_MEMBERS - 1}"):
+        advanced(one, f'{"{" if name == "p0" else ","}"{name}":"')
+        for _ in range(20):
+            token = chance.choice(sorted(allowed(one) & set(range(ord("a"), ord("z")))))
+            one.advance(token)
+        advanced(one, '"')
+    advanced(one, "}")
+
+
 def test_a_schema_cannot_change_the_rules_of_its_enforcement() -> None:
     options = {"lenient": True, "whitespace_flexible": False}
     with pytest.raises(RequestError, match="Unimplemented keys"):
@@ -109,8 +118,6 @@ HOSTILE = [
 @pytest.mark.parametrize("schema", HOSTILE, ids=lambda schema: shown(schema)[:60])
 def test_hostile_schemas_cost_little_processor_time(schema: dict[str, Any]) -> None:
     """Compiling and 100 masks: a millisecond or two for most, where a bomb without bounds takes minutes."""
-    from tests.unit.test_guide import allowed, guide
-
     start, chance = time.process_time(), random.Random()
     with contextlib.suppress(RequestError):
         one = guide(Grammar.json_schema(schema))
@@ -177,8 +184,6 @@ def test_properties_come_in_the_order_in_which_the_model_reads_them() -> None:
 
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "%json", "größe", "a:1", "x" * 3000, "<|tool_call_end|>"])
 def test_a_name_is_a_string_of_the_grammar_whatever_it_looks_like(name: str) -> None:
-    from tests.unit.test_guide import CALL_BEGIN, SECTION_BEGIN, advanced, allowed, guide, small_tokenizer
-
     one = advanced(guide(Grammar.tools([tool(name)], "required")), SECTION_BEGIN + CALL_BEGIN)
     for token in small_tokenizer().encode(f"functions.{name}:0"):
         assert token in allowed(one)
