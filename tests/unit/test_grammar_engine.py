@@ -84,10 +84,11 @@ def test_a_prompt_is_continued_under_a_grammar(demo: Engine) -> None:
 @pytest.mark.parametrize(("choice", "names"), [("required", {"turn", "move"}), ("move", {"move"})])
 def test_a_call_that_must_come_comes_and_is_whole(demo: Engine, thinking: bool, choice: str, names: set[str]) -> None:
     grammar = Grammar.tools(TOOLS, choice, parallel=False)
-    params = SamplingParams(temperature=1.0, max_tokens=400, grammar=grammar)
+    params = SamplingParams(temperature=0, max_tokens=400, grammar=grammar)
     reply = demo.chat(QUESTION, tools=TOOLS, thinking=thinking, params=params)
     assert reply.finish_reason == "tool_calls"
     assert reply.content == ""
+    assert bool(reply.reasoning) == thinking
     (call,) = reply.tool_calls
     assert call.name in names
     value = json.loads(call.arguments)
