@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hybrid_k2.errors import RequestError
 from hybrid_k2.protocol import OutputParser, canonical_history, encode_prompt, render
-from tests.protocol_strategies import conversations, small_tokenizer
+from tests.protocol_strategies import conversations, joined, small_tokenizer
 
 NAMES = ["exec", "get_weather", "a", "a:1", "mcp__files-read"]
 
@@ -203,6 +203,9 @@ def replied(history: list[dict[str, Any]], *headers: str) -> list[str]:
     calls = [f"<|tool_call_begin|>{one}<|tool_call_argument_begin|>{{}}<|tool_call_end|>" for one in headers]
     text = f"<|tool_calls_section_begin|>{''.join(calls)}<|tool_calls_section_end|>"
     events = parser.feed_text(text) + parser.finish()
+    by_character = OutputParser(small_tokenizer(), tools, thinking=False, call_ids=canonical_history(history)[1])
+    pieces = [event for character in text for event in by_character.feed_text(character)] + by_character.finish()
+    assert joined(pieces) == joined(events)
     begun = {event.index: event.id for event in events if event.kind == "tool_call_begin"}
     assert all(event.id == begun[event.index] for event in events if event.index is not None)
     return [call_id or "" for _, call_id in sorted(begun.items(), key=lambda item: item[0] or 0)]
