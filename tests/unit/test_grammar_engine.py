@@ -50,6 +50,14 @@ def demo() -> Iterator[Engine]:
         yield engine
 
 
+def test_grammars_are_prepared_once(demo: Engine) -> None:
+    demo.prepare_grammars()
+    before = demo._loaded.guide_vocabulary
+    demo.prepare_grammars()
+    demo.chat(QUESTION, thinking=False, params=SamplingParams(max_tokens=5, grammar=Grammar.json_object()))
+    assert demo._loaded.guide_vocabulary is before
+
+
 def check(value: Any) -> None:
     assert list(value) == ["sum", "sure", "unit"]
     assert 0 <= value["sum"] <= 99
