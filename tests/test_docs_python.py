@@ -16,7 +16,7 @@ from hybrid_k2.engine import Engine, Reply, SamplingParams, Timings, Usage
 from tests.conftest import REPO
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = ["README.md", "docs/python-api.md", "docs/structured-output.md"]
+PAGES = ["README.md", "docs/python-api.md", "docs/structured-output.md", "docs/serving-engine.md"]
 
 
 @pytest.fixture

@@ -112,6 +112,7 @@ def _sequence(
         {*loaded.config.eos_token_ids, *turn_ends, *(guide.end_ids if guide else ())},
         turn_ends,
         thinking_ends,
+        loaded.block_tokens,
         None if params.logprobs is None else LogprobReader(loaded.tokenizer, params.logprobs),
         guide,
     )

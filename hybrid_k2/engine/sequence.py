@@ -25,8 +25,8 @@ class TokenSequence:
     """Hold what one request needs between two steps.
 
     Tokens are those of the prompt, then those of the reply. The latents of the first `cached` of them lie in `pages`;
-    the first `repeatable` of these were computed in whole chunks at multiples of the chunk size, so that computing
-    them again gives the same bits.
+    the first `repeatable` of these are those of whole blocks of a prompt, so that computing them again gives the same
+    bits. Blocks begin at multiples of `block_tokens`, however many of them a step computes.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class TokenSequence:
         end_ids: Collection[int],
         turn_end_ids: Collection[int],
         thinking_end_ids: Collection[int],
+        block_tokens: int,
         logprobs: LogprobReader | None = None,
         guide: Guide | None = None,
     ) -> None:
@@ -54,6 +55,8 @@ class TokenSequence:
         self.max_tokens = max_tokens
         self.sampler = sampler
         self.output = output
+        self.block_tokens = block_tokens
+        self.salt = ""  # which prefixes it may share: those of sequences with the same one
         self.pages: list[int] = []
         self.cached = 0
         self.repeatable = 0
@@ -94,23 +97,53 @@ class TokenSequence:
         return self.completion_tokens > 0
 
     @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled: 1 while it decodes, more for a prompt."""
+        return len(self.tokens) - self.cached
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the text must be the same, bit for bit, when the request comes again: it states its seed."""
+        return self.params.seed is not None
+
+    @property
     def matched_stop(self) -> str | int | None:
         """The stop string or stop token that ended the reply."""
         return self._matched_token if self._matched_token is not None else self.output.matched_stop
 
-    def next_chunk(self, chunk_tokens: int) -> Chunk:
-        """Return what the next step computes: at most up to the next multiple of `chunk_tokens`.
+    @property
+    def next_tokens(self) -> int:
+        """Tokens of the smallest next step."""
+        return self._chunk_end(self.cached) - self.cached
 
-        Aligned chunks make a long prompt's latents the same whether or not some of them were still in the cache.
+    def next_chunks(self, limit: int) -> list[Chunk]:
+        """Return what the next step computes: blocks of the prompt, at least one, together at most `limit` tokens.
+
+        Tokens of the reply are chunks of their own, as they were when they were sampled, so that a reply whose latents
+        were given up goes on with the same bits.
         """
-        stop = min(len(self.tokens), (self.cached // chunk_tokens + 1) * chunk_tokens)
-        return Chunk(self.tokens[self.cached : stop], self.cached, self.pages, logits=stop == len(self.tokens))
+        chunks: list[Chunk] = []
+        start = self.cached
+        while start < len(self.tokens):
+            stop = self._chunk_end(start)
+            if chunks and stop - self.cached > limit:
+                break
+            last = stop == len(self.tokens)
+            chunks.append(Chunk(self.tokens[start:stop], start, self.pages, logits=last, follows=bool(chunks)))
+            start = stop
+        return chunks
 
-    def chunk_done(self, chunk: Chunk, chunk_tokens: int) -> None:
-        """Count a chunk whose latents are now in the cache."""
-        if self.repeatable == self.cached and len(chunk.token_ids) == chunk_tokens:
-            self.repeatable += chunk_tokens
-        self.cached += len(chunk.token_ids)
+    def chunks_done(self, chunks: Sequence[Chunk]) -> None:
+        """Count chunks whose latents are now in the cache."""
+        for chunk in chunks:
+            if self.repeatable == self.cached and len(chunk.token_ids) == self.block_tokens:
+                self.repeatable += self.block_tokens
+            self.cached += len(chunk.token_ids)
+
+    def _chunk_end(self, start: int) -> int:
+        if start >= self.prompt_tokens:
+            return start + 1
+        return min(self.prompt_tokens, (start // self.block_tokens + 1) * self.block_tokens)
 
     def sample(self, logits: Tensor) -> list[Event]:
         """Choose the next token and return the events that it leads to.

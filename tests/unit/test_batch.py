@@ -72,3 +72,11 @@ def test_halves_say_what_their_chunks_say() -> None:
 def test_halves_take_about_equally_long(sizes: list[int], cached: list[int], first: int) -> None:
     batch = Batch.build([Chunk([0] * n, c, [0]) for n, c in zip(sizes, cached, strict=True)])
     assert len(batch.halves()[0].sequences) == first
+
+
+def test_halves_never_part_what_follows() -> None:
+    """Chunks of one sequence stay together, as the lone chunk of a sequence does."""
+    long = [Chunk([0] * 40, 40 * i, [0], follows=i > 0) for i in range(4)]
+    assert len(Batch.build(long).halves()) == 1
+    halves = Batch.build([Chunk([0], 0, [1]), *long, Chunk([0], 0, [2])]).halves()
+    assert sorted(len(half.sequences) for half in halves) in ([1, 5],)

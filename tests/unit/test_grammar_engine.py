@@ -52,10 +52,10 @@ def demo() -> Iterator[Engine]:
 
 def test_grammars_are_prepared_once(demo: Engine) -> None:
     demo.prepare_grammars()
-    before = demo._loaded.guide_vocabulary
+    before = demo.loaded.guide_vocabulary
     demo.prepare_grammars()
     demo.chat(QUESTION, thinking=False, params=SamplingParams(max_tokens=5, grammar=Grammar.json_object()))
-    assert demo._loaded.guide_vocabulary is before
+    assert demo.loaded.guide_vocabulary is before
 
 
 def check(value: Any) -> None:
@@ -155,7 +155,7 @@ def test_what_cannot_be_combined_is_refused(demo: Engine, thinking: bool) -> Non
 def test_a_grammar_that_exceeds_its_bounds_ends_its_sequence_with_an_error_of_the_request(demo: Engine) -> None:
     """The pattern has more than 2**40 states; the limits stop it."""
     grammar = Grammar.json_schema({"type": "string", "pattern": "^(.*a.{40}){3}$"})
-    sequence = chat_sequence(demo._loaded, QUESTION, None, False, False, SamplingParams(grammar=grammar))
+    sequence = chat_sequence(demo.loaded, QUESTION, None, False, False, SamplingParams(grammar=grammar))
     sequence.max_tokens = 10**6
 
     def write() -> None:
