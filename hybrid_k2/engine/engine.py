@@ -110,6 +110,14 @@ class Engine:
         """Return the sampling values that requests use where they state none."""
         return SamplingParams.defaults(thinking, self.loaded.generation_config)
 
+    def prepare_grammars(self) -> None:
+        """Do now what the first request with a grammar would wait for: a second or two. Twice is fine.
+
+        Raises: RequestError where llguidance is not installed.
+        """
+        self._check_open()
+        _ = self.loaded.guide_vocabulary
+
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
         """Return the logits after each of the tokens.
 

@@ -160,7 +160,7 @@ def _check_finite(values: Logits) -> None:
     if np.isfinite(highest):
         return
     if highest == -np.inf:
-        raise EngineError("logits: expected at least one finite value, got -inf for every token")
+        raise EngineError("logits: expected at least one finite value, got -inf for every token that may come")
     token = int(values.argmax())
     raise EngineError(
         f"logits: expected finite values, got {highest} for token {token}",

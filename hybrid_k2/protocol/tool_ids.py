@@ -9,6 +9,7 @@ conversation led by this program, or by another that keeps the model's ids, keep
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,22 +104,26 @@ class _Call:
 
 
 class _Waiting:
-    """The calls so far, by the ids that the client gave them."""
+    """The calls so far, by the ids that the client gave them; each result takes constant time, whatever the ids."""
 
     def __init__(self) -> None:
-        self._of_client: dict[str, list[_Call]] = {}
-        self._latest: list[_Call] = []  # the calls of the latest message that has any
-        self._seen: set[str] = set()  # ids of the client in that message
+        self._of_client: dict[str, deque[_Call]] = {}
+        self.begin_message()
 
     def begin_message(self) -> None:
-        self._latest, self._seen = [], set()
+        """Start the calls of a message, which are then the latest."""
+        self._latest: deque[_Call] = deque()
+        self._latest_of_name: dict[str, deque[_Call]] = {}
+        self._seen: set[str] = set()  # ids of the client in this message
 
     def add(self, written: object, name: str, call_id: str) -> None:
+        """Add a call of the latest message."""
         call = _Call(name, call_id)
         self._latest.append(call)
+        self._latest_of_name.setdefault(name, deque()).append(call)
         if isinstance(written, str):
             if written not in self._seen:  # an id used again: results belong to the latest message that has it
-                self._of_client[written] = []
+                self._of_client[written] = deque()
                 self._seen.add(written)
             self._of_client[written].append(call)
 
@@ -129,12 +134,20 @@ class _Waiting:
             return message
         known = self._of_client.get(written or "")
         if known is not None:
-            call = next((call for call in known if not call.answered), known[-1])
+            call = _first_open(known)
         else:
-            unanswered = [call for call in self._latest if not call.answered]
-            named = [call for call in unanswered if call.name == name] if name else unanswered
-            if not named:
+            call = _first_open(
+                self._latest_of_name.get(name, deque()) if isinstance(name, str) and name else self._latest
+            )
+            if call is None or call.answered:
                 return message
-            call = named[0]
+        assert call is not None  # a client's id has at least one call
         call.answered = True
         return {**message, "tool_call_id": call.call_id}
+
+
+def _first_open(calls: deque[_Call]) -> _Call | None:
+    """Return the first call that has no result; if all have one, the last; None for no calls."""
+    while len(calls) > 1 and calls[0].answered:
+        calls.popleft()
+    return calls[0] if calls else None

@@ -50,6 +50,14 @@ def demo() -> Iterator[Engine]:
         yield engine
 
 
+def test_grammars_are_prepared_once(demo: Engine) -> None:
+    demo.prepare_grammars()
+    before = demo.loaded.guide_vocabulary
+    demo.prepare_grammars()
+    demo.chat(QUESTION, thinking=False, params=SamplingParams(max_tokens=5, grammar=Grammar.json_object()))
+    assert demo.loaded.guide_vocabulary is before
+
+
 def check(value: Any) -> None:
     assert list(value) == ["sum", "sure", "unit"]
     assert 0 <= value["sum"] <= 99
@@ -84,10 +92,11 @@ def test_a_prompt_is_continued_under_a_grammar(demo: Engine) -> None:
 @pytest.mark.parametrize(("choice", "names"), [("required", {"turn", "move"}), ("move", {"move"})])
 def test_a_call_that_must_come_comes_and_is_whole(demo: Engine, thinking: bool, choice: str, names: set[str]) -> None:
     grammar = Grammar.tools(TOOLS, choice, parallel=False)
-    params = SamplingParams(temperature=1.0, max_tokens=400, grammar=grammar)
+    params = SamplingParams(temperature=0, max_tokens=400, grammar=grammar)
     reply = demo.chat(QUESTION, tools=TOOLS, thinking=thinking, params=params)
     assert reply.finish_reason == "tool_calls"
     assert reply.content == ""
+    assert bool(reply.reasoning) == thinking
     (call,) = reply.tool_calls
     assert call.name in names
     value = json.loads(call.arguments)
@@ -146,7 +155,7 @@ def test_what_cannot_be_combined_is_refused(demo: Engine, thinking: bool) -> Non
 def test_a_grammar_that_exceeds_its_bounds_ends_its_sequence_with_an_error_of_the_request(demo: Engine) -> None:
     """The pattern has more than 2**40 states; the limits stop it."""
     grammar = Grammar.json_schema({"type": "string", "pattern": "^(.*a.{40}){3}$"})
-    sequence = chat_sequence(demo._loaded, QUESTION, None, False, False, SamplingParams(grammar=grammar))
+    sequence = chat_sequence(demo.loaded, QUESTION, None, False, False, SamplingParams(grammar=grammar))
     sequence.max_tokens = 10**6
 
     def write() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from hybrid_k2.errors import RequestError
 from hybrid_k2.protocol import OutputParser, canonical_history, encode_prompt, render
-from tests.protocol_strategies import conversations, small_tokenizer
+from tests.protocol_strategies import conversations, joined, small_tokenizer
 
 NAMES = ["exec", "get_weather", "a", "a:1", "mcp__files-read"]
 
@@ -130,7 +131,12 @@ def test_one_id_for_two_calls_of_a_message_goes_by_order() -> None:
 
 
 def test_results_without_a_known_id_find_their_call() -> None:
-    turns = [asks(call("x", "a"), call("y", "b"), call("z", "c")), result(None, name="b"), result("?"), result("z")]
+    turns = [
+        asks(call("x", "a"), call("y", "b"), call("z", "c")),
+        result(None, name="b"),
+        result("?", name=""),
+        result("z"),
+    ]
     results = [message["tool_call_id"] for message in canonical_history(turns)[0][1:]]
     assert results == ["functions.b:1", "functions.a:0", "functions.c:2"]
     assert canonical_history([USER, result("nowhere")])[0] == [USER, result("nowhere")]
@@ -146,6 +152,25 @@ def test_calls_without_an_id_or_a_name() -> None:
 def test_huge_numbers_are_not_the_models_form() -> None:
     huge = f"functions.a:{'9' * 5000}"
     assert ids_of(canonical_history([asks(call(huge, "a"))])[0]) == ["functions.a:0"]
+
+
+@pytest.mark.parametrize("given", ["x", "functions.a:0", None])
+def test_time_is_linear_in_the_calls_whatever_their_ids(given: str | None) -> None:
+    count = 20_000
+    turns = [asks(*(call(given, "a") for _ in range(count))), *(result(given) for _ in range(count))]
+    start = time.process_time()
+    canonical = canonical_history(turns)[0]
+    assert time.process_time() - start < 5  # 0.1 s; a search through the calls for each result takes a minute
+    assert [message["tool_call_id"] for message in canonical[1:]] == ids_of(canonical)
+    assert len(set(ids_of(canonical))) == count
+
+
+@pytest.mark.parametrize("part", [":0", ":", "0", "functions.", "functions.a:"])
+def test_time_is_linear_in_the_length_of_an_id(part: str) -> None:
+    start = time.process_time()
+    for end in ("", "x", ":"):
+        canonical_history([asks(call(part * 300_000 + end, None), call(part * 300_000 + end, "a"))])
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -178,6 +203,9 @@ def replied(history: list[dict[str, Any]], *headers: str) -> list[str]:
     calls = [f"<|tool_call_begin|>{one}<|tool_call_argument_begin|>{{}}<|tool_call_end|>" for one in headers]
     text = f"<|tool_calls_section_begin|>{''.join(calls)}<|tool_calls_section_end|>"
     events = parser.feed_text(text) + parser.finish()
+    by_character = OutputParser(small_tokenizer(), tools, thinking=False, call_ids=canonical_history(history)[1])
+    pieces = [event for character in text for event in by_character.feed_text(character)] + by_character.finish()
+    assert joined(pieces) == joined(events)
     begun = {event.index: event.id for event in events if event.kind == "tool_call_begin"}
     assert all(event.id == begun[event.index] for event in events if event.index is not None)
     return [call_id or "" for _, call_id in sorted(begun.items(), key=lambda item: item[0] or 0)]
