@@ -162,7 +162,7 @@ def _load(
     from hybrid_k2.server.backend import Served
 
     engine = load_engine(model, rules, notes, watch=report)
-    _ = engine.loaded.guide_vocabulary  # now, rather than in the first request with tools
+    engine.prepare_grammars()  # now: in the first request with tools it would stop all others
     return Served(engine, Service(engine, options))
 
 

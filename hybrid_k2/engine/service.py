@@ -153,6 +153,7 @@ class Service:
             scheduler, prefix = self._scheduler, self._runner.prefix
             return replace(
                 self._stats,
+                healthy=self._stats.healthy and self._broken is None,
                 running=len(scheduler.running),
                 waiting=self._waiting(),
                 kv_pages_used=len({page for job in scheduler.running for page in job.sequence.pages}),

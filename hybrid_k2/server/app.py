@@ -17,6 +17,7 @@ from hybrid_k2.server.auth import ApiKeys, Authentication
 from hybrid_k2.server.backend import Backend
 from hybrid_k2.server.context import Context
 from hybrid_k2.server.errors import ApiError, api_error, error_response
+from hybrid_k2.server.files import file_routes
 from hybrid_k2.server.limits import RequestLimits
 from hybrid_k2.server.metrics import Metrics
 from hybrid_k2.server.models import model_routes
@@ -33,7 +34,7 @@ def create_app(backend: Backend, options: ServerOptions) -> FastAPI:
     context = Context(backend, options, metrics, int(time.time()))
     # The pages of the documentation would load scripts from elsewhere; the description itself is served.
     app = FastAPI(title="hybrid-k2", version=__version__, docs_url=None, redoc_url=None)
-    for routes in (model_routes, chat_routes, completion_routes, response_routes, message_routes):
+    for routes in (model_routes, chat_routes, completion_routes, response_routes, message_routes, file_routes):
         app.include_router(routes(context))
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HybridK2Error, _answer_engine_error)

@@ -99,9 +99,15 @@ class TextLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, without its newline."""
         time_of_day = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-        facts = " ".join(f"{name}={fact}" for name, fact in getattr(record, "facts", {}).items())
+        facts = " ".join(f"{name}={_one_line(fact)}" for name, fact in getattr(record, "facts", {}).items())
         line = f"{time_of_day} {record.levelname.lower()}: {record.getMessage()}{' ' if facts else ''}{facts}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _one_line(fact: object) -> str:
+    """Write a fact so that nothing of a request can look like a line of its own, or steer a terminal."""
+    text = str(fact)
+    return text if text.isprintable() else repr(text)
 
 
 def _request_id(scope: Scope) -> str:

@@ -92,6 +92,8 @@ class SamplingFields(Body):
 
     def check_choices(self, limits: Limits, prompts: int = 1) -> None:
         """Refuse more choices than one request may have. Raises: ApiError."""
+        if prompts > limits.choices:
+            raise bad_request("prompt", f"expected at most {limits.choices} prompts, got {prompts}")
         if not 1 <= self.n <= limits.choices // prompts:
             each = f" for each of {prompts} prompts" if prompts > 1 else ""
             raise bad_request("n", f"expected 1 to {limits.choices // prompts}{each}, got {shown(self.n)}")

@@ -44,7 +44,7 @@ def test_every_option_is_a_variable() -> None:
 
 def test_every_route_is_documented(client: Client) -> None:
     for path in client.get("/openapi.json").json()["paths"]:
-        assert path.replace("/anthropic/", "/").replace("{name}", "NAME") in DOC, path
+        assert path.replace("/anthropic/", "/").replace("{name}", "NAME").replace("{file_id}", "ID") in DOC, path
 
 
 @pytest.mark.parametrize("form", [ChatRequest, CompletionRequest, ResponsesRequest, PromptFields, MessagesRequest])
