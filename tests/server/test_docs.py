@@ -60,3 +60,10 @@ def test_the_unit_of_systemd_is_one() -> None:
     default = re.search(r"`--drain-timeout SECONDS` \| (\d+)", DOC)
     assert default is not None
     assert int(settings["TimeoutStopSec"]) > int(default[1])
+
+
+def test_the_tests_that_show_security_are_there() -> None:
+    page = (REPO / "docs" / "security.md").read_text()
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)`(?: `(\w+)`)?", page):
+        text = (REPO / file).read_text()
+        assert f"def {name}(" in text if name else text
