@@ -47,6 +47,7 @@ class ScriptedService:
         self.scripts: list[Script] = []
         self.requests: list[ServiceRequest] = []
         self.tickets: list[ScriptedTicket] = []
+        self.closed = False
         self._threads: list[threading.Thread] = []
 
     def submit(self, request: ServiceRequest, on_event: Callable[[ServiceEvent], None]) -> ScriptedTicket:
@@ -74,6 +75,7 @@ class ScriptedService:
         return True
 
     def close(self) -> None:
+        self.closed = True
         for ticket in self.tickets:
             ticket.cancel()
 

@@ -131,6 +131,13 @@ def test_structured_output(client: Any) -> None:
         )
 
 
+def test_a_schema_that_cannot_be_followed_ends_its_request_alone(client: Any) -> None:
+    endless = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}
+    with pytest.raises(openai.APIStatusError):
+        client.chat.completions.create(model="demo", messages=SUM, response_format=endless, temperature=0)
+    assert client.chat.completions.create(model="demo", messages=SUM, temperature=0, max_tokens=5).choices
+
+
 def test_several_choices_with_a_seed_repeat(client: Any) -> None:
     asked = {"model": "demo", "messages": SUM, "n": 3, "seed": 11, "max_tokens": 12, "temperature": 3.0, "top_p": 1.0}
     first, again = (client.chat.completions.create(**asked) for _ in range(2))
