@@ -80,10 +80,10 @@ class PrefixCache:
         """Pages in the second level."""
         return len(self._stored)
 
-    @property
-    def room(self) -> int:
-        """Pages that `allocate` can give: the free ones, and those of the tree that no sequence uses."""
-        return self._cache.pool.available + sum(1 for _ in self._spare())
+    def has_room(self, count: int) -> bool:
+        """Say whether `allocate` can give so many pages: free ones, and those of the tree that no sequence uses."""
+        missing = max(0, count - self._cache.pool.available)
+        return sum(1 for _ in islice(self._spare(), missing)) == missing
 
     def allocate(self, count: int) -> list[int]:
         """Take pages; what was used least recently makes room.
@@ -109,7 +109,7 @@ class PrefixCache:
         self._touch(path)
         with self._held(path[full] if rest else None) as fill:
             pages = self._bring(path[:full])
-            if fill is not None and len(pages) == full and self.room:
+            if fill is not None and len(pages) == full and self.has_room(1):
                 (copy,) = self.allocate(1)
                 fill(copy)
                 pages.append(copy)
@@ -216,7 +216,7 @@ class PrefixCache:
         for node in absent:
             del self._stored[node]  # so that making room does not drop it
         for place, node in enumerate(absent):
-            if not self.room:
+            if not self.has_room(1):
                 for left in reversed(absent[place:]):
                     self._stored[left] = None
                 break

@@ -90,7 +90,7 @@ class Scheduler:
                 break
             promised = sum(other.needs(self._cache) for other in self.running)
             needed = job.needs(self._cache) - self._prefix.in_use(job.sequence)
-            if self.running and needed + promised > self._prefix.room:
+            if self.running and not self._prefix.has_room(needed + promised):
                 break  # nobody passes it, or a long prompt would wait for ever
             self._prefix.lend(job.sequence)
             self.queue.remove(job)
@@ -108,7 +108,7 @@ class Scheduler:
         chunks = job.sequence.next_chunks(limit)
         stop = chunks[-1].cached + len(chunks[-1].token_ids)
         missing = max(0, self._cache.pages_for(stop) - len(job.sequence.pages))
-        while missing > self._prefix.room:
+        while not self._prefix.has_room(missing):
             victim = self.running[-1]
             self._preempt(victim)
             work.pop(victim, None)

@@ -181,7 +181,7 @@ class Service:
                 return
             self._closed = True
             with self._entered:  # nobody enters the engine meanwhile
-                if self._options.cache_path is not None:
+                if self._options.cache_path is not None and self._broken is None:
                     save_prefixes(self._runner.prefix, self._options.cache_path, fingerprint(self._engine.loaded))
 
     def __enter__(self) -> Service:
@@ -234,7 +234,8 @@ class Service:
 
     def _waiting(self, key: str | None = None) -> int:
         """Count the requests that have not begun."""
-        return sum(not job.began and key in (None, job.key) for job in self._scheduler.queue)
+        first = (job for job in self._scheduler.queue if job.choice == 0 and not job.began)
+        return sum(key in (None, job.key) for job in first)
 
     def _wake(self) -> None:
         with self._changed:
@@ -256,9 +257,19 @@ class Service:
                 self._step()
         except BaseException as error:
             log.exception("the service cannot go on")
-            self._broken = EngineError(f"an unexpected error, {type(error).__name__}: {error}")
-            for job in [*self._tickets]:
-                self._fail(job, self._broken)
+            self._give_up(EngineError(f"an unexpected error, {type(error).__name__}: {error}"))
+
+    def _give_up(self, error: EngineError) -> None:
+        """Tell everyone; what the scheduler thinks is not to be relied on any more."""
+        with self._changed:
+            self._broken = error
+            jobs, tickets = [*self._tickets], {*self._tickets.values()}
+            self._tickets.clear()
+            self._changed.notify_all()
+        for ticket in tickets:
+            ticket.send(Failed(error))
+        for job in jobs:
+            self._runner.prefix.take_back(job.sequence)
 
     def _wait_for_work(self) -> bool:
         with self._changed:

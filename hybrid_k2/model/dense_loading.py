@@ -90,23 +90,24 @@ def _named(error: CheckpointError, checkpoint: Checkpoint, prefix: str) -> Check
     return CheckpointError(f"{prefix}.{error.message} (in {checkpoint.linear_file(prefix).name})", hint=error.hint)
 
 
-def load_router(
+def load_padded(
     checkpoint: Checkpoint, prefix: str, placement: Placement, runtime: ExpertsRuntime, count: Callable[[int], None]
 ) -> HostMatrix | None:
-    """Load a router's matrix for the native kernels, in whole blocks of 32 experts; None if it stays a plain tensor.
+    """Load a matrix in bf16 for the native kernels, in whole blocks of 32 rows; None if it stays a plain tensor.
 
-    That is so on a GPU, without the native kernels, and where it is not stored in bf16. The kernels multiply fp32 rows
-    with bf16 weights, so that weights widened to fp32 would give the same, in twice the memory.
+    That is so on a GPU, without the native kernels, and where it is not stored in bf16. What it multiplies has columns
+    behind those of its own rows, which are zero. The kernels multiply fp32 rows with bf16 weights, so that weights
+    widened to fp32 would give the same, in twice the memory.
     Effects: calls `count` with the bytes on disk.
     Raises: CheckpointError naming tensor and file.
     """
-    experts, inputs = checkpoint.linear_shape(prefix)
-    padded = -(-experts // 32) * 32
+    rows, inputs = checkpoint.linear_shape(prefix)
+    padded = -(-rows // 32) * 32
     native = runtime.native is not None and placement.memory == "host" and fits_blocks(padded, inputs)
-    if not native or checkpoint.info(f"{prefix}.weight").dtype != "BF16":
+    if not native or not checkpoint.has(f"{prefix}.weight") or checkpoint.info(f"{prefix}.weight").dtype != "BF16":
         return None
     matrix = HostMatrix(runtime.native, padded, inputs, "bf16")
-    matrix.load_rows(0, functional.pad(checkpoint.read(f"{prefix}.weight"), (0, 0, 0, padded - experts)))
+    matrix.load_rows(0, functional.pad(checkpoint.read(f"{prefix}.weight"), (0, 0, 0, padded - rows)))
     count(checkpoint.linear_bytes(prefix))
     return matrix
 

@@ -25,7 +25,7 @@ from hybrid_k2.errors import MemoryBudgetError
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
 from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.model.attention import Attention
-from hybrid_k2.model.dense_loading import load_gpu_matrix, load_host_matrix, load_router
+from hybrid_k2.model.dense_loading import load_gpu_matrix, load_host_matrix, load_padded
 from hybrid_k2.model.devices import torch_device, torch_dtype
 from hybrid_k2.model.expert_loading import load_experts, warn_of_small_pages
 from hybrid_k2.model.layer import Layer
@@ -160,7 +160,7 @@ class _Builder:
             q_a=matrix("q_a_proj"),
             q_a_norm=RmsNorm(weight("q_a_layernorm"), eps),
             q_b=matrix("q_b_proj"),
-            kv_a=matrix("kv_a_proj_with_mqa"),
+            kv_a=self.latent_matrix(f"{name}.kv_a_proj_with_mqa", layer),
             kv_a_norm=RmsNorm(weight("kv_a_layernorm"), eps),
             kv_b=weight("kv_b_proj"),
             o=matrix("o_proj"),
@@ -219,8 +219,16 @@ class _Builder:
 
     def router_matrix(self, name: str, layer: int) -> Tensor | HostMatrix:
         prefix, placement = self.config.tensor_prefix + name, self.plan.where("router", layer)
-        matrix = load_router(self.checkpoint, prefix, placement, self.runtime_of(placement), self.count)
+        matrix = load_padded(self.checkpoint, prefix, placement, self.runtime_of(placement), self.count)
         return self.weight(name, "router", layer) if matrix is None else matrix
+
+    def latent_matrix(self, name: str, layer: int) -> Matrix:
+        """Load a matrix whose rows small models do not have in whole blocks."""
+        prefix, placement = self.config.tensor_prefix + name, self.plan.where("attention", layer)
+        matrix = None
+        if placement.dtype == "bf16" and self.checkpoint.linear_shape(prefix)[0] % 32:
+            matrix = load_padded(self.checkpoint, prefix, placement, self.runtime_of(placement), self.count)
+        return self.matrix(name, "attention", layer) if matrix is None else matrix
 
     def runtime_of(self, placement: Placement) -> ExpertsRuntime:
         """Return the threads that compute there: the twin has its own, so that it works beside the experts."""

@@ -71,7 +71,7 @@ class World:
         chunks = sequence.next_chunks(limit)
         stop = chunks[-1].cached + len(chunks[-1].token_ids)
         missing = max(0, self.cache.pages_for(stop) - len(sequence.pages))
-        if missing > self.prefix.room:
+        if not self.prefix.has_room(missing):
             with pytest.raises(EngineError, match="free pages"):
                 self.prefix.allocate(missing)
             return False
@@ -85,6 +85,11 @@ class World:
         if sequence.remaining == 0:
             sequence.tokens.append(self.chance.randrange(3))
         return True
+
+    @property
+    def room(self) -> int:
+        pages = self.cache.pool.pages
+        return max(count for count in range(pages + 1) if self.prefix.has_room(count))
 
     def keep(self, sequence: TokenSequence) -> None:
         self.kept.append((sequence.salt, sequence.tokens[: sequence.cached]))
@@ -101,8 +106,7 @@ class World:
         assert pool.available == pool.pages - len(pages)
         assert self.prefix.stored_pages <= self.prefix.ram_pages
         assert all((node.page is None) != (node.stored is None) for node in tree)
-        room = self.prefix.room
-        assert pool.available <= room <= pool.pages
+        assert pool.available <= self.room <= pool.pages
 
     @staticmethod
     def name(sequence: TokenSequence, place: int) -> int:
@@ -161,7 +165,7 @@ def test_whatever_happens_latents_are_those_of_the_prefix(block: int, ram_pages:
         elif action > 0.995:
             world.prefix.release()
         elif action > 0.98:
-            count = chance.randrange(world.prefix.room + 1)
+            count = chance.randrange(world.room + 1)
             world.cache.pool.free(world.prefix.allocate(count))
         world.check()
     for sequence in [*world.running]:

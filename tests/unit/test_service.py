@@ -397,7 +397,8 @@ def test_a_dead_model_fails_everyone_and_is_seen(engine: Engine, monkeypatch: py
 def test_an_error_in_the_service_itself_ends_it_with_an_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve(engine) as service:
         monkeypatch.setattr(service._scheduler, "next_step", lambda: 1 / 0)
-        assert "ZeroDivisionError" in str(Client(service, [1], PARAMS).error)
+        assert "ZeroDivisionError" in str(Client(service, [1], PARAMS, n=2).error)
+        assert service.drain(60)
         with pytest.raises(EngineError, match="service: it cannot go on"):
             service.submit(ServiceRequest(prompt=[1]), lambda event: None)
 
@@ -457,3 +458,17 @@ def test_salts_keep_keys_apart(engine: Engine) -> None:
     with serve(engine) as service:
         cached = [Client(service, prompt, PARAMS, cache_salt=salt).reply.usage.cached_tokens for salt in "aabb"]
     assert cached == [0, 192, 0, 192]
+
+
+@pytest.mark.parametrize("rules", ["host", "twin"])
+def test_the_demo_model_keeps_its_bits_in_company(rules: str) -> None:
+    chance = random.Random()
+    with Engine.load("demo", rules) as engine:
+        jobs = [
+            ([chance.randrange(1500) for _ in range(length)], replace(PARAMS, seed=length)) for length in (5, 40, 600)
+        ]
+        expected = [alone(engine, *job) for job in jobs]
+        engine._prefix.release()
+        with serve(engine) as service:
+            clients = [Client(service, *job) for job in jobs]
+            assert all(same(client.reply, reply) for client, reply in zip(clients, expected, strict=True))
