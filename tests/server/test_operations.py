@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from hybrid_k2.engine.service_types import QueueFullError
 from hybrid_k2.errors import ConfigError
 from hybrid_k2.protocol import encode_prompt
 from hybrid_k2.server.options import ServerOptions
@@ -19,6 +21,7 @@ from tests.server.conftest import Client
 from tests.server.scripted import Script, ScriptedService
 from tests.server.test_chat import HELLO, PATH, THOUGHT, WEATHER, one_by_one
 
+NAME = re.compile(r"hybrid_k2_\w+")
 MakeClient = Callable[..., Client]
 ROUTES = [
     ("GET", "/metrics"),
@@ -196,3 +199,22 @@ def test_a_bug_is_a_500_that_the_log_explains(
     assert response.headers["x-request-id"] in response.json()["error"]["message"]
     assert "IndexError" in caplog.text
     assert "IndexError" not in response.text
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(
+    client: Client, service: ScriptedService, tokenizer: Any
+) -> None:
+    service.scripts = [
+        Script(one_by_one(tokenizer, THOUGHT)),
+        Script(refusal=QueueFullError("queue: full", retry_after_s=1, reason="queue")),
+    ]
+    for _ in range(2):
+        client.post(PATH, HELLO)
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    there = {sample.name for family in families for sample in family.samples}
+    dashboard = json.loads((REPO / "docs" / "grafana.json").read_text())
+    asked = {
+        name for panel in dashboard["panels"] for target in panel["targets"] for name in NAME.findall(target["expr"])
+    }
+    assert len(dashboard["panels"]) > 5
+    assert asked <= there
