@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.responses import Response
@@ -65,6 +67,21 @@ class ApiError(Exception):
         if self.status == 401:
             return {"www-authenticate": "Bearer"}
         return {} if self.retry_after_s is None else {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
+
+
+@contextmanager
+def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
+    """Name parameters in errors as the client's dialect does: `names` maps patterns of ours to its own."""
+    try:
+        yield
+    except ApiError as error:
+        for pattern, name in names.items():
+            renamed, count = re.subn(f"^{pattern}", name, error.param or "")
+            if count:
+                error.message = error.message.replace(error.param or "", renamed, 1)
+                error.param = renamed
+                break
+        raise
 
 
 def bad_request(param: str, problem: str, code: str | None = None) -> ApiError:

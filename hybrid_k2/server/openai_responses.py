@@ -15,10 +15,10 @@ from hybrid_k2.server.body import body_schema, read_body
 from hybrid_k2.server.chat import Chat
 from hybrid_k2.server.context import Context
 from hybrid_k2.server.conversation import check_messages, check_tools, read_tool_choice
-from hybrid_k2.server.errors import json_response
+from hybrid_k2.server.errors import in_words_of, json_response
 from hybrid_k2.server.openai_usage import new_id
 from hybrid_k2.server.responses_reply import response_events
-from hybrid_k2.server.responses_request import ResponsesRequest
+from hybrid_k2.server.responses_request import OWN_NAMES, ResponsesRequest
 from hybrid_k2.server.run import unless_gone
 from hybrid_k2.server.sse import SseResponse, frame
 
@@ -49,25 +49,26 @@ def response_routes(context: Context) -> APIRouter:
     @router.post("/v1/responses", openapi_extra=body_schema(ResponsesRequest))
     async def create_response(request: Request) -> Response:
         """Answer a conversation."""
-        body = await read_body(request, ResponsesRequest)
-        model = context.check_model(body.model)
-        chat = check_response_chat(body, context)
-        run = context.run(request)
-        tokenizer = context.backend.ready().model.tokenizer
-        build = partial(chat.service_request, tokenizer, request.state.owner, context.options.limits)
-        events = response_events(_head(body, model), run, chat.logprobs is not None)
-        if body.stream:
-            await run.submit(build)
-            return SseResponse(_frames(events), run.cancel, context.options.keep_alive_s)
+        with in_words_of(OWN_NAMES):
+            body = await read_body(request, ResponsesRequest)
+            model = context.check_model(body.model)
+            chat = check_response_chat(body, context)
+            run = context.run(request)
+            tokenizer = context.backend.ready().model.tokenizer
+            build = partial(chat.service_request, tokenizer, request.state.owner, context.options.limits)
+            events = response_events(_head(body, model), run, chat.logprobs is not None)
+            if body.stream:
+                await run.submit(build)
+                return SseResponse(_frames(events), run.cancel, context.options.keep_alive_s)
 
-        async def whole() -> Response:
-            await run.submit(build)
-            response = None
-            async for event in events:
-                response = event.get("response")
-            return json_response(response)
+            async def whole() -> Response:
+                await run.submit(build)
+                response = None
+                async for event in events:
+                    response = event.get("response")
+                return json_response(response)
 
-        return await unless_gone(request, whole())
+            return await unless_gone(request, whole())
 
     return router
 

@@ -33,6 +33,17 @@ _LOGPROBS = "message.output_text.logprobs"
 _INCLUDED = (_LOGPROBS, "reasoning.encrypted_content")
 
 
+# What a chat calls its parameters, and what they are called here.
+OWN_NAMES = {
+    r"(tools\[\d+\])\.function": r"\1",
+    r"tool_choice\.function\.name": "tool_choice.name",
+    r"response_format(\.json_schema)?": "text.format",
+    "reasoning_effort": "reasoning.effort",
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+}
+
+
 class ResponsesRequest(Body):
     """The body of a request for a response."""
 
