@@ -14,12 +14,11 @@ from pydantic import WithJsonSchema
 
 from hybrid_k2.engine.params import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
 from hybrid_k2.errors import shown
-from hybrid_k2.server.body import Body
+from hybrid_k2.server.body import AnyObject, Body
 from hybrid_k2.server.errors import bad_request
 from hybrid_k2.server.sampling import SamplingFields
 from hybrid_k2.server.thinking import Thinking
 
-AnyObject = Annotated[Any, WithJsonSchema({"type": "object"})]
 SystemText = Annotated[
     Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]})
 ]

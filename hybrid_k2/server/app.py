@@ -41,7 +41,7 @@ def create_app(backend: Backend, options: ServerOptions) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_http_error)
     # The last one added is the first that a request meets.
     app.add_middleware(RequestLimits, limits=options.limits)
-    app.add_middleware(Authentication, keys=ApiKeys(options.api_keys))
+    app.add_middleware(Authentication, keys=ApiKeys(options.api_keys), origins=options.cors_origins)
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -36,24 +36,43 @@ class ApiKeys:
 
 
 class Authentication:
-    """Let requests with a known key through, with `state["owner"]` set; without keys, all."""
+    """Let requests with a known key through, with `state["owner"]` set.
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    Without keys everybody may call who reaches the server, but not a web page from elsewhere: a browser on this machine
+    would let it. `origins`: where pages may come from.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, origins: Collection[str] = ()) -> None:
         self._app = app
         self._keys = keys
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            scope.setdefault("state", {})["owner"] = ""
-            if self._keys and scope["path"] not in OPEN_PATHS:
-                owner = self._keys.owner(_presented(Headers(scope=scope)))
-                if owner is None:
-                    error = ApiError(401, "API key: expected a known one, got none or another", code="invalid_api_key")
-                    response = error_response(error, scope["path"], scope["state"].get("request_id", ""))
-                    await response(scope, receive, send)
-                    return
-                scope["state"]["owner"] = owner
+            state = scope.setdefault("state", {})
+            try:
+                state["owner"] = self._owner(scope["path"], Headers(scope=scope))
+            except ApiError as error:
+                await error_response(error, scope["path"], state.get("request_id", ""))(scope, receive, send)
+                return
         await self._app(scope, receive, send)
+
+    def _owner(self, path: str, headers: Headers) -> str:
+        """Return whose request it is. Raises: ApiError."""
+        if not self._keys:
+            origin = headers.get("origin")
+            if origin is not None and not self._is_at_home(origin, headers.get("host", "")):
+                raise ApiError(
+                    403, "origin: expected a page of this server or one that may call", code="foreign_origin"
+                )
+            return ""
+        owner = self._keys.owner(_presented(headers))
+        if owner is None and path not in OPEN_PATHS:
+            raise ApiError(401, "API key: expected a known one, got none or another", code="invalid_api_key")
+        return owner or ""
+
+    def _is_at_home(self, origin: str, host: str) -> bool:
+        return "*" in self._origins or origin in self._origins or origin.partition("://")[2] == host
 
 
 def _presented(headers: Headers) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
 from starlette.requests import Request
 
 from hybrid_k2.errors import RequestError, shown
@@ -14,6 +14,9 @@ from hybrid_k2.files import parse_json_object
 from hybrid_k2.server.errors import ApiError, bad_request
 
 _INLINE_BYTES = 64 * 2**10  # parsing more than this would hold up the other requests
+
+
+AnyObject = Annotated[Any, WithJsonSchema({"type": "object"})]  # a field whose parts are checked by hand
 
 
 class Body(BaseModel):

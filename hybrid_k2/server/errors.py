@@ -1,9 +1,9 @@
 """Errors as HTTP: one class with a status, and the form in which each dialect writes it.
 
-    400 the request is wrong        401 no key, or a wrong one     404 no such route, model or object
-    405 wrong method                408 the body came too slowly   413, 431 body or headers too large
-    429 too many requests of a key  499 the client has gone        500 the engine failed, or a bug
-    503 loading, draining, or the queue is full
+    400 the request is wrong         401 no key, or a wrong one       403 a web page from elsewhere
+    404 no such route, model, file   405 wrong method                 408 the body came too slowly
+    413, 431 body, headers too large 429 too many requests of a key   499 the client has gone
+    500 the engine failed, or a bug  503 loading, draining, or the queue is full
 
 What the engine says about itself (paths, devices) stays in the log; a client reads what concerns its request.
 """
@@ -28,6 +28,7 @@ ANTHROPIC_PATHS = ("/v1/messages", "/anthropic/")
 _TYPES = {  # of both dialects, where they agree
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     408: "timeout_error",

@@ -12,11 +12,10 @@ from starlette.responses import Response
 
 from hybrid_k2 import __version__
 from hybrid_k2.protocol import Tokenizer, canonical_history, encode_prompt, expand_builtins
-from hybrid_k2.server.body import Body, body_schema, read_body
+from hybrid_k2.server.body import AnyObject, Body, body_schema, read_body
 from hybrid_k2.server.context import Context
 from hybrid_k2.server.conversation import check_messages, check_tools
 from hybrid_k2.server.errors import json_response
-from hybrid_k2.server.openai_chat import AnyObject
 from hybrid_k2.server.thinking import Thinking, read_thinking
 
 

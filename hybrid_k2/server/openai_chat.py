@@ -14,7 +14,7 @@ from starlette.responses import Response
 from hybrid_k2.engine.params import MAX_LOGPROBS
 from hybrid_k2.errors import shown
 from hybrid_k2.server import moonshot
-from hybrid_k2.server.body import body_schema, read_body
+from hybrid_k2.server.body import AnyObject, body_schema, read_body
 from hybrid_k2.server.chat import Chat
 from hybrid_k2.server.chat_reply import ReplyForm, chat_completion, chat_frames
 from hybrid_k2.server.context import Context
@@ -26,7 +26,6 @@ from hybrid_k2.server.sampling import CacheSalt, SamplingFields, StreamOptions
 from hybrid_k2.server.sse import SseResponse
 from hybrid_k2.server.thinking import read_thinking
 
-AnyObject = Annotated[Any, WithJsonSchema({"type": "object"})]
 Effort = Annotated[Any, WithJsonSchema({"type": "string"})]
 
 

@@ -12,12 +12,11 @@ from pydantic import WithJsonSchema
 
 from hybrid_k2.engine.params import MAX_LOGPROBS
 from hybrid_k2.errors import shown
-from hybrid_k2.server.body import Body
+from hybrid_k2.server.body import AnyObject, Body
 from hybrid_k2.server.errors import bad_request
 from hybrid_k2.server.sampling import CacheSalt, SamplingFields
 from hybrid_k2.server.thinking import Thinking, read_thinking
 
-AnyObject = Annotated[Any, WithJsonSchema({"type": "object"})]
 Input = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]})]
 _TOOL_FIELDS = frozenset({"type", "name", "description", "parameters", "strict"})
 _ITEM_FIELDS = {

@@ -172,6 +172,22 @@ def test_pages_may_call_only_where_they_are_let(make_client: MakeClient) -> None
     assert "access-control-allow-origin" not in other.headers
 
 
+@pytest.mark.parametrize("origin", ["https://page", "null", "http://server.evil", "http://evil/server"])
+def test_pages_from_elsewhere_are_refused_where_there_is_no_key(make_client: MakeClient, origin: str) -> None:
+    headers = {"origin": origin}
+    response = make_client().post(PATH, HELLO, headers=headers)
+    assert response.status_code == 403
+    assert response.json()["error"]["type"] == "permission_error"
+    assert make_client(cors_origins=(origin,)).get("/v1/models", headers=headers).status_code == 200
+    assert make_client(cors_origins=("*",)).get("/v1/models", headers=headers).status_code == 200
+    with_key = {**headers, "x-api-key": "key"}
+    assert make_client(api_keys=("key",)).get("/v1/models", headers=with_key).status_code == 200
+
+
+def test_the_server_s_own_pages_may_call(client: Client) -> None:
+    assert client.get("/v1/models", headers={"origin": "http://server"}).status_code == 200
+
+
 def test_the_log_says_how_it_went_and_not_what_was_said(
     client: Client, service: ScriptedService, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
