@@ -8,8 +8,8 @@ import pytest
 
 from hybrid_k2.server.anthropic_request import MessagesRequest, PromptFields
 from hybrid_k2.server.body import Body
+from hybrid_k2.server.completion_request import CompletionRequest
 from hybrid_k2.server.openai_chat import ChatRequest
-from hybrid_k2.server.openai_completions import CompletionRequest
 from hybrid_k2.server.responses_request import ResponsesRequest
 from tests.conftest import REPO
 from tests.server.conftest import Client
