@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -196,6 +198,21 @@ def test_log_probabilities_of_every_token_once(client: Client, service: Scripted
     streamed = [token for choice in choices if choice.get("logprobs") for token in choice["logprobs"]["content"]]
     assert streamed == whole
     assert service.requests[0].params.logprobs == 2
+
+
+def test_a_silent_stream_is_kept_alive(
+    make_client: Callable[..., Client], service: ScriptedService, tokenizer: Tokenizer
+) -> None:
+    for keep_alive_s, comments in ((0.05, True), (0, False)):
+        client, gate = make_client(keep_alive_s=keep_alive_s), threading.Event()
+        service.scripts = [Script([ids(tokenizer, THOUGHT)], gate=gate)]
+        timer = threading.Timer(0.4, gate.set)
+        timer.start()
+        parts = client.post(PATH, {**HELLO, "stream": True}).text.split("\n\n")
+        timer.join()
+        assert (parts.count(": keep-alive") > 1) is comments
+        assert all(part.startswith(("data: ", ": keep-alive")) for part in parts[:-1])
+        assert parts[-2] == "data: [DONE]"
 
 
 def test_a_failure_in_mid_stream_is_the_last_frame(

@@ -7,6 +7,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_tls(tmp_path: Path) -> None:
 
 def test_options_from_a_file_and_the_environment(tmp_path: Path) -> None:
     config = tmp_path / "serve.yaml"
-    config.write_text("served-model-name: [from-file, second]\napi-key: file-key\nkeep-alive: 3\n")
+    config.write_text("served-model-name: [from-file, second]\napi-key: file-key\nstrict-moonshot: true\n")
     keys = tmp_path / "keys"
     keys.write_text("# of the team\nanna-key\n\nben-key\n")
     variables = {"HYBRID_K2_CONFIG": str(config), "HYBRID_K2_API_KEY_FILE": str(keys), "HYBRID_K2_API_KEY": "env-key"}
@@ -95,6 +96,9 @@ def test_options_from_a_file_and_the_environment(tmp_path: Path) -> None:
             assert (response.status_code == 200) is known, key
             if known:
                 assert [model["id"] for model in response.json()["data"]] == ["from-file", "second"]
+        body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0}
+        refused = httpx.post(server.url + PATH, json=body, headers={"x-api-key": "env-key"}, timeout=30)
+        assert "only 1 is allowed" in refused.json()["error"]["message"]
 
 
 def test_a_model_that_does_not_load_ends_the_server(call: Call, tmp_path: Path) -> None:
@@ -102,6 +106,15 @@ def test_a_model_that_does_not_load_ends_the_server(call: Call, tmp_path: Path) 
     assert done.code == 1
     assert done.err.count("error: ") == 1
     assert "nothing" in done.err
+
+
+def test_without_its_packages_it_says_which(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "hybrid_k2.server.process", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    done = call("serve", "--port", "0")
+    assert done.code == 1
+    assert "got no uvicorn" in done.err
+    assert "hybrid-k2[serve]" in done.err
 
 
 @pytest.mark.parametrize(
