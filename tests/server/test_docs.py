@@ -67,3 +67,8 @@ def test_the_tests_that_show_security_are_there() -> None:
     for file, name in re.findall(r"`(tests/[\w/]+\.py)`(?: `(\w+)`)?", page):
         text = (REPO / file).read_text()
         assert f"def {name}(" in text if name else text
+
+
+def test_every_module_is_on_the_map() -> None:
+    modules = {path.name for path in (REPO / "hybrid_k2" / "server").glob("*.py")} - {"__init__.py"}
+    assert modules == set(re.findall(r"`(\w+\.py)`", DOC.partition("## How it is built")[2]))
