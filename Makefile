@@ -1,4 +1,5 @@
 # make chat          a chat with the built-in demo model        make chat PROMPT="What is 17 + 25?"   one answer
+# make serve         a server with the built-in demo model      make serve MODEL=/models/Kimi-K2.6    with another one
 # make test          the tests                                  make check                            lint, format, types, layers
 # make check-native  the native tests under the sanitizers and valgrind
 # make bench         the benchmarks                             make clean                            remove what was built
@@ -13,12 +14,15 @@ requirements = $(VENV)/bin/python -c 'from importlib.metadata import requires; \
             if r.marker and r.marker.evaluate({"extra": "$(1)"}) and not r.marker.evaluate({"extra": ""})))'
 NATIVE := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: chat test check check-native bench clean install
+.PHONY: chat serve test check check-native bench clean install
 .DELETE_ON_ERROR:
 export PROMPT
 
 chat: $(VENV)/.installed
 	@$(VENV)/bin/hybrid-k2 chat $(MODEL) $(if $(PROMPT),--prompt "$$PROMPT") $(ARGS)
+
+serve: $(VENV)/.installed-serve
+	@$(VENV)/bin/hybrid-k2 serve $(MODEL) $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest $(ARGS)
@@ -49,7 +53,11 @@ $(VENV)/.installed: $(VENV)/bin/python $(NATIVE)
 	@$(PIP) --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+$(VENV)/.installed-serve: $(VENV)/.installed
+	@$(PIP) $$($(call requirements,serve))
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed-serve
 	@$(PIP) $$($(call requirements,test))
 	@touch $@
 

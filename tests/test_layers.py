@@ -15,6 +15,7 @@ from tests.conftest import REPO
 LAYERS = [
     {"__main__"},
     {"cli"},
+    {"server"},
     {"bench"},
     {"engine"},
     {"model"},

@@ -22,16 +22,19 @@ LINE_EVERY_S = 10.0  # where there is no bar
 LEAST_S = 0.1  # a speed over less time says nothing
 
 
-def load_engine(model: str, rules: str | None, notes: Output, trace: Path | None = None) -> Engine:
+def load_engine(
+    model: str, rules: str | None, notes: Output, trace: Path | None = None, watch: Progress | None = None
+) -> Engine:
     """Plan, print the plan, load; `trace` is written when the engine is closed.
 
+    `watch` gets the progress, too; then it is shown in lines, which other lines may stand between.
     Raises: HybridK2Error: everything that is wrong with the checkpoint, the rules or the machine.
     """
     with leaving_at_once():
         from hybrid_k2.engine import Engine
 
     started, speed = time.perf_counter(), Speed()
-    with show_progress(notes, speed) as progress:
+    with show_progress(notes, speed) if watch is None else _watched(notes, speed, watch) as progress:
         engine = Engine.load(model, rules, on_plan=lambda plan: say_plan(plan, notes), progress=progress, trace=trace)
     seconds = time.perf_counter() - started
     notes.line(f"ready after {seconds:.1f} s; {speed.summary()}; experts: {engine.experts_name}", "dim")
@@ -123,6 +126,17 @@ def show_progress(notes: Output, speed: Speed) -> Iterator[Progress]:
         yield report
     finally:
         bar.stop()
+
+
+@contextmanager
+def _watched(notes: Output, speed: Speed, watch: Progress) -> Iterator[Progress]:
+    show = _lines(notes, speed)
+
+    def report(done: int, total: int) -> None:
+        show(done, total)
+        watch(done, total)
+
+    yield report
 
 
 def _lines(notes: Output, speed: Speed) -> Progress:

@@ -13,6 +13,7 @@ from hybrid_k2.cli.chat.command import chat
 from hybrid_k2.cli.exits import BUG, FAILED, say_bug, say_error, say_output_error
 from hybrid_k2.cli.interrupts import INTERRUPTED
 from hybrid_k2.cli.log import show_log
+from hybrid_k2.cli.serve import serve
 from hybrid_k2.cli.streams import OutputError, own_streams
 from hybrid_k2.cli.terminal import Output
 from hybrid_k2.errors import HybridK2Error
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(chat)
+app.command()(serve)
 app.add_typer(bench, name="bench")
 
 

@@ -18,9 +18,10 @@ from hybrid_k2.accelerator import Trace, check_writable
 from hybrid_k2.engine.generation import Generation, OnPrefill, Runner
 from hybrid_k2.engine.loading import LoadedModel, OnPlan, load_model
 from hybrid_k2.engine.params import SamplingParams
-from hybrid_k2.engine.prefix import KeptPrefix
+from hybrid_k2.engine.prefix import PrefixCache
 from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.request import chat_sequence, check_ids, check_prompt_fits, text_sequence
+from hybrid_k2.engine.sequence import TokenSequence
 from hybrid_k2.errors import EngineError, MemoryBudgetError, RequestError, shown
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.latent_cache import LatentCache
@@ -46,12 +47,12 @@ class Engine:
         self.plan = loaded.plan
         self.tokenizer = loaded.tokenizer
         self.folder = loaded.folder
-        self._loaded = loaded
+        self.loaded = loaded
         self._trace_to = trace_to
         loaded.text.trace = Trace() if trace_to is not None else None
         self._cache = LatentCache(loaded.plan.kv_cache, loaded.config)
-        self._prefix = KeptPrefix(self._cache, loaded.plan.chunk_tokens)
-        self._runner = Runner(
+        self._prefix = PrefixCache(self._cache)
+        self.runner = Runner(
             loaded.text, self._cache, self._prefix, loaded.plan.chunk_tokens, self._enter, self._memory_share
         )
         self._busy = threading.Lock()
@@ -88,12 +89,12 @@ class Engine:
     @property
     def context_tokens(self) -> int:
         """The longest prompt and reply together: what the KV cache holds, at most the model's context."""
-        return self._loaded.context_tokens
+        return self.loaded.context_tokens
 
     @property
     def experts_name(self) -> str:
         """The backend that computes the routed experts."""
-        return self._loaded.text.experts_runtime.name
+        return self.loaded.text.experts_runtime.name
 
     @cached_property
     def read_gbps(self) -> float:
@@ -102,11 +103,19 @@ class Engine:
         Raises: MemoryBudgetError if there is too little to measure it.
         """
         self._check_open()
-        return self._loaded.text.experts_runtime.measure_read_gbps()
+        return self.loaded.text.experts_runtime.measure_read_gbps()
 
     def default_params(self, thinking: bool = True) -> SamplingParams:
         """Return the sampling values that requests use where they state none."""
-        return SamplingParams.defaults(thinking, self._loaded.generation_config)
+        return SamplingParams.defaults(thinking, self.loaded.generation_config)
+
+    def prepare_grammars(self) -> None:
+        """Do now what the first request with a grammar would wait for: a second or two. Twice is fine.
+
+        Raises: RequestError where llguidance is not installed.
+        """
+        self._check_open()
+        _ = self.loaded.guide_vocabulary
 
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
         """Return the logits after each of the tokens.
@@ -116,16 +125,14 @@ class Engine:
         Raises: RequestError for ids outside the vocabulary, no ids, more than the KV cache holds, or a busy engine.
         """
         ids = check_ids(token_ids, self.config.vocab_size)
-        check_prompt_fits(len(ids), self._loaded)
+        check_prompt_fits(len(ids), self.loaded)
         with self._enter():
             logits = np.empty((len(ids), self.config.vocab_size), np.float32)
-            if self._cache.pool.available < self._cache.pages_for(len(ids)):
-                self._prefix.release()
-            pages = self._cache.pool.allocate(self._cache.pages_for(len(ids)))
+            pages = self._prefix.allocate(self._cache.pages_for(len(ids)))
             try:
                 for start in range(0, len(ids), self.plan.chunk_tokens):
                     chunk = Chunk(ids[start : start + self.plan.chunk_tokens], start, pages)
-                    part = self._loaded.text.forward(Batch.build([chunk], all_logits=True), self._cache)
+                    part = self.loaded.text.forward(Batch.build([chunk], all_logits=True), self._cache)
                     logits[start : start + len(part)] = part.cpu().numpy()
             finally:
                 self._cache.pool.free(pages)
@@ -150,6 +157,29 @@ class Engine:
         Raises: RequestError at once for a request that is wrong; while iterating, RequestError if another request
         runs, EngineError.
         """
+        sequence = self.sequence(
+            prompt,
+            messages=messages,
+            tools=tools,
+            thinking=thinking,
+            preserve_thinking=preserve_thinking,
+            params=params,
+        )
+        generation = Generation(self.runner, sequence, on_prefill)
+        self._generations.add(generation)
+        return generation
+
+    def sequence(
+        self,
+        prompt: str | Sequence[int] | None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        thinking: bool,
+        preserve_thinking: bool,
+        params: SamplingParams | None,
+    ) -> TokenSequence:
+        """Check a request and prepare it; any thread, any time. Raises: RequestError, EngineError if closed."""
         self._check_open()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -158,16 +188,12 @@ class Engine:
             if not isinstance(flag, bool):
                 raise RequestError(f"{name}: expected True or False, got {shown(flag)}")
         if messages is not None and prompt is None:
-            sequence = chat_sequence(self._loaded, messages, tools, thinking, preserve_thinking, params)
-        elif prompt is not None and messages is None:
+            return chat_sequence(self.loaded, messages, tools, thinking, preserve_thinking, params)
+        if prompt is not None and messages is None:
             if tools or preserve_thinking:
                 raise RequestError("generate: expected tools and preserve_thinking with messages only, got a prompt")
-            sequence = text_sequence(self._loaded, prompt, thinking, params)
-        else:
-            raise RequestError(f"generate: expected prompt or messages, got {'neither' if prompt is None else 'both'}")
-        generation = Generation(self._runner, sequence, on_prefill)
-        self._generations.add(generation)
-        return generation
+            return text_sequence(self.loaded, prompt, thinking, params)
+        raise RequestError(f"generate: expected prompt or messages, got {'neither' if prompt is None else 'both'}")
 
     def chat(
         self,
@@ -198,9 +224,9 @@ class Engine:
         with self._enter():
             self._closed = True
             self._prefix.release()
-            trace = self._loaded.text.trace
+            trace = self.loaded.text.trace
             try:
-                self._loaded.text.close()
+                self.loaded.text.close()
             finally:
                 if trace is not None and self._trace_to is not None:
                     trace.write(self._trace_to)
@@ -223,7 +249,7 @@ class Engine:
         if not self._busy.acquire(blocking=False):
             raise RequestError(
                 "engine: expected one request at a time, got a second while the first has not ended",
-                hint="read the first one's events to the end, or close() it",
+                hint="read the first one's events to the end, or close() it; a Service runs many at once",
             )
         try:
             self._check_open()

@@ -1,4 +1,4 @@
-"""Run sequences through the model: one step for many of them, and the loop that serves one request."""
+"""Run sequences through the model: a step of many of them, and the loop that serves one request."""
 
 from __future__ import annotations
 
@@ -10,36 +10,19 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
 
-from hybrid_k2.engine.prefix import KeptPrefix
+from torch import Tensor
+
+from hybrid_k2.engine.prefix import PrefixCache
 from hybrid_k2.engine.reply import FinishEvent, Reply
 from hybrid_k2.engine.sequence import TokenSequence
 from hybrid_k2.errors import EngineError
-from hybrid_k2.model.batch import Batch
+from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.text import TextModel
 from hybrid_k2.protocol import Event
 
+Work = tuple[TokenSequence, Sequence[Chunk]]  # what a step computes of a sequence
 OnPrefill = Callable[[int, int], None]  # prompt tokens done (the cached ones included), prompt tokens
-
-
-def step(
-    model: TextModel, cache: LatentCache, sequences: Sequence[TokenSequence], chunk_tokens: int
-) -> list[list[Event]]:
-    """Compute the next chunk of each sequence and choose a token where a chunk reaches the end; return their events.
-
-    Prefill chunks and decode tokens mix. If the step fails, no sequence has changed but for pages that it now owns.
-    Raises: EngineError when the cache has no room or the logits are not finite.
-    """
-    chunks = [sequence.next_chunk(chunk_tokens) for sequence in sequences]
-    for sequence, chunk in zip(sequences, chunks, strict=True):
-        missing = cache.pages_for(chunk.cached + len(chunk.token_ids)) - len(sequence.pages)
-        sequence.pages.extend(cache.pool.allocate(max(0, missing)))
-    logits = iter(model.forward(Batch.build(chunks), cache))
-    for sequence, chunk in zip(sequences, chunks, strict=True):
-        sequence.chunk_done(chunk, chunk_tokens)
-    return [
-        sequence.sample(next(logits)) if chunk.logits else [] for sequence, chunk in zip(sequences, chunks, strict=True)
-    ]
 
 
 @dataclass
@@ -48,15 +31,32 @@ class Runner:
 
     model: TextModel
     cache: LatentCache
-    prefix: KeptPrefix
-    chunk_tokens: int
+    prefix: PrefixCache
+    chunk_tokens: int  # prompt tokens of a step
     enter: Callable[[], AbstractContextManager[None]]
     memory_share: Callable[[float], float | None]  # of a decoding speed
 
-    def reply(self, sequence: TokenSequence) -> Reply:
-        """Put together the reply of a sequence; an unfinished one counts as cancelled."""
+    def forward(self, work: Sequence[Work]) -> list[Tensor | None]:
+        """Compute chunks of several sequences, prompts and decode steps mixed; return the logits to sample from.
+
+        The latents are in the cache afterwards, and `chunks_done` may be called. If the step fails, no sequence has
+        changed but for pages that it now owns.
+        Shapes: [vocab] fp32 for each, None in the middle of a prompt.
+        Raises: EngineError when the cache has no room or the model fails.
+        """
+        for sequence, chunks in work:
+            missing = self.cache.pages_for(chunks[-1].cached + len(chunks[-1].token_ids)) - len(sequence.pages)
+            sequence.pages.extend(self.prefix.allocate(max(0, missing)))
+        logits = iter(self.model.forward(Batch.build([chunk for _, chunks in work for chunk in chunks]), self.cache))
+        return [next(logits) if chunks[-1].logits else None for _, chunks in work]
+
+    def reply(self, sequence: TokenSequence, *, alone: bool = True) -> Reply:
+        """Put together the reply of a sequence; an unfinished one counts as cancelled.
+
+        alone: nothing else was computed in its steps, so that its speed says how fast weights were read.
+        """
         timings = sequence.timings()
-        if timings.decode_tokens_per_s is not None:
+        if alone and timings.decode_tokens_per_s is not None:
             timings = replace(timings, memory_share=self.memory_share(timings.decode_tokens_per_s))
         return Reply(
             content=sequence.output.content,
@@ -68,6 +68,7 @@ class Runner:
             usage=sequence.usage(),
             timings=timings,
             token_ids=tuple(sequence.completion),
+            logprobs=sequence.logprobs,
         )
 
 
@@ -126,6 +127,7 @@ def _events(
 ) -> Generator[Event, None, None]:
     with runner.enter():
         runner.prefix.lend(sequence)
+        sequence.cached_at_start = sequence.cached
         try:
             if on_prefill:
                 on_prefill(sequence.cached, sequence.prompt_tokens)
@@ -146,7 +148,10 @@ def _events(
 
 def _timed_step(runner: Runner, sequence: TokenSequence) -> list[Event]:
     decoding, start = sequence.decoding, time.perf_counter()
-    (events,) = step(runner.model, runner.cache, [sequence], runner.chunk_tokens)
+    chunks = sequence.next_chunks(runner.chunk_tokens)
+    (logits,) = runner.forward([(sequence, chunks)])
+    sequence.chunks_done(chunks)
+    events = [] if logits is None else sequence.sample(logits)
     elapsed = time.perf_counter() - start
     if decoding:
         sequence.decode_s += elapsed

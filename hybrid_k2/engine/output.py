@@ -44,9 +44,9 @@ class Output:
     arguments of a tool must stay whole. A run of content ends where reasoning or a tool call begins.
     """
 
-    def __init__(self, parser: Parser, stop: Sequence[str]) -> None:
+    def __init__(self, parser: Parser, stop: Sequence[str], include_stop: bool = False) -> None:
         self._parser = parser
-        self._stop = StopMatcher(stop)
+        self._stop = StopMatcher(stop, include_stop)
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: dict[int, _Call] = {}

@@ -9,9 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 from hybrid_k2.config import GENERATION_NAME
+from hybrid_k2.engine.grammar import Grammar
 from hybrid_k2.errors import ConfigError, RequestError, shown
 
 MAX_STOP_STRINGS = 16
+MAX_LOGPROBS = 20
 MAX_STOP_CHARACTERS = 1024  # bounds the text that may have to be held back while a stop string is still possible
 _INTEGER_BOUND = 2**63  # integers have 64 bits, as in the APIs that clients speak
 
@@ -34,8 +36,9 @@ _TOP_P = 0.95
 class SamplingParams:
     """Say how the next token is chosen and when a reply ends; None means the model's own default.
 
-    The order of operations on the logits is that of vLLM: `logit_bias`, repetition, frequency and presence penalty,
-    then (unless the temperature is 0, which takes the highest logit) temperature, min-p, top-k, top-p, and one draw.
+    The order of operations on the logits is that of vLLM: `logit_bias`, repetition, frequency and presence penalty, the
+    grammar, then (unless the temperature is 0, which takes the highest logit) temperature, min-p, top-k, top-p, and one
+    draw.
 
     Raises: RequestError naming the field and its range.
     """
@@ -50,8 +53,12 @@ class SamplingParams:
     seed: int | None = None  # None draws one, which the reply reports
     stop: Sequence[str] = ()  # one string or several: end the reply when its content has one; it is not shown
     stop_token_ids: Sequence[int] = ()  # end the reply at one of these tokens; it is not shown
+    include_stop: bool = False  # show the stop string that ended the reply
     max_tokens: int | None = None  # None: what is left of the context
+    min_tokens: int = 0  # before so many tokens, neither an end token nor one of `stop_token_ids` is chosen
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> -100 to 100, added to its logit
+    logprobs: int | None = None  # 0 to 20: report each token's log probability, and those of so many of the likeliest
+    grammar: Grammar | None = None  # what content or tool calls must look like
     ignore_eos: bool = False  # go on after the model's end tokens (for measurements)
 
     def __post_init__(self) -> None:
@@ -68,8 +75,17 @@ class SamplingParams:
         _check_number("repetition_penalty", self.repetition_penalty, 0, 10, above=True)
         _check_integer("seed", self.seed, -_INTEGER_BOUND, _INTEGER_BOUND - 1)
         _check_integer("max_tokens", self.max_tokens, 1, _INTEGER_BOUND - 1)
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos: expected True or False, got {shown(self.ignore_eos)}")
+        _check_integer("min_tokens", self.min_tokens, 0, _INTEGER_BOUND - 1, optional=False)
+        _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name, flag in (("ignore_eos", self.ignore_eos), ("include_stop", self.include_stop)):
+            if not isinstance(flag, bool):
+                raise RequestError(f"{name}: expected True or False, got {shown(flag)}")
+        if not isinstance(self.grammar, (Grammar, type(None))):
+            raise RequestError(f"grammar: expected a Grammar, got {shown(self.grammar)}")
+        if self.grammar is not None and self.ignore_eos:
+            raise RequestError("ignore_eos: expected False beside a grammar, which says where the reply ends, got True")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens: expected at most max_tokens = {self.max_tokens}, got {self.min_tokens}")
 
     @classmethod
     def defaults(
@@ -127,8 +143,8 @@ def _check_number(name: str, value: Any, low: float, high: float, *, above: bool
         raise RequestError(f"{name}: expected a number {span}, got {shown(value)}")
 
 
-def _check_integer(name: str, value: Any, low: int, high: int) -> None:
-    if value is None:
+def _check_integer(name: str, value: Any, low: int, high: int, *, optional: bool = True) -> None:
+    if value is None and optional:
         return
     integer = not isinstance(value, bool) and isinstance(value, Integral)
     if not integer or not low <= value <= high:

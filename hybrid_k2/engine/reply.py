@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from hybrid_k2.protocol import Event
+from hybrid_k2.protocol import Event, call_type
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
@@ -17,6 +17,34 @@ class ToolCall:
     id: str
     name: str
     arguments: str
+
+
+class TopLogprob(NamedTuple):
+    """Name a token, the bytes it stands for and its log probability."""
+
+    token_id: int
+    text_bytes: bytes  # of a part of a character, perhaps
+    logprob: float  # natural; -9999.0 where the probability is zero
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as the API of OpenAI writes it, and the id."""
+        text = self.text_bytes.decode("utf-8", "replace")
+        return {"token_id": self.token_id, "token": text, "bytes": list(self.text_bytes), "logprob": self.logprob}
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Hold what the model thought of one token of a reply, before sampling parameters changed the odds."""
+
+    token_id: int
+    text_bytes: bytes
+    logprob: float
+    top: tuple[TopLogprob, ...]  # the likeliest tokens, the likeliest first
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as the API of OpenAI writes it, and the ids."""
+        chosen = TopLogprob(self.token_id, self.text_bytes, self.logprob).to_dict()
+        return {**chosen, "top_logprobs": [top.to_dict() for top in self.top]}
 
 
 @dataclass(frozen=True)
@@ -57,6 +85,7 @@ class Reply:
     usage: Usage
     timings: Timings
     token_ids: tuple[int, ...] = field(repr=False)  # all that were generated
+    logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)  # of each of them, if asked for
 
     def message(self) -> dict[str, Any]:
         """Return the assistant message to append to the conversation."""
@@ -65,7 +94,11 @@ class Reply:
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
             message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                {
+                    "id": call.id,
+                    "type": call_type(call.name),
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
                 for call in self.tool_calls
             ]
         return message
@@ -76,6 +109,7 @@ class Reply:
             **asdict(self),
             "tool_calls": [asdict(call) for call in self.tool_calls],
             "token_ids": list(self.token_ids),
+            "logprobs": None if self.logprobs is None else [logprob.to_dict() for logprob in self.logprobs],
         }
 
 

@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
+from hybrid_k2.engine.guide import Guide
 from hybrid_k2.engine.loading import LoadedModel
+from hybrid_k2.engine.logprobs import LogprobReader
 from hybrid_k2.engine.output import Output, Parser, PlainText
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.sampling import Sampler
 from hybrid_k2.engine.sequence import TokenSequence
 from hybrid_k2.errors import RequestError, shown
-from hybrid_k2.protocol import OutputParser, encode_prompt
+from hybrid_k2.protocol import OutputParser, canonical_history, encode_prompt, expand_builtins, reply_thinks
 from hybrid_k2.protocol.tokens import REPLY_ENDS, SECTION_BEGIN, THINK_END
 
 
@@ -25,14 +27,21 @@ def chat_sequence(
     params: SamplingParams,
 ) -> TokenSequence:
     """Prepare the answer to a conversation. Raises: RequestError."""
+    messages, call_ids = canonical_history(messages)
+    tools = expand_builtins(tools, thinking)
     ids = encode_prompt(loaded.tokenizer, messages, tools, thinking, preserve_thinking)
     if not messages:
         raise RequestError("messages: expected at least one message, got none")
-    parser = OutputParser(loaded.tokenizer, tools, thinking)
+    thinks = reply_thinks(messages, thinking)
+    parser = OutputParser(loaded.tokenizer, tools, thinks, call_ids)
     special = loaded.tokenizer.special
     turn_ends = [special[name] for name in REPLY_ENDS if name in special]
-    thinking_ends = [special[name] for name in (THINK_END, SECTION_BEGIN)] if thinking else []
-    return _sequence(loaded, ids, parser, turn_ends, thinking_ends, thinking, params)
+    thinking_ends = [special[name] for name in (THINK_END, SECTION_BEGIN)] if thinks else []
+    grammar = params.grammar
+    if grammar is not None and grammar.binds == "content" and not reply_thinks(messages):
+        raise RequestError("grammar: expected a reply from its beginning, got a partial message to continue")
+    guide = None if grammar is None else Guide(grammar, loaded.guide_vocabulary, thinks)
+    return _sequence(loaded, ids, parser, turn_ends, thinking_ends, thinking, params, guide)
 
 
 def text_sequence(
@@ -40,7 +49,12 @@ def text_sequence(
 ) -> TokenSequence:
     """Prepare the continuation of a text or of token ids. Raises: RequestError."""
     ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    return _sequence(loaded, ids, PlainText(loaded.tokenizer), [], [], thinking, params)
+    grammar, guide = params.grammar, None
+    if grammar is not None:
+        if grammar.binds == "calls":
+            raise RequestError("grammar: expected one for content with a prompt, got one for tool calls")
+        guide = Guide(grammar, loaded.guide_vocabulary, thinking=False)
+    return _sequence(loaded, ids, PlainText(loaded.tokenizer), [], [], thinking, params, guide)
 
 
 def check_ids(token_ids: Iterable[Any], vocab_size: int) -> list[int]:
@@ -82,6 +96,7 @@ def _sequence(
     thinking_ends: Sequence[int],
     thinking: bool,
     params: SamplingParams,
+    guide: Guide | None,
 ) -> TokenSequence:
     vocab_size = loaded.config.vocab_size
     ids = check_ids(ids, vocab_size)
@@ -92,10 +107,14 @@ def _sequence(
         params,
         _max_tokens(params, len(ids), loaded),
         Sampler(params, vocab_size, ids),
-        Output(parser, params.stop),
-        {*loaded.config.eos_token_ids, *turn_ends},  # K2.5 names [EOS] alone, and writes <|im_end|>
+        Output(parser, params.stop, params.include_stop),
+        # K2.5 names [EOS] alone, and writes <|im_end|>
+        {*loaded.config.eos_token_ids, *turn_ends, *(guide.end_ids if guide else ())},
         turn_ends,
         thinking_ends,
+        loaded.block_tokens,
+        None if params.logprobs is None else LogprobReader(loaded.tokenizer, params.logprobs),
+        guide,
     )
 
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
+from hybrid_k2.engine.guide import Guide
+from hybrid_k2.engine.logprobs import LogprobReader
 from hybrid_k2.engine.output import Output
 from hybrid_k2.engine.params import SamplingParams
-from hybrid_k2.engine.reply import FinishReason, Timings, Usage
+from hybrid_k2.engine.reply import FinishReason, Timings, TokenLogprob, Usage
 from hybrid_k2.engine.sampling import Sampler
 from hybrid_k2.model.batch import Chunk
 from hybrid_k2.protocol import Event
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class TokenSequence:
     """Hold what one request needs between two steps.
 
     Tokens are those of the prompt, then those of the reply. The latents of the first `cached` of them lie in `pages`;
-    the first `repeatable` of these were computed in whole chunks at multiples of the chunk size, so that computing
-    them again gives the same bits.
+    the first `repeatable` of these are those of whole blocks of a prompt, so that computing them again gives the same
+    bits. Blocks begin at multiples of `block_tokens`, however many of them a step computes.
     """
 
     def __init__(
@@ -32,11 +39,15 @@ class TokenSequence:
         end_ids: Collection[int],
         turn_end_ids: Collection[int],
         thinking_end_ids: Collection[int],
+        block_tokens: int,
+        logprobs: LogprobReader | None = None,
+        guide: Guide | None = None,
     ) -> None:
         """Start with nothing cached.
 
         `turn_end_ids` are the end ids that the output's parser understands: with one, a call whose arguments are whole
         counts as complete. `thinking_end_ids` is empty for a reply that does not think.
+        `logprobs` reads log probabilities where the request asks for them; `guide` says what its grammar allows.
         """
         self.tokens = list(prompt_ids)
         self.prompt_tokens = len(self.tokens)
@@ -44,6 +55,8 @@ class TokenSequence:
         self.max_tokens = max_tokens
         self.sampler = sampler
         self.output = output
+        self.block_tokens = block_tokens
+        self.salt = ""  # which prefixes it may share: those of sequences with the same one
         self.pages: list[int] = []
         self.cached = 0
         self.repeatable = 0
@@ -59,6 +72,9 @@ class TokenSequence:
         self._thinking_end_ids = frozenset(thinking_end_ids)
         self._thinking = bool(thinking_end_ids)
         self._reasoning_tokens = 0
+        self._logprob_reader = logprobs
+        self._logprobs: list[TokenLogprob] = []
+        self._guide = guide
 
     @property
     def completion(self) -> list[int]:
@@ -71,41 +87,82 @@ class TokenSequence:
         return len(self.tokens) - self.prompt_tokens
 
     @property
+    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Log probabilities of the reply's tokens so far; None if the request did not ask for them."""
+        return tuple(self._logprobs) if self._logprob_reader is not None else None
+
+    @property
     def decoding(self) -> bool:
         """Whether the prompt is done and the next step is one token."""
         return self.completion_tokens > 0
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled: 1 while it decodes, more for a prompt."""
+        return len(self.tokens) - self.cached
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the text must be the same, bit for bit, when the request comes again: it states its seed."""
+        return self.params.seed is not None
 
     @property
     def matched_stop(self) -> str | int | None:
         """The stop string or stop token that ended the reply."""
         return self._matched_token if self._matched_token is not None else self.output.matched_stop
 
-    def next_chunk(self, chunk_tokens: int) -> Chunk:
-        """Return what the next step computes: at most up to the next multiple of `chunk_tokens`.
+    @property
+    def next_tokens(self) -> int:
+        """Tokens of the smallest next step."""
+        return self._chunk_end(self.cached) - self.cached
 
-        Aligned chunks make a long prompt's latents the same whether or not some of them were still in the cache.
+    def next_chunks(self, limit: int) -> list[Chunk]:
+        """Return what the next step computes: blocks of the prompt, at least one, together at most `limit` tokens.
+
+        Tokens of the reply are chunks of their own, as they were when they were sampled, so that a reply whose latents
+        were given up goes on with the same bits.
         """
-        stop = min(len(self.tokens), (self.cached // chunk_tokens + 1) * chunk_tokens)
-        return Chunk(self.tokens[self.cached : stop], self.cached, self.pages, logits=stop == len(self.tokens))
+        chunks: list[Chunk] = []
+        start = self.cached
+        while start < len(self.tokens):
+            stop = self._chunk_end(start)
+            if chunks and stop - self.cached > limit:
+                break
+            last = stop == len(self.tokens)
+            chunks.append(Chunk(self.tokens[start:stop], start, self.pages, logits=last, follows=bool(chunks)))
+            start = stop
+        return chunks
 
-    def chunk_done(self, chunk: Chunk, chunk_tokens: int) -> None:
-        """Count a chunk whose latents are now in the cache."""
-        if self.repeatable == self.cached and len(chunk.token_ids) == chunk_tokens:
-            self.repeatable += chunk_tokens
-        self.cached += len(chunk.token_ids)
+    def chunks_done(self, chunks: Sequence[Chunk]) -> None:
+        """Count chunks whose latents are now in the cache."""
+        for chunk in chunks:
+            if self.repeatable == self.cached and len(chunk.token_ids) == self.block_tokens:
+                self.repeatable += self.block_tokens
+            self.cached += len(chunk.token_ids)
+
+    def _chunk_end(self, start: int) -> int:
+        if start >= self.prompt_tokens:
+            return start + 1
+        return min(self.prompt_tokens, (start // self.block_tokens + 1) * self.block_tokens)
 
     def sample(self, logits: Tensor) -> list[Event]:
         """Choose the next token and return the events that it leads to.
 
         Shapes: logits: [V].
+        Raises: EngineError for logits that are not finite; RequestError for a grammar that takes more than it may. Both
+        concern this sequence alone, which cannot go on.
         """
-        token = self.sampler.sample(logits)
+        token = self.sampler.sample(logits, self._allowed(len(logits)))
+        if self._logprob_reader is not None:
+            self._logprobs.append(self._logprob_reader.read(logits, token))
         self.tokens.append(token)
         if token in self._end_ids or token in self._stop_ids:
             if token in self._stop_ids:
                 self._matched_token = token
             events = self.output.feed([token]) if token in self._turn_end_ids else []
             return events + self.finish("stop")
+        if self._guide is not None:
+            self._guide.advance(token)
         self._count_thinking(token)
         events = [] if token in self._silent_ids else self.output.feed([token])
         if self.output.matched_stop is not None:
@@ -133,6 +190,15 @@ class TokenSequence:
         prefill = computed / self.prefill_s if self.decoding and self.prefill_s > 0 else None
         decode = (self.completion_tokens - 1) / self.decode_s if self.completion_tokens > 1 and self.decode_s else None
         return Timings(self.prefill_s, self.decode_s, prefill, decode, None)
+
+    def _allowed(self, vocab_size: int) -> NDArray[np.bool_] | None:
+        """Say which tokens may come next. Shapes: [V]; None: all."""
+        fitting = self._guide.allowed() if self._guide is not None else None
+        if self.completion_tokens >= self.params.min_tokens:
+            return fitting
+        allowed = np.ones(vocab_size, np.bool_) if fitting is None else fitting.copy()
+        allowed[[*self._end_ids, *self._stop_ids]] = False
+        return allowed if allowed.any() else fitting  # where the grammar is at its end, so is the reply
 
     def _count_thinking(self, token: int) -> None:
         if token in self._thinking_end_ids:

@@ -12,8 +12,10 @@ class StopMatcher:
     every way of cutting the text into pieces. At most the longest stop string less one character is held back.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], include: bool = False) -> None:
+        """`include`: the stop string that is found passes, too."""
         self._patterns = [_Pattern(string) for string in stop]
+        self._include = include
         self._held = ""
         self.matched: str | None = None  # the stop string that was found; nothing passes after it
 
@@ -29,7 +31,7 @@ class StopMatcher:
             if found:
                 self.matched = max((pattern.string for pattern in found), key=len)
                 self._held = ""
-                return seen[: place + 1 - len(self.matched)]
+                return seen[: place + 1 - (0 if self._include else len(self.matched))]
         certain = len(seen) - max(pattern.length for pattern in self._patterns)
         self._held = seen[certain:]
         return seen[:certain]

@@ -21,7 +21,7 @@ from hybrid_k2.model.rope import Rotation
 class Attention:
     """Project to queries and latents, cache the latents, attend sequence by sequence, project back.
 
-    Shapes: q_a [q_lora, hidden], q_b [heads * (nope + rope), q_lora], kv_a [kv_lora + rope, hidden],
+    Shapes: q_a [q_lora, hidden], q_b [heads * (nope + rope), q_lora], kv_a [kv_lora + rope, hidden] (and padding),
     kv_b [heads * (nope + value), kv_lora], o [hidden, heads * value].
     `native` computes the absorbed form where weights and cache lie on the host, `gpu` where they lie on a GPU, for few
     new tokens; torch does without them.
@@ -67,7 +67,8 @@ class Attention:
         return torch.cat((q_nope.float(), rotation.apply(q_rope)), dim=-1)  # [T, heads, nope + rope] fp32
 
     def _latents(self, latent: Tensor, rotation: Rotation) -> Tensor:
-        c, k_rope = latent[:, : self.shape.kv_lora], latent[:, self.shape.kv_lora :]
+        own = self.shape.kv_lora + self.shape.rope
+        c, k_rope = latent[:, : self.shape.kv_lora], latent[:, self.shape.kv_lora : own]
         return torch.cat((self.kv_a_norm(c).float(), rotation.apply(k_rope)), dim=-1)  # [T, kv_lora + rope] fp32
 
     def _attend(self, q: Tensor, batch: Batch, cache: LatentCache) -> Tensor:

@@ -22,12 +22,15 @@ class Chunk:
 
     `cached` tokens of the sequence are already in the cache; `pages` hold them and have room for the new ones.
     `logits`: whether those after the chunk's last token are wanted (not in the middle of a prompt).
+    `follows`: it goes on where the chunk before it in the batch ends. A sequence's bits depend on the chunks that it is
+    cut into, not on how many of them one batch holds.
     """
 
     token_ids: Sequence[int]
     cached: int
     pages: Sequence[int] | Tensor
     logits: bool = True
+    follows: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class SequenceSlice:
     cached: int
     pages: Tensor  # [pages] int64
     first_page: int | None  # set if the pages are consecutive, which saves copying them together
+    follows: bool = False
 
     @property
     def rows(self) -> slice:
@@ -146,11 +150,12 @@ class Batch:
 
         The parts' logit rows, one part after the other, are those of the whole.
         """
-        if len(self.sequences) < 2:
+        cuts = [i for i, sequence in enumerate(self.sequences) if i and not sequence.follows]
+        if not cuts:
             return [self]
         costs = [(s.stop - s.start) * (CONTEXT_TOKENS + s.length) for s in self.sequences]
         before = list(accumulate(costs, initial=0))  # [S + 1]
-        first = min(range(1, len(costs)), key=lambda i: abs(2 * before[i] - before[-1]))
+        first = min(cuts, key=lambda i: abs(2 * before[i] - before[-1]))
         return [self._part(0, first), self._part(first, len(self.sequences))]
 
     def _part(self, first: int, last: int) -> Batch:
@@ -173,4 +178,4 @@ def _slice(start: int, stop: int, chunk: Chunk) -> SequenceSlice:
     pages = torch.as_tensor(chunk.pages, dtype=torch.int64, device="cpu")
     first = int(pages[0]) if len(pages) else 0
     consecutive = torch.equal(pages, torch.arange(first, first + len(pages)))
-    return SequenceSlice(start, stop, chunk.cached, pages, first if consecutive else None)
+    return SequenceSlice(start, stop, chunk.cached, pages, first if consecutive else None, chunk.follows)

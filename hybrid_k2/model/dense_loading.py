@@ -83,23 +83,25 @@ def _named(error: CheckpointError, checkpoint: Checkpoint, prefix: str) -> Check
     return CheckpointError(f"{prefix}.{error.message} (in {checkpoint.linear_file(prefix).name})", hint=error.hint)
 
 
-def load_router(
+def load_padded(
     checkpoint: Checkpoint, prefix: str, placement: Placement, runtime: ExpertsRuntime, count: Callable[[int], None]
 ) -> HostMatrix | None:
-    """Load a router's matrix for the native kernels, in whole blocks of 32 experts; None if it stays a plain tensor.
+    """Load a matrix in bf16 for the native kernels, in whole blocks of 32 rows; None if it stays a plain tensor.
 
-    That is so on a GPU, in fp32, and without the native kernels, which multiply fp32 rows with bf16 weights.
+    That is so on a GPU, without the native kernels, and where it is not kept or not stored in bf16: the kernels multiply
+    fp32 rows with bf16 weights. What it multiplies has columns behind those of its own rows, which are zero.
     Effects: calls `count` with the bytes on disk.
     Raises: CheckpointError naming tensor and file; MemoryBudgetError.
     """
-    experts, inputs = checkpoint.linear_shape(prefix)
-    padded = -(-experts // 32) * 32
+    rows, inputs = checkpoint.linear_shape(prefix)
+    padded = -(-rows // 32) * 32
     native = runtime.native is not None and placement.memory == "host" and fits_blocks(padded, inputs)
-    if not native or placement.dtype != "bf16":
+    stored = checkpoint.has(f"{prefix}.weight") and checkpoint.info(f"{prefix}.weight").dtype == "BF16"
+    if not native or placement.dtype != "bf16" or not stored:
         return None
     with room_for(prefix, placement.device):
         matrix = HostMatrix(runtime.native, padded, inputs, "bf16")
-        matrix.load_rows(0, functional.pad(checkpoint.read(f"{prefix}.weight"), (0, 0, 0, padded - experts)))
+        matrix.load_rows(0, functional.pad(checkpoint.read(f"{prefix}.weight"), (0, 0, 0, padded - rows)))
     count(checkpoint.linear_bytes(prefix))
     return matrix
 

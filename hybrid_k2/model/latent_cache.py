@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 
 class PagePool:
-    """Account for the pages of a cache: who asks gets the lowest free numbers. One thread at a time may use it."""
+    """Account for the pages of a cache: who asks gets the lowest free numbers. One thread at a time may use it.
+
+    A page may have several users (sequences with one prefix); it is free again when the last one has given it back.
+    """
 
     def __init__(self, pages: int) -> None:
         self.pages = pages
         self._free = list(range(pages))  # a heap, so that a sequence alone gets consecutive pages
-        self._taken: set[int] = set()
+        self._users: dict[int, int] = {}  # of each page that is taken
 
     @property
     def available(self) -> int:
@@ -43,20 +46,34 @@ class PagePool:
                 hint="shorten the conversation, or give kv_cache more tokens in the placement rules",
             )
         pages = [heapq.heappop(self._free) for _ in range(count)]
-        self._taken.update(pages)
+        self._users.update(dict.fromkeys(pages, 1))
         return pages
+
+    def users(self, page: int) -> int:
+        """Count the users of a page; 0 if it is free."""
+        return self._users.get(page, 0)
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Add a user to pages, who gives them back in turn. Raises: ValueError for a page that is not taken."""
+        for page in self._checked(pages):
+            self._users[page] += 1
 
     def free(self, pages: Iterable[int]) -> None:
         """Give pages back.
 
         Raises: ValueError for a page that is not taken; nothing is given back then.
         """
-        back = list(pages)
-        if len(set(back)) != len(back) or not self._taken.issuperset(back):
-            raise ValueError(f"KV cache: expected pages that are taken, each once, got {back}")
-        self._taken.difference_update(back)
-        for page in back:
-            heapq.heappush(self._free, page)
+        for page in self._checked(pages):
+            self._users[page] -= 1
+            if not self._users[page]:
+                del self._users[page]
+                heapq.heappush(self._free, page)
+
+    def _checked(self, pages: Iterable[int]) -> list[int]:
+        listed = list(pages)
+        if len(set(listed)) != len(listed) or not self._users.keys() >= set(listed):
+            raise ValueError(f"KV cache: expected pages that are taken, each once, got {listed}")
+        return listed
 
 
 class LatentCache:
@@ -84,6 +101,35 @@ class LatentCache:
     def pages_for(self, tokens: int) -> int:
         """Pages that hold this many tokens of one sequence."""
         return -(-tokens // self.page_tokens)
+
+    def page_like(self) -> Tensor:
+        """Return a tensor without memory that has the shape and dtype of `read_page`."""
+        shape = (len(self.layers), *self.layers[0].shape[1:])
+        return torch.empty(shape, dtype=self.layers[0].dtype, device="meta")
+
+    def read_page(self, page: int) -> Tensor:
+        """Copy a page to the host.
+
+        Shapes: -> [layers, page_tokens, latent_dim] in the cache's dtype.
+        """
+        return torch.stack([layer[page].cpu() for layer in self.layers])
+
+    def write_page(self, page: int, content: Tensor) -> None:
+        """Fill a page with what `read_page` gave."""
+        for layer, latents in zip(self.layers, content, strict=True):
+            layer[page].copy_(latents)
+        self._settle()
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Fill a page with the content of another."""
+        for layer in self.layers:
+            layer[target].copy_(layer[source])
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait until a GPU has what was written: the streams of the model do not wait for this one."""
+        if self.layers[0].is_cuda:
+            torch.cuda.synchronize(self.layers[0].device)
 
     def check(self, batch: Batch) -> None:
         """Check that each sequence's pages exist and have room for its new tokens.

@@ -13,7 +13,7 @@ from hybrid_k2.config import ModelConfig
 from hybrid_k2.dense import HostMatrix
 from hybrid_k2.experts import ExpertsRuntime
 from hybrid_k2.model.attention import Attention
-from hybrid_k2.model.dense_loading import load_gpu_matrix, load_host_matrix, load_router
+from hybrid_k2.model.dense_loading import load_gpu_matrix, load_host_matrix, load_padded
 from hybrid_k2.model.devices import torch_device, torch_dtype
 from hybrid_k2.model.gpu_attention import GpuAttention
 from hybrid_k2.model.layers import Matrix, RmsNorm, SwiGlu
@@ -91,7 +91,7 @@ class PartLoader:
             q_a=matrix("q_a_proj"),
             q_a_norm=self.norm(f"{name}.q_a_layernorm", "attention", layer, eps),
             q_b=matrix("q_b_proj"),
-            kv_a=matrix("kv_a_proj_with_mqa"),
+            kv_a=self.latent_matrix(f"{name}.kv_a_proj_with_mqa", layer),
             kv_a_norm=self.norm(f"{name}.kv_a_layernorm", "attention", layer, eps),
             kv_b=self.weight(f"{name}.kv_b_proj", "attention", layer),
             o=matrix("o_proj"),
@@ -133,8 +133,16 @@ class PartLoader:
 
     def router_matrix(self, name: str, layer: int) -> Tensor | HostMatrix:
         prefix, placement = self.config.tensor_prefix + name, self.where("router", layer)
-        matrix = load_router(self.checkpoint, prefix, placement, self.runtime_of(placement), self.count)
+        matrix = load_padded(self.checkpoint, prefix, placement, self.runtime_of(placement), self.count)
         return self.weight(name, "router", layer) if matrix is None else matrix
+
+    def latent_matrix(self, name: str, layer: int) -> Matrix:
+        """Load a matrix whose rows small models do not have in whole blocks."""
+        prefix, placement = self.config.tensor_prefix + name, self.where("attention", layer)
+        matrix = None
+        if placement.dtype == "bf16" and self.checkpoint.linear_shape(prefix)[0] % 32:
+            matrix = load_padded(self.checkpoint, prefix, placement, self.runtime_of(placement), self.count)
+        return self.matrix(name, "attention", layer) if matrix is None else matrix
 
     def runtime_of(self, placement: Placement) -> ExpertsRuntime:
         """Return the threads that compute there: the twin has its own, so that it works beside the experts."""

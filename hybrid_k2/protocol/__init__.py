@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from hybrid_k2.protocol.builtin_tools import call_type, expand_builtins
 from hybrid_k2.protocol.output_parser import Event, OutputParser
-from hybrid_k2.protocol.prompt import Segment, encode_prompt, render, render_segments
+from hybrid_k2.protocol.prompt import Segment, encode_prompt, render, render_segments, reply_thinks
 from hybrid_k2.protocol.tokenizer import IncrementalDecoder, Tokenizer
 from hybrid_k2.protocol.tool_declaration import declare_tools
+from hybrid_k2.protocol.tool_ids import ToolIds, canonical_history
 
 __all__ = [
     "Event",
@@ -13,8 +15,13 @@ __all__ = [
     "OutputParser",
     "Segment",
     "Tokenizer",
+    "ToolIds",
+    "call_type",
+    "canonical_history",
     "declare_tools",
     "encode_prompt",
+    "expand_builtins",
     "render",
     "render_segments",
+    "reply_thinks",
 ]

@@ -37,6 +37,7 @@ class Message:
     reasoning: str
     tool_calls: tuple[Call, ...]
     tool_call_id: str
+    partial: bool  # the last message of a request, to be continued
 
 
 def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -44,14 +45,16 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
     Any role is taken. A key that is null counts as absent. Tool arguments may be text (kept to the byte,
     whether JSON or not), any JSON value, or absent (`{}`).
+    `partial` counts on the last message only: it asks to continue it.
     Raises: RequestError naming the message by its index.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise RequestError(f"messages: expected a list, got {type(messages).__name__}")
-    return [_read_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    last = len(messages) - 1
+    return [_read_message(message, f"messages[{index}]", index == last) for index, message in enumerate(messages)]
 
 
-def _read_message(message: object, place: str) -> Message:
+def _read_message(message: object, place: str, is_last: bool) -> Message:
     fields = _object(message, place)
     role = fields.get("role")
     if not isinstance(role, str):
@@ -64,7 +67,18 @@ def _read_message(message: object, place: str) -> Message:
         reasoning=_read_reasoning(fields, place) if assistant else "",
         tool_calls=tuple(_read_calls(fields.get("tool_calls"), f"{place}.tool_calls")) if assistant else (),
         tool_call_id=_text(fields, "tool_call_id", place) if role == "tool" else "",
+        partial=_read_partial(fields, place) and is_last,
     )
+
+
+def _read_partial(fields: Mapping[str, Any], place: str) -> bool:
+    partial = fields.get("partial")
+    if partial is not None and not isinstance(partial, bool):
+        raise RequestError(f"{place}.partial: expected true or false, got {_kind(partial)}")
+    if partial and (fields.get("role") != "assistant" or fields.get("tool_calls")):
+        got = "tool calls" if fields.get("role") == "assistant" else f"role {fields.get('role')}"
+        raise RequestError(f"{place}.partial: expected it on an assistant message without tool calls, got {got}")
+    return bool(partial)
 
 
 def _read_content(content: object, place: str) -> Iterator[str | Media]:

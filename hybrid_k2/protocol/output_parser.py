@@ -15,6 +15,7 @@ from hybrid_k2.protocol.call_arguments import NEXT_AFTER_CALL, ArgumentReader, E
 from hybrid_k2.protocol.output_lexer import IdLexer, Item, Mark, Marker, TextLexer
 from hybrid_k2.protocol.reply_text import ReplyText
 from hybrid_k2.protocol.tokenizer import Tokenizer
+from hybrid_k2.protocol.tool_ids import ToolIds
 from hybrid_k2.protocol.tool_names import MAX_ID_CHARS, ToolNames
 
 log = logging.getLogger("hybrid_k2")
@@ -25,7 +26,7 @@ class Event:
     """A piece of a reply.
 
     `kind` is `reasoning`, `content`, `tool_call_begin`, `tool_call_arguments` or `tool_call_end` (an engine adds
-    kinds of its own). Tool-call events carry the call's `index` in the reply, its `id` as the model wrote it and
+    kinds of its own). Tool-call events carry the call's `index` in the reply, its `id` and
     its `name`. A call without a `tool_call_end` was cut short and must not be run.
     """
 
@@ -55,14 +56,20 @@ class OutputParser:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]] | None = None, thinking: bool = True
+        self,
+        tokenizer: Tokenizer,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = True,
+        call_ids: ToolIds | None = None,
     ) -> None:
+        """Start a reply. `call_ids`: those of the conversation, to find new ones; None: ids as the model wrote them."""
         self.warnings: list[str] = []
         self._tokenizer = tokenizer
         self._ids: IdLexer | None = None
         self._chars: TextLexer | None = None
         self._finished = False
         self._names = ToolNames(tools)
+        self._call_ids = call_ids.copy() if call_ids is not None else None
         self._events: list[Event] = []
         self._queue: deque[Item] = deque()
         self._text = ReplyText(self._emit, thinking is not False)
@@ -305,7 +312,10 @@ class OutputParser:
         self._text.end_reasoning()
         self._text.meet_tools()
         call.index = self._begun
-        call.id = call.id or f"functions.{call.name}:{call.index}"
+        if self._call_ids is not None:
+            call.id = self._call_ids.assign(call.id, call.name or "")
+        else:
+            call.id = call.id or f"functions.{call.name}:{call.index}"
         self._begun += 1
         self._emit("tool_call_begin", "", call)
 

@@ -56,7 +56,8 @@ def render_segments(
     """Render a conversation; no two neighbours are both ordinary text.
 
     Reasoning is written out for the messages after the last assistant message without tool calls (the turn in
-    progress), and for all of them with `preserve_thinking`.
+    progress), and for all of them with `preserve_thinking`. A last message that is `partial` is left open in place of
+    the generation prompt.
     Raises: RequestError for malformed messages or tools.
     """
     pieces = _conversation(read_messages(messages), tools, thinking, preserve_thinking, add_generation_prompt)
@@ -97,6 +98,15 @@ def encode_prompt(
     return tokenizer.encode_parts([(segment.text, segment.control) for segment in _merge_ordinary(pieces)])
 
 
+def reply_thinks(messages: Sequence[Mapping[str, Any]], thinking: bool = True) -> bool:
+    """Say whether the reply begins inside reasoning: not where it continues an answer that has begun.
+
+    Raises: RequestError for malformed messages.
+    """
+    checked = read_messages(messages)
+    return thinking is not False and not (checked and checked[-1].partial and any(checked[-1].content))
+
+
 def _conversation(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] | None,
@@ -106,12 +116,16 @@ def _conversation(
 ) -> Iterator[Segment]:
     if tools:
         yield from _framed(IM_SYSTEM, "tool_declare", [_ordinary(declare_tools(tools))])
-    history = 0 if preserve_thinking else _history_length(messages)
+    begun = messages[-1] if add_generation_prompt and messages and messages[-1].partial else None
+    closed = messages[:-1] if begun else messages
+    history = 0 if preserve_thinking else _history_length(closed)
     show_reasoning = preserve_thinking or thinking is not False
-    for index, message in enumerate(messages):
+    for index, message in enumerate(closed):
         token = ROLE_TOKENS.get(message.role, IM_SYSTEM)
         yield from _framed(token, message.speaker, _body(message, show_reasoning and index >= history))
-    if add_generation_prompt:
+    if begun:
+        yield from _begun(begun, thinking, show_reasoning)
+    elif add_generation_prompt:
         yield from (_control(IM_ASSISTANT), _ordinary("assistant"), _control(IM_MIDDLE), _control(THINK_BEGIN))
         if thinking is False:
             yield _control(THINK_END)
@@ -129,6 +143,15 @@ def _framed(token: str, speaker: str, body: Iterable[Segment]) -> Iterator[Segme
     yield from (_control(token), _ordinary(speaker), _control(IM_MIDDLE))
     yield from body
     yield _control(IM_END)
+
+
+def _begun(message: Message, thinking: bool, show_reasoning: bool) -> Iterator[Segment]:
+    """Write an assistant message up to where the model goes on; without content, that is inside its thinking."""
+    yield from (_control(IM_ASSISTANT), _ordinary(message.speaker), _control(IM_MIDDLE))
+    if any(message.content) or thinking is False:
+        yield from _body(message, show_reasoning)
+    else:
+        yield from (_control(THINK_BEGIN), _ordinary(message.reasoning))
 
 
 def _body(message: Message, show_reasoning: bool) -> Iterator[Segment]:

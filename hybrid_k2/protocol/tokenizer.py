@@ -71,6 +71,11 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"Tokenizer({self.vocab_size} ids, {len(self.special)} special)"
 
+    @property
+    def encoding(self) -> tiktoken.Encoding:
+        """The same vocabulary for libraries that take one of tiktoken."""
+        return self._encoding
+
     def token_id(self, name: str) -> int:
         """Return the id of a special token.
 

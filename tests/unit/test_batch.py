@@ -102,3 +102,11 @@ def test_places_are_where_the_cache_puts_the_rows() -> None:
         for (own, length, slot), (first, found_length, found_slot) in zip(expected, rows, strict=True):
             assert (table[first : first + len(own)], found_length, found_slot) == (own, length, slot)
     assert Batch.build([Chunk([1], 0, [0])]).to(torch.device("cpu")).places is None
+
+
+def test_halves_never_part_what_follows() -> None:
+    """Chunks of one sequence stay together, as the lone chunk of a sequence does."""
+    long = [Chunk([0] * 40, 40 * i, [0], follows=i > 0) for i in range(4)]
+    assert len(Batch.build(long).halves()) == 1
+    halves = Batch.build([Chunk([0], 0, [1]), *long, Chunk([0], 0, [2])]).halves()
+    assert sorted(len(half.sequences) for half in halves) in ([1, 5],)

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ import torch
 from torch.nn import functional
 
 from hybrid_k2.engine import Engine, FinishEvent, SamplingParams
-from hybrid_k2.engine.generation import step
 from hybrid_k2.engine.request import chat_sequence, text_sequence
 from hybrid_k2.engine.sequence import TokenSequence
 from hybrid_k2.errors import EngineError, RequestError
@@ -67,7 +67,7 @@ def test_chunked_prefill_gives_the_text_of_whole_prefill(engine: Engine) -> None
     prompt = random_ids(100)
     chunked = generated(engine, prompt, max_tokens=20)
     with Engine.load(engine.folder, engine.plan.rules) as whole:
-        whole._runner.chunk_tokens = 512
+        whole.runner.chunk_tokens = 512
         assert generated(whole, prompt, max_tokens=20).token_ids == chunked.token_ids
 
 
@@ -77,11 +77,15 @@ def test_steps_mix_prefill_and_decode_of_many_sequences(engine: Engine) -> None:
     alone = [list(generated(engine, prompt, max_tokens=9).token_ids) for prompt in prompts]
     engine._prefix.release()
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=9)
-    waiting = [text_sequence(engine._loaded, prompt, False, params) for prompt in prompts]
+    waiting = [text_sequence(engine.loaded, prompt, False, params) for prompt in prompts]
     everyone = list(waiting)
     running = [waiting.pop(0)]
     while running:
-        step(engine._loaded.text, engine._cache, running, CHUNK)
+        work = [(sequence, sequence.next_chunks(CHUNK)) for sequence in running]
+        for (sequence, chunks), logits in zip(work, engine.runner.forward(work), strict=True):
+            sequence.chunks_done(chunks)
+            if logits is not None:
+                sequence.sample(logits)
         if waiting:
             running.append(waiting.pop(0))
         running = [sequence for sequence in running if sequence.finish_reason is None]
@@ -143,6 +147,7 @@ def test_a_seed_repeats_bit_for_bit_whatever_ran_before(tmp_path: Path) -> None:
         first = generated(engine, prompt, seeded)
         assert generated(engine, prompt, seeded).token_ids == first.token_ids
         for shared in (0, 1, CHUNK, 2 * CHUNK + 3, len(prompt)):
+            engine._prefix.release()
             generated(engine, prompt[:shared] + random_ids(10), max_tokens=7)
             again = generated(engine, prompt, seeded)
             assert again.token_ids == first.token_ids
@@ -183,11 +188,22 @@ def test_the_models_end_token_stops_unless_ignored(engine: Engine) -> None:
     assert (reply.token_ids, reply.content, reply.finish_reason) == ((end,) * 3, "", "length")
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_no_end_comes_before_the_least_number_of_tokens(engine: Engine, temperature: float) -> None:
+    end, stop = engine.config.eos_token_ids[0], 77
+    params = SamplingParams(temperature=temperature, stop_token_ids=[stop], logit_bias={end: 100.0, stop: 100.0})
+    for least in (0, 1, 5):
+        reply = generated(engine, random_ids(5), params, min_tokens=least, max_tokens=9)
+        assert len(reply.token_ids) == least + 1
+        assert reply.token_ids[-1] in (end, stop)
+        assert not {end, stop} & set(reply.token_ids[:-1])
+
+
 def write(engine: Engine, text: str, end: str | None) -> TokenSequence:
     """Make a thinking chat's sequence write this text, one likeliest token after the other."""
     params = SamplingParams(temperature=0, max_tokens=len(text))
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
-    sequence = chat_sequence(engine._loaded, [{"role": "user", "content": "hi"}], tools, True, False, params)
+    sequence = chat_sequence(engine.loaded, [{"role": "user", "content": "hi"}], tools, True, False, params)
     ids = engine.tokenizer.encode(text, allow_special=True)
     for token in [*ids, *([engine.tokenizer.token_id(end)] if end else [])]:
         sequence.sample(functional.one_hot(torch.tensor(token), engine.config.vocab_size).float())
@@ -204,6 +220,36 @@ def test_the_end_of_the_turn_completes_a_call_whose_arguments_are_whole(
     sequence = write(engine, f"now</think>{begun}", end)
     assert (len(sequence.output.tool_calls), sequence.finish_reason) == (calls, reason)
     assert "im_end" not in sequence.output.content + sequence.output.reasoning
+
+
+def asked_twice(call_id: str) -> list[dict[str, Any]]:
+    """A conversation with one call and its result, whose id is the client's choice."""
+    call = {"id": call_id, "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    return [
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call_id, "content": "noon"},
+    ]
+
+
+def test_the_model_reads_ids_of_its_own_form_whatever_the_clients_are(engine: Engine) -> None:
+    own, foreign = (
+        chat_sequence(engine.loaded, asked_twice(call_id), None, True, False, SamplingParams())
+        for call_id in ("functions.clock:0", "call_aB3")
+    )
+    assert foreign.tokens == own.tokens
+
+
+def test_a_continued_answer_does_not_think(engine: Engine) -> None:
+    begun = {"role": "assistant", "content": "It is", "partial": True}
+    sequence = chat_sequence(
+        engine.loaded, [{"role": "user", "content": "When?"}, begun], None, True, False, SamplingParams()
+    )
+    (token,) = engine.tokenizer.encode("x")
+    sequence.sample(functional.one_hot(torch.tensor(token), engine.config.vocab_size).float() * 1000)
+    sequence.finish("length")
+    assert (sequence.output.content, sequence.output.reasoning) == ("x", "")
+    assert sequence.usage().reasoning_tokens == 0
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "[EOS]", "[EOT]"])
@@ -345,7 +391,7 @@ def test_cancel_before_the_start(engine: Engine) -> None:
 
 def test_logits_that_are_not_finite_end_the_request_only(engine: Engine) -> None:
     """A damaged weight: NaN in lm_head reaches the sampler."""
-    row = engine._loaded.text.lm_head[7]
+    row = engine.loaded.text.lm_head[7]
     before = row.clone()
     row.fill_(float("nan"))
     try:

@@ -134,3 +134,33 @@ def test_pool_refuses_pages_that_are_not_taken(pages: list[int]) -> None:
 def test_a_cache_that_has_no_room_is_one_error() -> None:
     with pytest.raises(MemoryBudgetError, match=r"KV cache of \d+ tokens: expected room in host memory, got none left"):
         make_cache(tokens=1 << 45, page_tokens=1 << 45)
+
+
+def test_a_page_is_free_when_its_last_user_gave_it_back() -> None:
+    pool = PagePool(4)
+    pages = pool.allocate(3)
+    pool.share(pages[:2])
+    pool.share(pages[:1])
+    assert [pool.users(page) for page in range(4)] == [3, 2, 1, 0]
+    pool.free(pages)
+    assert pool.available == 2
+    pool.free(pages[:2])
+    pool.free(pages[:1])
+    assert pool.available == 4
+    for wrong in ([0], [9], [1, 1]):
+        with pytest.raises(ValueError, match="expected pages that are taken"):
+            pool.share(wrong)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_pages_are_read_written_and_copied_in_all_layers(dtype: str) -> None:
+    cache = make_cache(300, 64, dtype)
+    for layer in cache.layers:
+        layer.copy_(torch.randn(layer.shape))
+    before = [layer.clone() for layer in cache.layers]
+    content = cache.read_page(3)
+    assert (content.shape, content.dtype) == (cache.page_like().shape, cache.page_like().dtype)
+    cache.copy_page(1, 3)
+    cache.write_page(0, content)
+    for layer, old in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer, old[[3, 1, 2, 1, 4]])

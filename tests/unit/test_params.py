@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybrid_k2.engine.params import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, SamplingParams
+from hybrid_k2.engine.params import MAX_LOGPROBS, MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, SamplingParams
 from hybrid_k2.errors import ConfigError, RequestError, shown
 
 HUGE = 10**6000  # more digits than Python turns into text
@@ -46,6 +46,13 @@ WRONG = [
     ("logit_bias", {"1": 1.0}),
     ("logit_bias", [1]),
     ("ignore_eos", 1),
+    ("include_stop", "yes"),
+    ("logprobs", -1),
+    ("logprobs", MAX_LOGPROBS + 1),
+    ("logprobs", True),
+    ("min_tokens", -1),
+    ("min_tokens", None),
+    ("min_tokens", 1.5),
     *((name, HUGE) for name in ("temperature", "min_p", "repetition_penalty", "seed", "top_k", "max_tokens")),
     ("top_k", 2**63),
     *((name, -HUGE) for name in ("temperature", "frequency_penalty", "top_k", "max_tokens", "seed")),

@@ -190,6 +190,23 @@ def test_logits_that_are_not_finite_are_an_error(bad: float, temperature: float)
         sampler(100, temperature=temperature).sample(torch.full((100,), -torch.inf))
 
 
+@pytest.mark.parametrize("case", [{"temperature": 0}, {}, {"top_k": 5, "min_p": 0.01}, {"repetition_penalty": 1.5}])
+def test_only_allowed_tokens_are_drawn_and_as_if_there_were_no_others(case: dict[str, Any]) -> None:
+    random_numbers = np.random.default_rng()
+    masked, plain = sampler(700, (1, 2, 3), seed=5, **case), sampler(700, (1, 2, 3), seed=5, **case)
+    for share in (0.002, 0.1, 0.9, 1.0):
+        logits = torch.from_numpy(random_numbers.standard_normal(700).astype(np.float32) * 3)
+        allowed = random_numbers.random(700) < share
+        allowed[random_numbers.integers(700)] = True
+        before = logits.clone()
+        token = masked.sample(logits, allowed)
+        assert allowed[token]
+        assert token == plain.sample(logits.masked_fill(~torch.from_numpy(allowed), -torch.inf))
+        assert torch.equal(logits, before)
+    with pytest.raises(EngineError, match="-inf for every token that may come"):
+        masked.sample(torch.zeros(700), np.zeros(700, np.bool_))
+
+
 def test_incomplete_params_are_a_mistake_of_the_program() -> None:
     with pytest.raises(TypeError, match="temperature: expected a value"):
         Sampler(SamplingParams(), 10)

@@ -74,3 +74,11 @@ def test_of_two_at_one_place_the_longer_is_cut(split: int) -> None:
     matcher = StopMatcher(["cd", "abcd"])
     assert matcher.feed(text[:split]) + matcher.feed(text[split:]) == "x"
     assert matcher.matched == "abcd"
+
+
+@given(text=TEXT, stops=STOPS, cut=st.integers(0, 40))
+def test_a_stop_string_that_is_included_ends_the_text(text: str, stops: list[str], cut: int) -> None:
+    without, matched = cut_by_definition(text, stops)
+    matcher = StopMatcher(stops, include=True)
+    shown = matcher.feed(text[:cut]) + matcher.feed(text[cut:]) + matcher.flush()
+    assert (shown, matcher.matched) == (without + (matched or ""), matched)

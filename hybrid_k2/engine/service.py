@@ -1,0 +1,435 @@
+"""Serve many requests of one engine: a thread that runs steps of many sequences, and the way in and out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import count
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from hybrid_k2.engine.engine import Engine
+from hybrid_k2.engine.fingerprint import fingerprint
+from hybrid_k2.engine.generation import Work
+from hybrid_k2.engine.params import SamplingParams
+from hybrid_k2.engine.prefix_file import restore_prefixes, save_prefixes
+from hybrid_k2.engine.scheduler import Job, Scheduler
+from hybrid_k2.engine.sequence import TokenSequence
+from hybrid_k2.engine.service_types import (
+    Failed,
+    Finished,
+    Piece,
+    Progress,
+    QueueFullError,
+    ServiceEvent,
+    ServiceOptions,
+    ServiceRequest,
+    ServiceStats,
+)
+from hybrid_k2.errors import ConfigError, EngineError, HybridK2Error, RequestError
+from hybrid_k2.model.batch import Chunk
+from hybrid_k2.protocol import Event
+
+log = logging.getLogger("hybrid_k2")
+
+OnEvent = Callable[[ServiceEvent], None]
+_RETRY_S = (1.0, 60.0)  # the least and the most that a client is told to wait
+_HOPELESS = 2  # so many requests that fail one after the other, and none that does not
+_NEW_SHARE = 0.1  # of the latest request in the running average of how long one takes
+
+
+class Ticket:
+    """One accepted request; its events come through the callback that `Service.submit` got."""
+
+    def __init__(self, number: int, jobs: Sequence[Job], on_event: OnEvent, wake: Callable[[], None]) -> None:
+        self.id = f"{number:08x}"
+        self.prompt_tokens = jobs[0].sequence.prompt_tokens
+        self.cancelled = False
+        self.held = list(jobs[1:])  # until the first has computed the prompt, whose pages they share
+        self.submitted_at = time.monotonic()
+        self._on_event = on_event
+        self._wake = wake
+
+    def cancel(self) -> None:
+        """End the request before the next step, wherever it is; a Finished event ("cancelled") follows for each choice.
+
+        Any thread, any time; a request that has ended is not changed.
+        """
+        self.cancelled = True
+        self._wake()
+
+    def send(self, event: ServiceEvent) -> None:
+        """Hand an event on. A reader that fails ends its own request and no other."""
+        try:
+            self._on_event(event)
+        except Exception:
+            log.exception("request %s: its reader failed, which cancels it", self.id)
+            self._on_event = lambda event: None
+            self.cancelled = True
+
+
+@dataclass
+class _Result:
+    """What a step brought for one job: its events, or the error that ends its request."""
+
+    events: list[Event]
+    sampled: bool
+    error: HybridK2Error | None = None
+
+
+class Service:
+    """Serve many requests of one engine at once. Any thread may call; close it or use it in a `with` statement.
+
+    While it is open it has the engine to itself: `Engine.generate` is refused.
+    """
+
+    def __init__(self, engine: Engine, options: ServiceOptions | None = None) -> None:
+        """Read the prefix cache's file, if there is one, and start the thread.
+
+        Raises: ConfigError for options that do not fit the engine; RequestError if the engine is busy, EngineError if
+        it is closed.
+        """
+        self._engine = engine
+        self._options = options = options or ServiceOptions()
+        self._runner = engine.runner
+        chunk_tokens = self._runner.chunk_tokens
+        if (options.step_tokens or 0) > chunk_tokens:
+            raise ConfigError(
+                f"step_tokens: expected at most {chunk_tokens} (chunk_tokens of the plan), got {options.step_tokens}",
+                hint="give prefill more chunk_tokens in the placement rules",
+            )
+        self._scheduler = Scheduler(
+            self._runner.cache,
+            self._runner.prefix,
+            step_tokens=options.step_tokens or chunk_tokens,
+            max_running=options.max_running,
+            max_running_per_key=options.max_running_per_key or options.max_running,
+        )
+        self._tickets: dict[Job, Ticket] = {}  # of the jobs that have not ended
+        self._numbers = count(1)
+        self._changed = threading.Condition()  # guards all of this but the sequences, which are the thread's
+        self._draining = self._closing = self._closed = False
+        self._broken: EngineError | None = None
+        self._request_s = _RETRY_S[0]  # how long a request takes, from its submission
+        self._stats = ServiceStats(started_at=time.time(), kv_pages_total=self._runner.cache.pool.pages)
+        with ExitStack() as stack:
+            stack.enter_context(self._runner.enter())
+            self._runner.prefix.set_ram(options.cache_ram_bytes)
+            if options.cache_path is not None:
+                restore_prefixes(self._runner.prefix, options.cache_path, fingerprint(engine.loaded))
+            self._entered = stack.pop_all()
+        self._thread = threading.Thread(target=self._run, name="hybrid-k2 service", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: ServiceRequest, on_event: OnEvent) -> Ticket:
+        """Take a request on.
+
+        Its events reach `on_event` in order, on the service's thread, which it must not keep. The last of each choice
+        is a Finished; or one Failed ends the whole request.
+        Raises: RequestError for a request that is wrong; QueueFullError; EngineError if the service is closing or
+        cannot go on.
+        """
+        self._check_open()
+        jobs = [self._job(request, choice) for choice in range(request.n)]
+        with self._changed:
+            self._check_open()
+            self._check_places(request.key)
+            ticket = Ticket(next(self._numbers), jobs, on_event, self._wake)
+            self._tickets.update(dict.fromkeys(jobs, ticket))
+            self._scheduler.queue.add(jobs[0])
+            self._count(requests=1)
+            self._changed.notify_all()
+        return ticket
+
+    def stats(self) -> ServiceStats:
+        """Return what the service does and did."""
+        with self._changed:
+            scheduler, prefix = self._scheduler, self._runner.prefix
+            return replace(
+                self._stats,
+                healthy=self._stats.healthy and self._broken is None,
+                running=len(scheduler.running),
+                waiting=self._waiting(),
+                kv_pages_used=len({page for job in scheduler.running for page in job.sequence.pages}),
+                kv_pages_kept=prefix.kept_pages,
+                ram_pages_kept=prefix.stored_pages,
+                preemptions=scheduler.preemptions,
+            )
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take no more requests and wait for those that are there; say whether all have ended."""
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(lambda: not self._tickets, timeout_s)
+
+    def close(self) -> None:
+        """Cancel what is left, save the prefix cache if that is asked for, and let go of the engine. Twice is fine."""
+        with self._changed:
+            self._draining = self._closing = True
+            for ticket in self._tickets.values():
+                ticket.cancelled = True
+            self._changed.notify_all()
+        self._thread.join()
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            with self._entered:  # nobody enters the engine meanwhile
+                if self._options.cache_path is not None and self._broken is None:
+                    save_prefixes(self._runner.prefix, self._options.cache_path, fingerprint(self._engine.loaded))
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # The callers' side
+
+    def _job(self, request: ServiceRequest, choice: int) -> Job:
+        sequence = self._engine.sequence(
+            request.prompt,
+            messages=request.messages,
+            tools=request.tools,
+            thinking=request.thinking,
+            preserve_thinking=request.preserve_thinking,
+            params=_of_choice(request.params, choice),
+        )
+        sequence.salt = request.cache_salt
+        return Job(sequence, request.key, choice)
+
+    def _check_open(self) -> None:
+        if self._broken is not None:
+            raise EngineError(f"service: it cannot go on: {self._broken.message}", hint="start it again")
+        if self._draining:
+            raise EngineError("service: expected one that takes requests, got one that is shutting down")
+
+    def _check_places(self, key: str) -> None:
+        options, running = self._options, self._scheduler.running
+        free = options.max_running - len(running)
+        self._check_place("queue", self._waiting(), options.max_waiting, free)
+        if options.max_waiting_per_key is not None:
+            of_key = (options.max_running_per_key or options.max_running) - sum(job.key == key for job in running)
+            self._check_place("key", self._waiting(key), options.max_waiting_per_key, min(free, of_key))
+
+    def _check_place(self, reason: str, waiting: int, most: int, free: int) -> None:
+        if waiting < most + max(0, free):  # some of them are about to begin
+            return
+        self._count(rejected=1)
+        wait_s = self._request_s * (waiting + 1) / self._options.max_running
+        raise QueueFullError(
+            f"queue: expected at most {most} waiting requests{' of one key' if reason == 'key' else ''}, got one more",
+            retry_after_s=min(max(wait_s, _RETRY_S[0]), _RETRY_S[1]),
+            reason=reason,
+            hint="try again later",
+        )
+
+    def _waiting(self, key: str | None = None) -> int:
+        """Count the requests that have not begun."""
+        first = (job for job in self._scheduler.queue if job.choice == 0 and not job.began)
+        return sum(key in (None, job.key) for job in first)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _count(self, **more: int) -> None:
+        with self._changed:
+            sums: dict[str, Any] = {name: getattr(self._stats, name) + value for name, value in more.items()}
+            self._stats = replace(self._stats, **sums)
+
+    # The thread's side
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                for job, ticket in [*self._tickets.items()]:
+                    if ticket.cancelled:
+                        self._end(job, job.sequence.finish("cancelled"))
+                self._step()
+        except BaseException as error:
+            log.exception("the service cannot go on")
+            self._give_up(EngineError(f"an unexpected error, {type(error).__name__}: {error}"))
+
+    def _give_up(self, error: EngineError) -> None:
+        """Tell everyone; what the scheduler thinks is not to be relied on any more."""
+        with self._changed:
+            self._broken = error
+            jobs, tickets = [*self._tickets], {*self._tickets.values()}
+            self._tickets.clear()
+            self._changed.notify_all()
+        for ticket in tickets:
+            ticket.send(Failed(error))
+        for job in jobs:
+            self._runner.prefix.take_back(job.sequence)
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._tickets) or self._closing)
+            return bool(self._tickets)
+
+    def _step(self) -> None:
+        with self._changed:
+            begun, work = self._scheduler.next_step()
+        for job in begun:
+            self._begin(job)
+        if not work:
+            return
+        prompts = {job: sum(len(chunk.token_ids) for chunk in work[job][1]) for job in work if not job.prompt_done}
+        start = time.perf_counter()
+        results = self._compute(work)
+        elapsed = time.perf_counter() - start
+        failed = sum(result.error is not None for result in results.values())
+        self._count(
+            steps=1,
+            prompt_tokens=sum(prompts.values()),
+            generated_tokens=sum(result.sampled for result in results.values()),
+        )
+        with self._changed:
+            self._stats = replace(
+                self._stats,
+                step_s=elapsed,
+                step_prompt_tokens=sum(prompts.values()),
+                step_sequences=len(work),
+                healthy=failed < len(results),
+            )
+        for job, result in results.items():
+            if job in prompts:
+                job.sequence.prefill_s += elapsed
+            else:
+                job.sequence.decode_s += elapsed
+            self._settle(job, result)
+
+    def _begin(self, job: Job) -> None:
+        if job.began:
+            return
+        job.began = True
+        sequence = job.sequence
+        sequence.cached_at_start = sequence.cached
+        self._count(prefix_queries_tokens=sequence.prompt_tokens, prefix_hit_tokens=sequence.cached)
+        if job.choice == 0:
+            self._tickets[job].send(Progress(sequence.cached, sequence.prompt_tokens, sequence.cached))
+
+    def _compute(self, work: dict[Job, Work]) -> dict[Job, _Result]:
+        logits, errors = self._forward(work)
+        results = {job: _Result([], False, error) for job, error in errors.items()}
+        for job, row in logits.items():
+            results[job] = self._sample(*work[job], row)
+        return results
+
+    def _forward(self, work: dict[Job, Work]) -> tuple[dict[Job, Tensor | None], dict[Job, HybridK2Error]]:
+        """Run a step. If it fails, run each job alone: the request that fails then is the one to blame."""
+        try:
+            return dict(zip(work, self._runner.forward([*work.values()]), strict=True)), {}
+        except Exception as error:
+            log.warning("a step of %d sequences failed: %s", len(work), error)
+            self._count(failed_steps=1)
+            if len(work) == 1:
+                return {}, dict.fromkeys(work, _as_error(error))
+        logits: dict[Job, Tensor | None] = {}
+        errors: dict[Job, HybridK2Error] = {}
+        for job, item in work.items():
+            if len(errors) >= _HOPELESS and not logits:  # it is not the requests: do not wait for each in turn
+                errors[job] = next(iter(errors.values()))
+                continue
+            try:
+                (logits[job],) = self._runner.forward([item])
+            except Exception as error:
+                errors[job] = _as_error(error)
+        return logits, errors
+
+    def _sample(self, sequence: TokenSequence, chunks: Sequence[Chunk], logits: Tensor | None) -> _Result:
+        sequence.chunks_done(chunks)
+        if logits is None:
+            return _Result([], False)
+        try:
+            return _Result(sequence.sample(logits), True)
+        except Exception as error:
+            if not isinstance(error, RequestError):
+                with self._changed:
+                    self._runner.prefix.release()  # logits that are not finite: latents may be damaged
+            return _Result([], False, _as_error(error))
+
+    def _settle(self, job: Job, result: _Result) -> None:
+        """Send what a step brought, and end what has come to its end."""
+        if job not in self._tickets:  # another choice of its request has failed
+            return
+        ticket, sequence = self._tickets[job], job.sequence
+        if result.error is not None:
+            self._fail(job, result.error)
+            return
+        if not job.prompt_done:
+            if job.choice == 0:
+                done = min(sequence.cached, sequence.prompt_tokens)
+                ticket.send(Progress(done, sequence.prompt_tokens, sequence.cached_at_start))
+            if result.sampled:
+                self._prompt_done(job, ticket)
+        if sequence.finish_reason is not None:
+            self._end(job, result.events)
+        else:
+            self._send(job, ticket, result.events)
+
+    def _prompt_done(self, job: Job, ticket: Ticket) -> None:
+        """Let others use the latents of the prompt, the other choices first of all."""
+        job.prompt_done = True
+        with self._changed:
+            self._runner.prefix.publish(job.sequence)
+            while ticket.held:
+                self._scheduler.queue.put_back(ticket.held.pop())
+
+    def _send(self, job: Job, ticket: Ticket, events: Iterable[Event]) -> None:
+        for event in events:
+            logprobs = job.sequence.logprobs or ()
+            ticket.send(Piece(job.choice, event, logprobs[job.logprobs_sent :]))
+            job.logprobs_sent = len(logprobs)
+
+    def _end(self, job: Job, events: Iterable[Event]) -> None:
+        ticket, reply = self._tickets[job], self._runner.reply(job.sequence, alone=False)
+        with self._changed:
+            self._runner.prefix.keep(job.sequence)
+            self._remove(job, ticket)
+            self._request_s += _NEW_SHARE * (time.monotonic() - ticket.submitted_at - self._request_s)
+            self._count(finished=1, cancelled=int(reply.finish_reason == "cancelled"))
+        self._send(job, ticket, events)
+        ticket.send(Finished(job.choice, reply))
+
+    def _fail(self, job: Job, error: HybridK2Error) -> None:
+        """End a request: all its choices."""
+        ticket = self._tickets[job]
+        with self._changed:
+            for other in [other for other, its in self._tickets.items() if its is ticket]:
+                self._runner.prefix.take_back(other.sequence)
+                self._remove(other, ticket)
+            self._count(failed=1)
+        ticket.send(Failed(error))
+
+    def _remove(self, job: Job, ticket: Ticket) -> None:
+        if job in ticket.held:
+            ticket.held.remove(job)
+        else:
+            self._scheduler.end(job)
+        del self._tickets[job]
+        self._changed.notify_all()
+
+
+def _of_choice(params: SamplingParams, choice: int) -> SamplingParams:
+    """Give each choice a seed of its own, in 64 bits."""
+    if params.seed is None:
+        return params
+    return replace(params, seed=(params.seed + choice + 2**63) % 2**64 - 2**63)
+
+
+def _as_error(error: Exception) -> HybridK2Error:
+    """Return what a caller may be told: an error of ours as it is, another one as what it is to him."""
+    if isinstance(error, HybridK2Error):
+        return error
+    log.error("an unexpected error in a step", exc_info=error)
+    return EngineError(f"step: an unexpected error, {type(error).__name__}: {error}")

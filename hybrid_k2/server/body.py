@@ -1,0 +1,94 @@
+"""From the bytes of a request to checked fields; what is wrong is a 400 that names the parameter."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
+from starlette.requests import Request
+
+from hybrid_k2.errors import RequestError, shown
+from hybrid_k2.files import parse_json_object
+from hybrid_k2.server.errors import ApiError, bad_request
+
+_INLINE_BYTES = 64 * 2**10  # parsing more than this would hold up the other requests
+
+
+AnyObject = Annotated[Any, WithJsonSchema({"type": "object"})]  # a field whose parts are checked by hand
+
+
+class Body(BaseModel):
+    """The fields that a route knows. Types are not converted, and a field that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+BodyType = TypeVar("BodyType", bound=Body)
+
+
+async def read_body(request: Request, form: type[BodyType]) -> BodyType:
+    """Read a request's JSON body. A field that is null counts as absent. Raises: ApiError."""
+    body = await request.body()
+    if len(body) > _INLINE_BYTES:
+        return await asyncio.to_thread(parse_body, body, form)
+    return parse_body(body, form)
+
+
+def parse_body(body: bytes, form: type[BodyType]) -> BodyType:
+    """Parse and check a JSON body. Raises: ApiError."""
+    try:
+        fields = parse_json_object(body, "body", RequestError)
+    except RequestError as error:
+        raise ApiError(400, error.message, code="invalid_json") from None
+    return parse_fields(fields, form)
+
+
+def parse_fields(fields: Mapping[str, Any], form: type[BodyType]) -> BodyType:
+    """Check the fields of a body. Raises: ApiError naming the first one that is wrong."""
+    try:
+        return form.model_validate({name: value for name, value in fields.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        raise _parameter_error(first["loc"], first["type"], first["msg"], first["input"]) from None
+
+
+def body_schema(form: type[Body]) -> dict[str, Any]:
+    """Return what the OpenAPI description of a route says about its body."""
+    schema = form.model_json_schema()
+    schema = _inline(schema, schema.pop("$defs", {}))
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _inline(schema: Any, definitions: Mapping[str, Any]) -> Any:
+    """Put the definitions where they are referred to; none of our forms contains itself."""
+    if isinstance(schema, list):
+        return [_inline(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inline(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {name: _inline(value, definitions) for name, value in schema.items()}
+
+
+def _parameter_error(place: tuple[int | str, ...], kind: str, message: str, value: object) -> ApiError:
+    name = _name(place)
+    if kind == "extra_forbidden":
+        return bad_request(name, "expected no such parameter; this server does not know it", "unknown_parameter")
+    if kind == "missing":
+        return bad_request(name, "expected it, got nothing", "missing_parameter")
+    expected = message.replace("Input should be", "expected", 1)
+    return bad_request(name, f"{expected[:1].lower()}{expected[1:]}, got {shown(value)}", "invalid_value")
+
+
+def _name(place: tuple[int | str, ...]) -> str:
+    """Write a place as `stream_options.include_usage` or `stop[2]`."""
+    name = ""
+    for step in place:
+        if isinstance(step, int):
+            name += f"[{step}]"
+        else:
+            shown_step = step[:100] if step.isprintable() else shown(step)
+            name += f".{shown_step}" if name else shown_step
+    return name

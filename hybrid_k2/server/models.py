@@ -1,0 +1,106 @@
+"""The routes that tell about the server: models, health, metrics, the count of a prompt's tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hybrid_k2 import __version__
+from hybrid_k2.protocol import Tokenizer, canonical_history, encode_prompt, expand_builtins
+from hybrid_k2.server.body import AnyObject, Body, body_schema, read_body
+from hybrid_k2.server.context import Context
+from hybrid_k2.server.conversation import check_messages, check_tools
+from hybrid_k2.server.errors import json_response
+from hybrid_k2.server.thinking import Thinking, read_thinking
+
+
+class EstimateRequest(Body):
+    """The body of a request that counts tokens."""
+
+    messages: list[Any]
+    model: str | None = None
+    tools: list[Any] | None = None
+    thinking: AnyObject = None
+
+
+def model_routes(context: Context) -> APIRouter:
+    """Return the routes."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Response:
+        """Say whether requests are taken: 200, or 503 while the model loads and while the server drains."""
+        state = context.backend.state
+        content: dict[str, Any] = {"status": "ok" if state == "ready" else state, "version": __version__}
+        if state == "loading":
+            read, total = context.backend.loading_progress
+            content["progress"] = {
+                "read_bytes": read,
+                "total_bytes": total,
+                "share": round(read / total, 4) if total else 0.0,
+            }
+        return json_response(content, 200 if state == "ready" else 503)
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Give the figures for Prometheus."""
+        return Response(context.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @router.get("/v1/models")
+    async def list_models() -> Response:
+        """List the names under which the model is served."""
+        return json_response(
+            {"object": "list", "data": [_model(context, name) for name in context.options.model_names]}
+        )
+
+    @router.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> Response:
+        """Describe one model."""
+        return json_response(_model(context, context.check_model(name)))
+
+    @router.post("/v1/tokenizers/estimate-token-count", openapi_extra=body_schema(EstimateRequest))
+    async def estimate_token_count(request: Request) -> Response:
+        """Count the tokens of a prompt, as a chat request would have them."""
+        body = await read_body(request, EstimateRequest)
+        context.check_model(body.model)
+        limits = context.options.limits
+        messages, tools = check_messages(body.messages, limits), check_tools(body.tools, limits)
+        thinking = read_thinking(body.thinking)
+        tokenizer = context.backend.ready().model.tokenizer
+        count = await asyncio.to_thread(count_prompt_tokens, tokenizer, messages, tools, thinking)
+        return json_response({"code": 0, "data": {"total_tokens": count}, "status": True})
+
+    return router
+
+
+def count_prompt_tokens(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    thinking: Thinking,
+) -> int:
+    """Count the tokens of a conversation as the engine will encode it. Raises: RequestError."""
+    messages, _ = canonical_history(messages)
+    declared = expand_builtins(tools, thinking.on)
+    return len(encode_prompt(tokenizer, messages, declared, thinking.on, thinking.keep))
+
+
+def _model(context: Context, name: str) -> dict[str, Any]:
+    served = context.backend.served
+    return {
+        "id": name,
+        "object": "model",
+        "created": context.created,
+        "owned_by": "hybrid-k2",
+        "root": context.options.model_names[0],
+        "context_length": served.model.context_tokens if served else None,
+        "max_model_len": served.model.context_tokens if served else None,
+        "supports_reasoning": True,
+        "supports_image_in": False,
+        "supports_video_in": False,
+    }

@@ -1,0 +1,107 @@
+"""The route `/v1/responses`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hybrid_k2.server.body import body_schema, read_body
+from hybrid_k2.server.chat import Chat
+from hybrid_k2.server.context import Context
+from hybrid_k2.server.conversation import check_messages, check_tools, read_tool_choice
+from hybrid_k2.server.errors import in_words_of, json_response
+from hybrid_k2.server.openai_usage import new_id
+from hybrid_k2.server.responses_reply import response_events
+from hybrid_k2.server.responses_request import OWN_NAMES, ResponsesRequest
+from hybrid_k2.server.run import unless_gone
+from hybrid_k2.server.sse import SseResponse, frame
+
+
+def check_response_chat(body: ResponsesRequest, context: Context) -> Chat:
+    """Check everything that needs no model. Raises: ApiError."""
+    limits = context.options.limits
+    body.check_fixed()
+    tools = check_tools(body.chat_tools(), limits)
+    return Chat(
+        messages=check_messages(body.chat_messages(), limits),
+        tools=tools,
+        tool_choice=read_tool_choice(body.chat_tool_choice(), tools),
+        parallel=body.parallel_tool_calls,
+        thinking=body.read_thinking(),
+        sampling=body.sampling(),
+        max_tokens=body.max_output_tokens,
+        logprobs=body.top_k_logprobs(),
+        response_format=body.response_format(),
+        salt=body.cache_salt,
+    )
+
+
+def response_routes(context: Context) -> APIRouter:
+    """Return the route."""
+    router = APIRouter()
+
+    @router.post("/v1/responses", openapi_extra=body_schema(ResponsesRequest))
+    async def create_response(request: Request) -> Response:
+        """Answer a conversation."""
+        with in_words_of(OWN_NAMES):
+            body = await read_body(request, ResponsesRequest)
+            model = context.check_model(body.model)
+            chat = check_response_chat(body, context)
+            run = context.run(request)
+            tokenizer = context.backend.ready().model.tokenizer
+            build = partial(chat.service_request, tokenizer, request.state.owner, context.options.limits)
+            events = response_events(_head(body, model), run, chat.logprobs is not None)
+            if body.stream:
+                await run.submit(build)
+                return SseResponse(_frames(events), run.cancel, context.options.keep_alive_s)
+
+            async def whole() -> Response:
+                await run.submit(build)
+                response = None
+                async for event in events:
+                    response = event.get("response")
+                return json_response(response)
+
+            return await unless_gone(request, whole())
+
+    return router
+
+
+async def _frames(events: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes, None]:
+    async for event in events:
+        yield frame(event, event["type"])
+
+
+def _head(body: ResponsesRequest, model: str) -> dict[str, Any]:
+    """Return the response's fields that are known from the start."""
+    return {
+        "id": new_id("resp_"),
+        "object": "response",
+        "created_at": int(time.time()),
+        "model": model,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "previous_response_id": None,
+        "reasoning": {"effort": None, "summary": None, **(body.reasoning or {})},
+        "service_tier": "default",
+        "store": False,
+        "temperature": body.temperature,
+        "text": {"format": {"type": "text"}, **(body.text or {})},
+        "tool_choice": body.tool_choice or "auto",
+        "tools": body.tools or [],
+        "top_logprobs": body.top_logprobs or 0,
+        "top_p": body.top_p,
+        "truncation": "disabled",
+        "background": False,
+        "user": body.user,
+    }

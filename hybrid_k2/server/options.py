@@ -1,0 +1,42 @@
+"""How a server behaves, fixed when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hybrid_k2.engine.service_types import MAX_CHOICES
+from hybrid_k2.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much one request may hold; beyond it stands an error of the client, before anything is computed."""
+
+    body_bytes: int = 32 * 2**20
+    body_s: float = 60.0  # until the whole body must be here
+    headers: int = 100
+    header_bytes: int = 64 * 2**10
+    messages: int = 10_000  # the context of K2.6 holds no more
+    tools: int = 128  # as the official API
+    choices: int = MAX_CHOICES  # n, times the prompts of a text completion
+    schema_bytes: int = 256 * 2**10
+    schema_depth: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Hold what the command line says about the server. Raises: ConfigError."""
+
+    model_names: tuple[str, ...]  # the first is the model's name in replies, the others are taken too
+    api_keys: tuple[str, ...] = ()  # none: every client may come
+    cors_origins: tuple[str, ...] = ()  # origins of pages that may call from a browser; "*" for all
+    strict_moonshot: bool = False  # refuse what the official API refuses
+    keep_alive_s: float = 15.0  # a comment in a silent stream; 0 for none
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if not self.model_names or not all(self.model_names):
+            raise ConfigError("served model names: expected at least one name, none of them empty")
+        for number, key in enumerate(self.api_keys, 1):
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise ConfigError(f"API key {number}: expected printable ASCII characters without spaces")

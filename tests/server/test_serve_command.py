@@ -1,0 +1,211 @@
+"""The command `serve` as a process: where it listens, how it loads and how it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.cli.conftest import Done
+from tests.cli.conftest import call as call  # noqa: PLC0414  (a fixture)
+from tests.server.processes import serving
+from tests.server.test_chat import PATH
+
+LONG = {"messages": [{"role": "user", "content": "hello"}], "ignore_eos": True, "stream": True, "temperature": 0}
+Call = Callable[..., Done]
+
+
+def test_it_listens_before_the_model_is_there_and_drains(tmp_path: Path) -> None:
+    with serving(tmp_path, "--log-format", "json", "--drain-timeout", "60") as server:
+        url = server.url
+        states = {httpx.get(f"{url}/health", timeout=30).json()["status"]}
+        server.wait_ready()
+        assert states <= {"loading", "ok"}
+        with httpx.stream("POST", url + PATH, json={**LONG, "max_tokens": 150}, timeout=120) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: ")
+            server.process.send_signal(signal.SIGTERM)
+            server.said("draining")
+            refused = httpx.post(url + PATH, json=LONG, timeout=30)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            assert "retry-after" in refused.headers
+            *_, last = [line for line in lines if line]
+        assert last == "data: [DONE]", "what ran may end"
+        assert server.ended() == 0
+        requests = [json.loads(line) for line in server.text().splitlines() if line.startswith("{")]
+        assert any(line.get("finish_reason") == "length" and line["completion_tokens"] == 150 for line in requests)
+
+
+def test_what_does_not_end_in_time_is_told_so(tmp_path: Path) -> None:
+    with serving(tmp_path, "--drain-timeout", "0.2") as server:
+        server.wait_ready()
+        with httpx.stream("POST", server.url + PATH, json=LONG, timeout=120) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            *_, last = [line for line in lines if line]
+        assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
+        assert server.ended() == 0
+
+
+def test_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "k2.sock"
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(path))
+    stale.close()
+    with serving(tmp_path, "--uds", path) as server:
+        server.said("ready after")
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://k2") as client:
+            assert client.get("/v1/models", timeout=30).status_code == 200
+        assert path.stat().st_mode & 0o777 == 0o660
+        server.process.send_signal(signal.SIGINT)
+        assert server.ended() == 0
+        assert not path.exists()
+
+
+def test_tls(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True)
+    with serving(tmp_path, "--ssl-certfile", certificate, "--ssl-keyfile", key) as server:
+        assert server.url.startswith("https://127.0.0.1:")
+        trusted = ssl.create_default_context(cafile=str(certificate))
+        assert httpx.get(f"{server.url}/health", verify=trusted, timeout=30).status_code in (200, 503)
+
+
+def test_options_from_a_file_and_the_environment(tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text("served-model-name: [from-file, second]\napi-key: file-key\nstrict-moonshot: true\n")
+    keys = tmp_path / "keys"
+    keys.write_text("# of the team\nanna-key\n\nben-key\n")
+    variables = {"HYBRID_K2_CONFIG": str(config), "HYBRID_K2_API_KEY_FILE": str(keys), "HYBRID_K2_API_KEY": "env-key"}
+    with serving(tmp_path, **variables) as server:
+        server.wait_ready()
+        for key, known in (("env-key", True), ("anna-key", True), ("ben-key", True), ("file-key", False)):
+            response = httpx.get(f"{server.url}/v1/models", headers={"x-api-key": key}, timeout=30)
+            assert (response.status_code == 200) is known, key
+            if known:
+                assert [model["id"] for model in response.json()["data"]] == ["from-file", "second"]
+        body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0}
+        refused = httpx.post(server.url + PATH, json=body, headers={"x-api-key": "env-key"}, timeout=30)
+        assert "only 1 is allowed" in refused.json()["error"]["message"]
+
+
+def test_a_model_that_does_not_load_ends_the_server(call: Call, tmp_path: Path) -> None:
+    done = call("serve", tmp_path / "nothing", "--port", "0")
+    assert done.code == 1
+    assert done.err.count("error: ") == 1
+    assert "nothing" in done.err
+
+
+def test_without_its_packages_it_says_which(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "hybrid_k2.server.process", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    done = call("serve", "--port", "0")
+    assert done.code == 1
+    assert "got no uvicorn" in done.err
+    assert "hybrid-k2[serve]" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--ssl-certfile", "x"], 1, "--ssl-keyfile"),
+        (["--ssl-certfile", "x", "--ssl-keyfile", "y"], 1, "PEM"),
+        (["--host", "no.such.host.invalid"], 1, "--host"),
+        (["--port", "70000"], 2, "--port"),
+        (["--uds", "/no/such/folder/socket"], 1, "--uds"),
+        (["--api-key-file", "/no/such/file"], 1, "/no/such/file"),
+        (["--api-key", "two words"], 1, "API key 1"),
+        (["--served-model-name", ""], 1, "model name"),
+        (["--cache-ram", "much"], 1, "--cache-ram"),
+        (["--max-body", "0"], 1, "--max-body"),
+        (["--log-format", "xml"], 2, "--log-format"),
+        (["--config", "/no/such/file"], 1, "/no/such/file"),
+    ],
+)
+def test_wrong_options(call: Call, arguments: list[str], code: int, words: str) -> None:
+    done = call("serve", "--port", "0", *arguments)
+    assert done.code == code, done.err
+    assert words in done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ports: 80\n", ":1: expected an option"),
+        ("host: a\nport: [80]\n", ":2: port: expected one value"),
+        ("port: 80\nport: 81\n", ":2: expected each key once"),
+        ("- port\n", ":1: expected options"),
+        ("config: other.yaml\n", ":1: expected an option"),
+        ("", "empty"),
+    ],
+)
+def test_wrong_config_files(call: Call, tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    done = call("serve", "--config", file)
+    assert done.code == 1
+    assert f"{file}" in done.err
+    assert words in done.err
+
+
+def test_a_port_that_is_taken(call: Call) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = call("serve", "--port", str(taken.getsockname()[1]))
+    assert done.code == 1
+    assert "--port: expected a free port" in done.err
+
+
+def test_a_body_that_never_comes_does_not_stop_others(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        server.wait_ready()
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{".encode())
+            assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
+        with socket.create_connection((host, int(port))) as flood:
+            flood.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx-long: " + b"y" * 200_000 + b"\r\n\r\n")
+            assert b" 4" in flood.recv(200)[:12]
+        assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
+
+
+def test_clients_that_leave_free_their_place(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        server.wait_ready()
+
+        def running() -> float:
+            text = httpx.get(f"{server.url}/metrics", timeout=30).text
+            (line,) = [line for line in text.splitlines() if line.startswith("hybrid_k2_num_requests_running ")]
+            return float(line.split()[1])
+
+        def wait_for(number: float) -> None:
+            deadline = time.monotonic() + 60
+            while running() != number:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+        with httpx.stream("POST", server.url + PATH, json=LONG, timeout=120) as stream:
+            lines = stream.iter_lines()  # to be kept: without it the client closes the stream
+            next(lines)
+            wait_for(1)
+        wait_for(0)
+        host, port = server.url.removeprefix("http://").split(":")
+        body = json.dumps({**LONG, "stream": False})
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
+            wait_for(1)
+        wait_for(0)
+        server.said("status=499")

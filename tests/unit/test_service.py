@@ -1,0 +1,474 @@
+"""Many requests at once on random models: the same bits as alone, and nothing left behind."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hybrid_k2.engine import Engine, Reply, SamplingParams, loading
+from hybrid_k2.engine.service import Service
+from hybrid_k2.engine.service_types import Finished, Piece, QueueFullError, ServiceOptions, ServiceRequest
+from hybrid_k2.errors import ConfigError, EngineError, RequestError
+from tests.engines import free_pages, generated, random_engine
+from tests.services import Client
+
+BLOCK, CHUNK, PAGES = 16, 48, 10
+ODD = 501  # a token that no prompt has by chance, and no reply
+# Log probabilities show a logit that differs in its last bit.
+PARAMS = SamplingParams(
+    temperature=3.0, top_p=1.0, seed=0, max_tokens=12, ignore_eos=True, logprobs=3, logit_bias={ODD: -100.0}
+)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Native kernels, which give a token the same bits in any batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "BLOCK_TOKENS", BLOCK)
+        rules = {"dtype": "bf16", "numerics": "exact", "chunk_tokens": CHUNK, "tokens": PAGES * 64}
+        blocks = {"q_lora_rank": 64, "qk_rope_head_dim": 32}  # sizes that the native kernels have
+        with random_engine(Path(tmp_path_factory.mktemp("model")), rules=rules, packed=True, **blocks) as one:
+            yield one
+
+
+@pytest.fixture(autouse=True)
+def all_pages_come_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "engine" in request.fixturenames:
+        engine = request.getfixturevalue("engine")
+        assert free_pages(engine) == PAGES
+
+
+def alone(engine: Engine, prompt: list[int], params: SamplingParams) -> Reply:
+    """Compute a reply with nothing in the cache and nobody else there."""
+    engine._prefix.release()
+    return generated(engine, prompt, params)
+
+
+def same(reply: Reply, expected: Reply) -> bool:
+    assert expected.logprobs is not None
+    return (reply.token_ids, reply.logprobs, reply.content, reply.finish_reason) == (
+        expected.token_ids,
+        expected.logprobs,
+        expected.content,
+        expected.finish_reason,
+    )
+
+
+def random_ids(chance: random.Random, length: int) -> list[int]:
+    return [chance.randrange(500) for _ in range(length)]
+
+
+def serve(engine: Engine, **options: Any) -> Service:
+    return Service(engine, ServiceOptions(**options))
+
+
+@pytest.mark.parametrize("ram_pages", [0, 20])
+@pytest.mark.parametrize("step_tokens", [1, 20, None])
+def test_replies_are_those_of_each_request_alone(engine: Engine, step_tokens: int | None, ram_pages: int) -> None:
+    """Requests come and go by chance, with common beginnings, in a cache that is too small for all of them."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    chance = random.Random(seed)
+    stems = [random_ids(chance, length) for length in (40, 100, 130)]
+    jobs = []
+    for number in range(24):
+        prompt = chance.choice(stems)[: chance.choice([130, 130, chance.randrange(1, 130)])] + random_ids(
+            chance, chance.choice([0, 3, 70])
+        )
+        params = replace(PARAMS, seed=number, max_tokens=chance.choice([1, 8, 60]))
+        jobs.append((prompt, params, alone(engine, prompt, params)))
+    engine._prefix.release()
+    ram_bytes = ram_pages * engine._cache.page_like().nbytes
+    with serve(engine, step_tokens=step_tokens, max_running=6, cache_ram_bytes=ram_bytes) as service:
+        clients = []
+        for prompt, params, _ in jobs:
+            clients.append(Client(service, prompt, params, key=chance.choice("abc")))
+            time.sleep(chance.choice([0, 0, 0.02]))
+            if chance.random() < 0.3:
+                chance.choice(clients).ticket.cancel()
+        for client, (_, _, expected) in zip(clients, jobs, strict=True):
+            if client.reply.finish_reason == "cancelled":
+                count = len(client.reply.token_ids)
+                assert client.reply.token_ids == expected.token_ids[:count]
+            else:
+                assert same(client.reply, expected)
+        stats = service.stats()
+        assert (stats.running, stats.waiting, stats.kv_pages_used) == (0, 0, 0)
+        assert (stats.requests, stats.finished, stats.failed) == (24, 24, 0)
+        assert stats.prefix_hit_tokens > 0
+
+
+def test_a_sequence_that_gave_up_its_pages_goes_on_with_the_same_bits(engine: Engine) -> None:
+    chance = random.Random()
+    jobs = [(random_ids(chance, 150), replace(PARAMS, seed=number, max_tokens=150)) for number in range(4)]
+    expected = [alone(engine, *job) for job in jobs]
+    engine._prefix.release()
+    with serve(engine, max_running=4) as service:
+        clients = [Client(service, *job) for job in jobs]
+        assert all(same(client.reply, reply) for client, reply in zip(clients, expected, strict=True))
+        assert service.stats().preemptions > 0
+        assert [len(client.progress) for client in clients] == [5] * 4  # the prompt is reported once
+    assert [client.reply.usage for client in clients] == [reply.usage for reply in expected]
+
+
+def test_choices_share_the_prompt(engine: Engine) -> None:
+    chance = random.Random()
+    prompt = random_ids(chance, 140)
+    expected = [alone(engine, prompt, replace(PARAMS, seed=5 + choice)) for choice in range(3)]
+    engine._prefix.release()
+    with serve(engine) as service:
+        client = Client(service, prompt, replace(PARAMS, seed=5), n=3)
+        assert all(same(reply, one) for reply, one in zip(client.replies, expected, strict=True))
+        assert [reply.usage.cached_tokens for reply in client.replies] == [0, 128, 128]
+        assert service.stats().prompt_tokens == 140 + 2 * 12
+        assert [(one.done, one.total, one.cached) for one in client.progress] == [
+            (done, 140, 0) for done in (0, 48, 96, 140)
+        ]
+        assert len({reply.token_ids for reply in client.replies}) == 3
+    unseeded = replace(PARAMS, seed=None)
+    with serve(engine) as service:
+        seeds = {reply.seed for reply in Client(service, prompt, unseeded, n=3).replies}
+        assert len(seeds) == 3
+
+
+def test_a_long_prompt_does_not_stop_replies(engine: Engine) -> None:
+    """Each step that computes a part of the prompt also brings the reply on, and is bounded."""
+    chance = random.Random()
+    with serve(engine, step_tokens=20) as service:
+        sizes: list[tuple[int, int]] = []
+
+        def note(_: Client, event: object) -> None:
+            if isinstance(event, Piece):
+                stats = service.stats()
+                sizes.append((stats.step_prompt_tokens, stats.step_sequences))
+
+        first = Client(service, random_ids(chance, 5), replace(PARAMS, max_tokens=100), on_event=note)
+        while not first.pieces():
+            time.sleep(0.001)
+        second = Client(service, random_ids(chance, 300), replace(PARAMS, max_tokens=3))
+        second.wait()
+        first.wait()
+    beside = [tokens for tokens, sequences in sizes if sequences == 2 and tokens]
+    assert len(beside) > 10
+    assert max(beside) <= BLOCK
+
+
+def test_prompts_take_turns(engine: Engine) -> None:
+    """A short prompt behind a long one does not wait for all of it."""
+    chance = random.Random()
+    with serve(engine, step_tokens=BLOCK) as service:
+        order: list[str] = []
+        long = Client(service, random_ids(chance, 400), on_event=lambda *_: order.append("long"), params=PARAMS)
+        while len(long.progress) < 2:
+            time.sleep(0.001)
+        short = Client(
+            service, random_ids(chance, 20), replace(PARAMS, max_tokens=1), on_event=lambda *_: order.append("short")
+        )
+        short.wait()
+        assert not long.pieces()
+        long.ticket.cancel()
+        long.wait()
+
+
+# Cancel
+
+
+@pytest.mark.parametrize("when", ["queue", "prompt", "reply", "last"])
+def test_cancel_at_any_point(engine: Engine, when: str) -> None:
+    chance = random.Random()
+    prompt = random_ids(chance, 200)
+    params = replace(PARAMS, max_tokens=40)
+
+    def at_point(client: Client, event: object) -> None:
+        if (when, len(client.progress)) == ("prompt", 3) or (when == "reply" and len(client.pieces()) == 5):
+            client.ticket.cancel()
+        if when == "last" and isinstance(event, Finished):
+            client.ticket.cancel()
+
+    with serve(engine, max_running=1) as service:
+        first = Client(service, random_ids(chance, 20), replace(PARAMS, max_tokens=500))
+        client = Client(service, prompt, params, n=2, on_event=at_point)
+        if when == "queue":
+            client.ticket.cancel()
+        first.ticket.cancel()
+        reasons = [reply.finish_reason for reply in client.replies]
+        assert reasons[0] == ("length" if when == "last" else "cancelled")
+        assert reasons[1] == "cancelled"
+        tokens = len(client.replies[0].token_ids)
+        assert tokens == {"queue": 0, "prompt": 0, "reply": tokens, "last": 40}[when]
+        assert tokens or when != "reply"
+        assert Client(service, prompt, replace(params, max_tokens=2)).reply.finish_reason == "length"
+
+
+def test_a_reader_that_fails_ends_its_own_request(engine: Engine) -> None:
+    def fail(client: Client, event: object) -> None:
+        if len(client.pieces()) == 3:
+            raise OSError("gone")
+
+    chance = random.Random()
+    with serve(engine) as service:
+        broken = Client(service, random_ids(chance, 20), replace(PARAMS, max_tokens=400), on_event=fail)
+        other = Client(service, random_ids(chance, 20), PARAMS)
+        assert other.reply.finish_reason == "length"
+        assert service.drain(60)
+        assert len(broken.pieces()) == 3
+        assert service.stats().cancelled == 1
+
+
+# Limits
+
+
+def test_the_queue_is_bounded(engine: Engine) -> None:
+    chance = random.Random()
+    with serve(engine, max_running=1, max_waiting=3, max_waiting_per_key=1) as service:
+        running = Client(service, random_ids(chance, 3), replace(PARAMS, max_tokens=600))
+        while service.stats().running == 0:
+            time.sleep(0.001)
+        waiting = [Client(service, [1], PARAMS, key=key) for key in "ab"]
+        with pytest.raises(QueueFullError, match="at most 1 waiting requests of one key") as of_key:
+            service.submit(ServiceRequest(prompt=[1], key="a"), lambda event: None)
+        waiting.append(Client(service, [1], PARAMS, key="c"))
+        with pytest.raises(QueueFullError, match="at most 3 waiting requests, got one more") as of_queue:
+            service.submit(ServiceRequest(prompt=[1], key="d"), lambda event: None)
+        assert (of_key.value.reason, of_queue.value.reason) == ("key", "queue")
+        assert 1 <= of_queue.value.retry_after_s <= 60
+        assert service.stats().rejected == 2
+        assert service.stats().waiting == 3
+        running.ticket.cancel()
+        assert all(client.reply.finish_reason == "length" for client in waiting)
+
+
+def test_without_places_a_request_may_still_run(engine: Engine) -> None:
+    with serve(engine, max_running=2, max_waiting=0) as service:
+        clients = [Client(service, [1, 2, 3], replace(PARAMS, max_tokens=300)) for _ in range(2)]
+        with pytest.raises(QueueFullError):
+            service.submit(ServiceRequest(prompt=[1]), lambda event: None)
+        for client in clients:
+            client.ticket.cancel()
+
+
+def test_a_key_runs_no_more_than_its_share(engine: Engine) -> None:
+    with serve(engine, max_running=3, max_running_per_key=1) as service:
+        clients = [Client(service, [1, 2, 3], replace(PARAMS, max_tokens=60), key=key) for key in "aaab"]
+        while not clients[3].pieces():
+            time.sleep(0.001)
+        assert not clients[1].events
+        assert service.stats().running <= 2
+        assert all(client.reply.finish_reason == "length" for client in clients)
+
+
+def test_keys_take_turns(engine: Engine) -> None:
+    """Twenty requests of one key do not keep another's waiting for all of them."""
+    ended: list[str] = []
+    with serve(engine, max_running=1) as service:
+        many = [Client(service, [1, 2, 3], PARAMS, key="a", on_event=lambda *_: ended.append("a")) for _ in range(20)]
+        one = Client(service, [1, 2, 3], PARAMS, key="b", on_event=lambda *_: ended.append("b"))
+        one.wait()
+        assert sum(not client.events for client in many) > 10
+        assert service.drain(60)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_running": 0}, "max_running: expected an integer of at least 1, got 0"),
+        ({"step_tokens": True}, "step_tokens: expected an integer of at least 1, got True"),
+        ({"cache_path": Path("x")}, "cache_path: expected cache_ram_bytes above 0 with it"),
+        ({"step_tokens": CHUNK + 1}, rf"step_tokens: expected at most {CHUNK} \(chunk_tokens of the plan\), got 49"),
+    ],
+)
+def test_options_that_do_not_fit(engine: Engine, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        serve(engine, **options)
+    assert generated(engine, [1, 2], max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({}, "expected prompt or messages, got neither"),
+        ({"prompt": []}, "prompt: expected at least one token"),
+        ({"prompt": [1] * 641}, "prompt: expected at most 640 tokens"),
+        ({"prompt": [1], "n": 17}, "n: expected an integer from 1 to 16, got 17"),
+        ({"prompt": [1], "n": True}, "n: expected an integer from 1 to 16, got True"),
+    ],
+)
+def test_a_wrong_request_is_refused_at_once(engine: Engine, request_: dict[str, Any], message: str) -> None:
+    with serve(engine) as service:
+        with pytest.raises(RequestError, match=message):
+            service.submit(ServiceRequest(**request_), lambda event: None)
+        assert service.stats().requests == 0
+
+
+# Failures
+
+
+def test_logits_that_are_not_finite_end_one_request(engine: Engine) -> None:
+    """Only one prompt meets the damaged row of the embedding."""
+    chance = random.Random()
+    prompts = [random_ids(chance, 30) for _ in range(3)]
+    expected = [alone(engine, prompt, replace(PARAMS, max_tokens=100)) for prompt in prompts]
+    row = engine.loaded.text._embedding[ODD]
+    before = row.clone()
+    row.fill_(float("nan"))
+    try:
+        with serve(engine) as service:
+            good = [Client(service, prompt, replace(PARAMS, max_tokens=100)) for prompt in prompts]
+            bad = Client(service, [*prompts[0], ODD], PARAMS, n=2)
+            assert isinstance(bad.error, EngineError)
+            assert "expected finite values" in str(bad.error)
+            assert all(same(client.reply, reply) for client, reply in zip(good, expected, strict=True))
+            assert service.stats().failed == 1
+    finally:
+        row.copy_(before)
+
+
+class Fault:
+    """Let forward passes fail."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fails = lambda batch: False
+        self.error: Exception = EngineError("experts: layer 1 did not answer")
+        forward = engine.loaded.text.forward
+
+        def maybe(batch: Any, cache: Any) -> torch.Tensor:
+            if self.fails(batch):
+                raise self.error
+            return forward(batch, cache)
+
+        monkeypatch.setattr(engine.loaded.text, "forward", maybe)
+
+
+def test_a_step_that_fails_once_harms_nobody(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random()
+    jobs = [(random_ids(chance, 60), replace(PARAMS, seed=number, max_tokens=60)) for number in range(4)]
+    expected = [alone(engine, *job) for job in jobs]
+    fault = Fault(engine, monkeypatch)
+    fault.fails = lambda batch: sum(not part.follows for part in batch.sequences) > 1 and chance.random() < 0.3
+    with serve(engine, step_tokens=20) as service:
+        clients = [Client(service, *job) for job in jobs]
+        assert all(same(client.reply, reply) for client, reply in zip(clients, expected, strict=True))
+        assert service.stats().failed_steps > 0
+        assert service.stats().failed == 0
+
+
+@pytest.mark.parametrize("error", [EngineError("no answer"), RuntimeError("a bug"), MemoryError()])
+def test_the_request_to_blame_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    chance = random.Random()
+    jobs = [([*random_ids(chance, 60)], replace(PARAMS, seed=number, max_tokens=60)) for number in range(3)]
+    expected = [alone(engine, *job) for job in jobs]
+    fault = Fault(engine, monkeypatch)
+    fault.error, fault.fails = error, lambda batch: ODD in batch.token_ids.tolist()
+    with serve(engine) as service:
+        clients = [Client(service, *job) for job in jobs]
+        bad = Client(service, [*random_ids(chance, 40), ODD], PARAMS)
+        assert isinstance(bad.error, EngineError)
+        assert str(error) in str(bad.error)
+        assert all(same(client.reply, reply) for client, reply in zip(clients, expected, strict=True))
+        assert service.stats().healthy
+
+
+def test_a_dead_model_fails_everyone_and_is_seen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = Fault(engine, monkeypatch)
+    tries: list[int] = []
+    fault.fails = lambda batch: not tries.append(1)
+    gate = threading.Event()
+    with serve(engine, max_running=6) as service:
+        with service._changed:  # so that all of them are in the first step
+            clients = [Client(service, [1, 2, number], PARAMS) for number in range(6)]
+        gate.set()
+        assert all("did not answer" in str(client.error) for client in clients)
+        assert len(tries) == 3  # together, and two alone
+        assert not service.stats().healthy
+        fault.fails = lambda batch: False
+        assert Client(service, [1, 2, 3], PARAMS).reply.finish_reason == "length"
+        assert service.stats().healthy
+
+
+def test_an_error_in_the_service_itself_ends_it_with_an_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(engine) as service:
+        monkeypatch.setattr(service._scheduler, "next_step", lambda: 1 / 0)
+        assert "ZeroDivisionError" in str(Client(service, [1], PARAMS, n=2).error)
+        assert service.drain(60)
+        with pytest.raises(EngineError, match="service: it cannot go on"):
+            service.submit(ServiceRequest(prompt=[1]), lambda event: None)
+
+
+# The end
+
+
+def test_drain_waits_and_takes_nothing_new(engine: Engine) -> None:
+    with serve(engine) as service:
+        client = Client(service, [1, 2, 3], replace(PARAMS, max_tokens=200))
+        assert not service.drain(0)
+        with pytest.raises(EngineError, match="shutting down"):
+            service.submit(ServiceRequest(prompt=[1]), lambda event: None)
+        assert service.drain(60)
+        assert client.reply.finish_reason == "length"
+
+
+def test_close_cancels_and_lets_go_of_the_engine(engine: Engine) -> None:
+    service = serve(engine, max_running=1)
+    clients = [Client(service, [1, 2, 3], replace(PARAMS, max_tokens=500), n=2) for _ in range(3)]
+    with pytest.raises(RequestError, match="one request at a time"):
+        generated(engine, [1], max_tokens=1)
+    service.close()
+    service.close()
+    assert [reply.finish_reason for client in clients for reply in client.replies] == ["cancelled"] * 6
+    assert generated(engine, [1], max_tokens=1).finish_reason == "length"
+    with pytest.raises(EngineError, match="shutting down"):
+        service.submit(ServiceRequest(prompt=[1]), lambda event: None)
+
+
+def test_a_busy_engine_cannot_be_served(engine: Engine) -> None:
+    generation = engine.generate([1, 2], params=PARAMS)
+    next(generation)
+    with pytest.raises(RequestError, match="one request at a time"):
+        serve(engine)
+    generation.close()
+    serve(engine).close()
+
+
+def test_the_cache_on_disk_serves_the_next_start(engine: Engine, tmp_path: Path) -> None:
+    chance = random.Random()
+    prompt = random_ids(chance, 200)
+    expected = alone(engine, prompt, PARAMS)
+    options = {"cache_ram_bytes": 50 * engine._cache.page_like().nbytes, "cache_path": tmp_path / "cache"}
+    with serve(engine, **options) as service:
+        assert same(Client(service, prompt, PARAMS).reply, expected)
+    engine._prefix.release()
+    with serve(engine, **options) as service:
+        assert service.stats().ram_pages_kept > 0
+        again = Client(service, prompt, PARAMS).reply
+        assert again.usage.cached_tokens == 192
+        assert same(again, expected)
+
+
+def test_salts_keep_keys_apart(engine: Engine) -> None:
+    prompt = random_ids(random.Random(), 200)
+    with serve(engine) as service:
+        cached = [Client(service, prompt, PARAMS, cache_salt=salt).reply.usage.cached_tokens for salt in "aabb"]
+    assert cached == [0, 192, 0, 192]
+
+
+@pytest.mark.parametrize("rules", ["host", "twin"])
+def test_the_demo_model_keeps_its_bits_in_company(rules: str) -> None:
+    chance = random.Random()
+    with Engine.load("demo", rules) as engine:
+        jobs = [
+            ([chance.randrange(1500) for _ in range(length)], replace(PARAMS, seed=length)) for length in (5, 40, 600)
+        ]
+        expected = [alone(engine, *job) for job in jobs]
+        engine._prefix.release()
+        with serve(engine) as service:
+            clients = [Client(service, *job) for job in jobs]
+            assert all(same(client.reply, reply) for client, reply in zip(clients, expected, strict=True))
