@@ -90,6 +90,7 @@ def load_padded(
 
     That is so on a GPU, without the native kernels, and where it is not kept or not stored in bf16: the kernels multiply
     fp32 rows with bf16 weights. What it multiplies has columns behind those of its own rows, which are zero.
+
     Effects: calls `count` with the bytes on disk.
     Raises: CheckpointError naming tensor and file; MemoryBudgetError.
     """
