@@ -88,8 +88,8 @@ def load_padded(
 ) -> HostMatrix | None:
     """Load a matrix in bf16 for the native kernels, in whole blocks of 32 rows; None if it stays a plain tensor.
 
-    That is so on a GPU, without the native kernels, and where it is not kept or not stored in bf16: the kernels multiply
-    fp32 rows with bf16 weights. What it multiplies has columns behind those of its own rows, which are zero.
+    That is so on a GPU, without the native kernels, and where it is not kept or not stored in bf16: the kernels
+    multiply fp32 rows with bf16 weights. What it multiplies has columns behind those of its own rows, which are zero.
 
     Effects: calls `count` with the bytes on disk.
     Raises: CheckpointError naming tensor and file; MemoryBudgetError.
