@@ -59,7 +59,9 @@ class Attention:
             latents = self._latents(latent, rotation)  # [T, kv_lora + rope] fp32
             for sequence in batch.sequences:
                 cache.append(self.layer, sequence, latents[sequence.rows])
-            values = self._attend(self._rotated(q, rotation), batch, cache)  # [T, heads, value] fp32
+            rotated = self._rotated(q, rotation)
+            del q, latent, latents  # a long prompt's are large
+            values = self._attend(rotated, batch, cache)  # [T, heads, value] fp32
         return linear(values.flatten(1).to(x.dtype), self.o)
 
     def _rotated(self, q: Tensor, rotation: Rotation) -> Tensor:
@@ -120,8 +122,8 @@ class Attention:
             if self.shape.prefer_absorbed(sequence.stop - sequence.start, sequence.length):
                 others.append(i)
             else:
-                rows, latents = sequence.rows, cache.gather(self.layer, sequence)
-                values[rows] = naive_attention(q[rows], latents, self._heads, self.shape)
+                rows = sequence.rows
+                values[rows] = naive_attention(q[rows], cache.gather(self.layer, sequence), self._heads, self.shape)
         return others
 
     def _attend_absorbed(

@@ -81,7 +81,7 @@ class Router:
         return weights * self.scale
 
     def _scores(self, logits: Tensor) -> Tensor:
-        return rowwise(torch.sigmoid, logits[:, : len(self.bias)])
+        return rowwise(torch.sigmoid, logits[:, : self.bias.shape[-1]])
 
     def _logits(self, x: Tensor) -> Tensor:
         if isinstance(self.weight, HostMatrix):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hybrid_k2.dense import HostMatrix
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.router import Router, Routing
 from tests.generators import ROPE_SCALING, load_transformers_twin, write_checkpoint, write_transformers_twin
@@ -107,6 +108,10 @@ class TieBreaker:
     theirs: Tensor  # [T, K], the experts of every row of the sequence
     rows: int = 0  # routed so far
     exempt: int = 0  # rows in which our choice gave way
+
+    @property
+    def weight(self) -> Tensor | HostMatrix:
+        return self.router.weight
 
     def __call__(self, x: Tensor) -> Routing:
         routing = self.router(x)

@@ -317,7 +317,7 @@ def test_logits_that_are_not_finite_end_one_request(engine: Engine) -> None:
     chance = random.Random()
     prompts = [random_ids(chance, 30) for _ in range(3)]
     expected = [alone(engine, prompt, replace(PARAMS, max_tokens=100)) for prompt in prompts]
-    row = engine.loaded.text._embedding[ODD]
+    row = engine.loaded.text.embedding[ODD]
     before = row.clone()
     row.fill_(float("nan"))
     try:
