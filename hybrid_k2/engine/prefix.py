@@ -175,7 +175,11 @@ class PrefixCache:
         return len(added)
 
     def _root(self, salt: str) -> Node:
-        return self._roots.setdefault(salt, Node((), None))
+        """Return the tree of a salt that is about to get nodes; those that have lost theirs go when a new one comes."""
+        if salt not in self._roots:
+            self._roots = {name: root for name, root in self._roots.items() if root.children}
+            self._roots[salt] = Node((), None)
+        return self._roots[salt]
 
     def _parts(self, tokens: Sequence[int]) -> Iterator[tuple[int, ...]]:
         for start in range(0, len(tokens), self._page_tokens):
@@ -192,7 +196,8 @@ class PrefixCache:
 
     def _find(self, sequence: TokenSequence) -> tuple[list[Node], int, int]:
         """Return the nodes of the longest common prefix, its tokens, and how many of them are repeatable blocks."""
-        node, path, common, repeatable = self._root(sequence.salt), list[Node](), 0, 0
+        node = self._roots.get(sequence.salt) or Node((), None)
+        path, common, repeatable = list[Node](), 0, 0
         for part in self._parts(sequence.tokens[:-1]):
             child = node.children.get(part) if len(part) == self._page_tokens else None
             child = child or max(node.children.values(), key=lambda other: _common(other.tokens, part), default=None)

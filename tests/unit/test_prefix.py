@@ -363,3 +363,18 @@ def test_a_process_that_is_killed_leaves_a_file_that_is_whole(tmp_path: Path, ca
     child.wait()
     assert restored(path, ram_pages=300).prefix.stored_pages == 250
     assert not caplog.records
+
+
+def test_salts_whose_pages_are_gone_are_forgotten() -> None:
+    """Clients choose salts freely: one that was only looked up, or lost its last page, takes no memory."""
+    prefix = PrefixCache(make_cache(4))
+    tokens = list(range(3 * PAGE))
+    for number in range(50):
+        sequence = make_sequence(tokens, salt=f"salt {number}")
+        prefix.lend(make_sequence(tokens, salt=f"asked {number}"))
+        prefix.lend(sequence)
+        sequence.pages = prefix.allocate(3)
+        sequence.cached = len(tokens)
+        prefix.keep(sequence)
+    assert prefix.kept_pages <= 4
+    assert len(prefix._roots) <= 3
