@@ -14,7 +14,7 @@ from pydantic import WithJsonSchema
 
 from hybrid_k2.engine.params import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
 from hybrid_k2.errors import shown
-from hybrid_k2.server.body import AnyObject, Body
+from hybrid_k2.server.body import AnyObject, Body, text_field
 from hybrid_k2.server.errors import bad_request
 from hybrid_k2.server.sampling import SamplingFields
 from hybrid_k2.server.thinking import Thinking
@@ -97,7 +97,7 @@ class PromptFields(Body):
 
     def check_fixed(self) -> None:
         """Refuse what this server does not do. Raises: ApiError."""
-        # Coding agents send an empty one.
+        # Some clients send an empty one.
         if self.context_management not in (None, {}, {"edits": []}):
             raise bad_request("context_management", "expected none: this server drops nothing of a conversation")
         if self.output_config is not None:
@@ -184,7 +184,7 @@ def _system_texts(system: Any) -> Iterable[str]:
         place = f"system[{index}]"
         if _kind(block, place) != "text":
             raise bad_request(f"{place}.type", f"expected text, got {shown(block['type'])}")
-        texts.append(_text(block, "text", place))
+        texts.append(text_field(block, "text", place))
     yield "\n\n".join(texts)
 
 
@@ -213,12 +213,12 @@ def _read_user(role: str, blocks: list[tuple[Any, str]]) -> list[dict[str, Any]]
     for block, place in blocks:
         kind = _kind(block, place)
         if kind == "text":
-            parts.append({"type": "text", "text": _text(block, "text", place)})
+            parts.append({"type": "text", "text": text_field(block, "text", place)})
         elif kind == "tool_result":
             results.append(
                 {
                     "role": "tool",
-                    "tool_call_id": _text(block, "tool_use_id", place),
+                    "tool_call_id": text_field(block, "tool_use_id", place),
                     "content": _result_text(block, place),
                 }
             )
@@ -237,7 +237,7 @@ def _result_text(block: Mapping[str, Any], place: str) -> str:
             here = f"{place}.content[{number}]"
             if _kind(part, here) != "text":
                 raise bad_request(f"{here}.type", f"expected text, got {shown(part['type'])}")
-            texts.append(_text(part, "text", here))
+            texts.append(text_field(part, "text", here))
         text = "\n".join(texts)
     else:
         raise bad_request(f"{place}.content", f"expected a text or a list of text blocks, got {shown(content)}")
@@ -254,15 +254,15 @@ def _read_assistant(role: str, blocks: list[tuple[Any, str]]) -> list[dict[str, 
     for block, place in blocks:
         kind = _kind(block, place)
         if kind == "text":
-            texts.append(_text(block, "text", place))
+            texts.append(text_field(block, "text", place))
         elif kind == "thinking":
-            reasoning.append(_text(block, "thinking", place))
+            reasoning.append(text_field(block, "thinking", place))
         elif kind == "tool_use":
-            name, given = _text(block, "name", place), block.get("input")
+            name, given = text_field(block, "name", place), block.get("input")
             arguments = given if isinstance(given, str) else json.dumps(given or {}, ensure_ascii=False)
             calls.append(
                 {
-                    "id": _text(block, "id", place),
+                    "id": text_field(block, "id", place),
                     "type": "function",
                     "function": {"name": name, "arguments": arguments},
                 }
@@ -290,13 +290,6 @@ def _kind(block: Any, place: str) -> str:
         if name not in _EVERY_BLOCK | _BLOCK_FIELDS[kind] and value is not None:
             raise bad_request(f"{place}.{name}", f"expected no such field in a block of type {kind}")
     return str(kind)
-
-
-def _text(block: Mapping[str, Any], name: str, place: str) -> str:
-    value = block.get(name)
-    if not isinstance(value, str):
-        raise bad_request(f"{place}.{name}", f"expected a text, got {shown(value)}")
-    return value
 
 
 def _read_tool(tool: Any, place: str) -> dict[str, Any]:

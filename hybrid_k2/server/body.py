@@ -25,6 +25,14 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+def text_field(fields: Mapping[str, Any], name: str, place: str) -> str:
+    """Return a text of an object that is checked by hand. Raises: ApiError naming the field."""
+    value = fields.get(name)
+    if not isinstance(value, str):
+        raise bad_request(f"{place}.{name}", f"expected a text, got {shown(value)}")
+    return value
+
+
 BodyType = TypeVar("BodyType", bound=Body)
 
 

@@ -12,7 +12,7 @@ from pydantic import WithJsonSchema
 
 from hybrid_k2.engine.params import MAX_LOGPROBS
 from hybrid_k2.errors import shown
-from hybrid_k2.server.body import AnyObject, Body
+from hybrid_k2.server.body import AnyObject, Body, text_field
 from hybrid_k2.server.errors import bad_request
 from hybrid_k2.server.sampling import CacheSalt, SamplingFields
 from hybrid_k2.server.thinking import Thinking, read_thinking
@@ -183,9 +183,9 @@ def _read_item(item: Any, place: str) -> dict[str, Any]:
     if kind == "reasoning":
         parts = item.get("content") or item.get("summary") or []
         return {"role": "assistant", "content": "", "reasoning_content": _joined(parts, f"{place}.content")}
-    call_id = _text(item, "call_id", place)
+    call_id = text_field(item, "call_id", place)
     if kind == "function_call":
-        function = {"name": _text(item, "name", place), "arguments": _text(item, "arguments", place)}
+        function = {"name": text_field(item, "name", place), "arguments": text_field(item, "arguments", place)}
         return {
             "role": "assistant",
             "content": "",
@@ -212,14 +212,7 @@ def _part_texts(content: list[Any], place: str) -> Iterator[str]:
         for name, value in part.items():
             if name not in _PART_FIELDS and value is not None:
                 raise bad_request(f"{here}.{name}", "expected no such field in a text")
-        yield _text(part, "text", here)
-
-
-def _text(fields: Mapping[str, Any], name: str, place: str) -> str:
-    value = fields.get(name)
-    if not isinstance(value, str):
-        raise bad_request(f"{place}.{name}", f"expected a text, got {shown(value)}")
-    return value
+        yield text_field(part, "text", here)
 
 
 def _read_tool(tool: Any, place: str) -> dict[str, Any]:

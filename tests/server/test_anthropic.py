@@ -239,7 +239,7 @@ def test_a_wrong_parameter_is_named(client: Client, change: dict[str, Any], para
 
 
 def test_errors_speak_the_dialect(client: Client) -> None:
-    response = client.post(PATH, {**HELLO, "model": "claude-9"})
+    response = client.post(PATH, {**HELLO, "model": "no-such-model"})
     assert response.status_code == 404
     assert response.json()["error"]["type"] == "not_found_error"
     client.backend.drain()

@@ -109,8 +109,8 @@ def test_limits_and_stops(client: Any) -> None:
 def test_errors(client: Any, url: str) -> None:
     with pytest.raises(anthropic.BadRequestError, match="temperature"):
         client.messages.create(**{**SUM, "extra_body": {"temperature": -1}})
-    with pytest.raises(anthropic.NotFoundError, match="claude-9"):
-        client.messages.create(**{**SUM, "model": "claude-9"})
+    with pytest.raises(anthropic.NotFoundError, match="no-such-model"):
+        client.messages.create(**{**SUM, "model": "no-such-model"})
     stranger = anthropic.Anthropic(base_url=url, api_key="wrong", max_retries=0)
     with stranger, pytest.raises(anthropic.AuthenticationError):
         stranger.messages.create(**SUM)
