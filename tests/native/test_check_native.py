@@ -117,7 +117,9 @@ def test_a_program_is_clean(
     main = compiler.object(f"testing/{name}.cpp", "-O1", "-g1", *TOOLS[tool])
     program = compiler.program(f"{name}_{tool}", [main, *library(tool)], *TOOLS[tool])
     command = (*VALGRIND, str(program)) if tool == "valgrind" else (str(program),)
-    for arguments, output in PROGRAMS[name](tmp_path, usable_isas()):
+    # valgrind emulates a CPU without AVX-512 and AMX; the sanitizers run those on the real one.
+    isas = [isa for isa in usable_isas() if tool != "valgrind" or isa.name == "avx2"]
+    for arguments, output in PROGRAMS[name](tmp_path, isas):
         assert run_program(*command, *arguments, limit_s=LIMIT_S) == output, arguments
 
 
