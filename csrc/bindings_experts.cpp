@@ -7,10 +7,12 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "bindings.h"
 #include "core/error.h"
 #include "io/expert_reader.h"
+#include "moe/l32_digest.h"
 #include "moe/layer.h"
 
 namespace k2 {
@@ -42,6 +44,12 @@ PackedMatrix packed_matrix(const char* name, const py::array& words, const py::a
           .name = name};
 }
 
+// The blocks of an expert in layout L32: w13 [I/16, H/32, 576] and w2 [H/32, I/32, 576].
+std::pair<const uint8_t*, const uint8_t*> l32(const LayerShape& s, const py::array& w13, const py::array& w2) {
+  return {array_data<uint8_t>("w13", w13, {s.intermediate / kHalfBlock, s.hidden_groups(), kBlockBytes}),
+          array_data<uint8_t>("w2", w2, {s.hidden_groups(), s.intermediate_groups(), kBlockBytes})};
+}
+
 std::shared_ptr<MoeJob> start(Layer& layer, const MoeInput& input, float* output) {
   const py::gil_scoped_release nogil;
   return layer.start(input, output);
@@ -56,8 +64,9 @@ void copy_output(const MoeJob& job, float* out) {
 // is read and changed under the GIL.
 class PyLayer {
  public:
-  PyLayer(std::shared_ptr<Runtime> runtime, int hidden, int intermediate, int experts, int per_token)
-      : layer_(std::make_shared<Layer>(std::move(runtime), LayerShape{hidden, intermediate, experts, per_token})) {}
+  PyLayer(std::shared_ptr<Runtime> runtime, int hidden, int intermediate, int experts, int per_token, int room)
+      : layer_(std::make_shared<Layer>(std::move(runtime), LayerShape{hidden, intermediate, experts, per_token},
+                                       room)) {}
 
   size_t bytes() const { return open()->experts().bytes(); }
 
@@ -108,6 +117,22 @@ class PyLayer {
     uint8_t *w13_data = w13.mutable_data(), *w2_data = w2.mutable_data();
     without_gil([&] { layer->experts().copy_l32(expert, w13_data, w2_data); });
     return py::make_tuple(w13, w2);
+  }
+
+  // Puts `now`, in the form of read_l32 and with its checksum, into the place of `old`.
+  void replace_expert(int old, int now, const py::array& w13, const py::array& w2, uint64_t checksum) {
+    const std::shared_ptr<Layer> layer = open();
+    const auto [w13_data, w2_data] = l32(layer->experts().shape(), w13, w2);
+    const py::gil_scoped_release nogil;
+    layer->experts().replace(old, now, w13_data, w2_data, checksum);
+  }
+
+  // The checksum of an expert in the form of read_l32.
+  uint64_t l32_checksum(const py::array& w13, const py::array& w2) const {
+    const LayerShape shape = open()->experts().shape();
+    const auto [w13_data, w2_data] = l32(shape, w13, w2);
+    const py::gil_scoped_release nogil;
+    return digest_expert(w13_data, w2_data, shape.w13_bytes(), shape.w2_bytes());
   }
 
   // Whether the weights are on the NUMA nodes that were asked for.
@@ -194,8 +219,9 @@ void bind_experts(py::module_& m) {
       .value("direct", ReadMode::kDirect);
 
   py::class_<PyLayer>(m, "Layer")
-      .def(py::init<std::shared_ptr<Runtime>, int, int, int, int>(), py::arg("runtime"), py::arg("hidden_size"),
+      .def(py::init<std::shared_ptr<Runtime>, int, int, int, int, int>(), py::arg("runtime"), py::arg("hidden_size"),
            py::arg("moe_intermediate_size"), py::arg("n_routed_experts"), py::arg("num_experts_per_tok"),
+           py::arg("room"),
            py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("nbytes", &PyLayer::bytes)
       .def_property_readonly("bound", &PyLayer::bound)
@@ -208,6 +234,9 @@ void bind_experts(py::module_& m) {
       .def("checksum", &PyLayer::checksum, py::arg("expert"))
       .def("memory_checksum", &PyLayer::memory_checksum, py::arg("expert"))
       .def("read_l32", &PyLayer::read_l32, py::arg("expert"))
+      .def("replace_expert", &PyLayer::replace_expert, py::arg("old"), py::arg("now"), py::arg("w13"), py::arg("w2"),
+           py::arg("checksum"))
+      .def("l32_checksum", &PyLayer::l32_checksum, py::arg("w13"), py::arg("w2"))
       .def("forward", &PyLayer::forward, py::arg("hidden"), py::arg("ids"), py::arg("weights"), py::arg("output"))
       .def("submit", &PyLayer::submit, py::arg("slot"), py::arg("hidden"), py::arg("ids"), py::arg("weights"))
       .def("wait", &PyLayer::wait, py::arg("slot"), py::arg("output"), py::arg("timeout_s") = -1.0)
