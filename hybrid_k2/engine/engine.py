@@ -22,6 +22,7 @@ from hybrid_k2.engine.prefix import KeptPrefix
 from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.request import chat_sequence, check_ids, check_prompt_fits, text_sequence
 from hybrid_k2.errors import EngineError, MemoryBudgetError, RequestError, shown
+from hybrid_k2.experts.usage import remember_usage
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.latent_cache import LatentCache
 
@@ -189,7 +190,8 @@ class Engine:
     def close(self) -> None:
         """Free weights, cache and threads. Closing twice is fine.
 
-        A generation that is waiting for its reader is ended.
+        A generation that is waiting for its reader is ended. Beside an accelerator, how often each expert was used is
+        remembered for the next plan, in a small file in the user's cache.
         Raises: EngineError while another thread computes, or if the trace cannot be written.
         """
         if self._closed:
@@ -200,6 +202,8 @@ class Engine:
             self._closed = True
             self._prefix.release()
             trace = self._loaded.text.trace
+            if usage := self._loaded.text.usage:
+                remember_usage(self.folder, {layer: counter.counts() for layer, counter in usage.items()})
             self._loaded.text.close()
             if trace is not None and self._trace_to is not None:
                 trace.write(self._trace_to)

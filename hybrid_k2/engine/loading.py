@@ -19,6 +19,7 @@ from hybrid_k2.checkpoint import (
 from hybrid_k2.config import GENERATION_NAME, ModelConfig, read_generation_config
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.errors import CheckpointError
+from hybrid_k2.experts.usage import Counts, recall_usage
 from hybrid_k2.model.loader import Progress, load_text_model
 from hybrid_k2.model.text import TextModel
 from hybrid_k2.placement import (
@@ -81,7 +82,7 @@ def load_model(
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint.open(folder))
         check_checkpoint(checkpoint, config)
-        plan = _plan(rules, config, experts_packed(checkpoint, config))
+        plan = _plan(rules, config, experts_packed(checkpoint, config), _usage(folder, config))
         if on_plan is not None:
             on_plan(plan)
         text = load_text_model(checkpoint, config, plan, progress)
@@ -102,7 +103,8 @@ def plan_checkpoint(
     packed = planned_packed(folder, config)
     machine = Machine.probe()
     chosen = _rules(rules, machine, config, packed)
-    return make_plan(chosen, config, described_machine(machine, chosen, host_memory_bytes), experts_packed=packed)
+    on = described_machine(machine, chosen, host_memory_bytes)
+    return make_plan(chosen, config, on, experts_packed=packed, usage=_usage(folder, config))
 
 
 def _rules(rules: str | Path | Rules | None, machine: Machine, config: ModelConfig, packed: bool) -> Rules:
@@ -111,9 +113,13 @@ def _rules(rules: str | Path | Rules | None, machine: Machine, config: ModelConf
     return rules if isinstance(rules, Rules) else load_rules(rules)
 
 
-def _plan(rules: str | Path | Rules | None, config: ModelConfig, packed: bool) -> Plan:
+def _usage(folder: Path, config: ModelConfig) -> Counts:
+    return recall_usage(folder, config.moe_layers, config.n_routed_experts)
+
+
+def _plan(rules: str | Path | Rules | None, config: ModelConfig, packed: bool, usage: Counts) -> Plan:
     machine = Machine.probe()
-    plan = make_plan(_rules(rules, machine, config, packed), config, machine, experts_packed=packed)
+    plan = make_plan(_rules(rules, machine, config, packed), config, machine, experts_packed=packed, usage=usage)
     check_loadable(plan)
     return plan
 

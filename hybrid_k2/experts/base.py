@@ -74,7 +74,7 @@ class ExpertsShape:
                 raise ValueError(f"{name}: expected a host tensor, got one on {tensor.device}")
 
     def check_ids(self, ids: Tensor) -> None:
-        """Check that the experts exist, or are elsewhere. The native backend does so while it sorts the tokens by expert.
+        """Check that the experts exist, or are elsewhere. The native backend does so while it sorts tokens by expert.
 
         Raises: ValueError.
         """

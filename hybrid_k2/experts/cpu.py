@@ -144,10 +144,13 @@ class NativeExperts(ExpertsBackend):
 
         Raises: EngineError if its weights are not the ones that were loaded; ValueError if it was not loaded.
         """
-        checksum = self.checksum(expert)
-        w13, w2 = self.read_l32(expert)
-        self._check(expert, checksum, int(self._layer.l32_checksum(w13, w2)))
-        return L32Expert(w13, w2, checksum)
+        weights = L32Expert(*self.read_l32(expert), self.checksum(expert))
+        self.check_copy(expert, weights)
+        return weights
+
+    def check_copy(self, expert: int, weights: L32Expert) -> None:
+        """Check that a copy of an expert has the weights that were loaded. Raises: EngineError if it has not."""
+        self._check(expert, weights.checksum, int(self._layer.l32_checksum(weights.w13, weights.w2)))
 
     def replace_expert(self, old: int, new: int, weights: L32Expert) -> None:
         """Put another expert into the place of `old`, which is gone then; nothing of the layer may compute meanwhile.

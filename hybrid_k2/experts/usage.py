@@ -22,14 +22,24 @@ class LayerUsage:
     def __init__(self, counts: Sequence[int], device: torch.device) -> None:
         """Go on counting from here."""
         self._counts = torch.tensor(counts, dtype=torch.int64, device=device)  # [E]
+        self._seen = torch.zeros(2, dtype=torch.int64, device=device)  # choices, and those of them that were hot
 
-    def add(self, ids: Tensor) -> None:
-        """Count one batch.
+    def add(self, ids: Tensor, on_host: Tensor) -> None:
+        """Count one batch; `on_host` is -1 where a chosen expert is hot.
 
-        Shapes: ids [T, K] int32, on the device of the counts.
+        Shapes: ids, on_host [T, K] int32, on the device of the counts.
         """
         numbers = ids.flatten().long()
         self._counts.scatter_add_(0, numbers, torch.ones_like(numbers))
+        self._seen[0] += len(numbers)
+        if on_host is not ids:
+            self._seen[1] += (on_host < 0).sum()
+
+    def take_hit_rate(self) -> float | None:
+        """Return the part of the choices since the last call that were hot experts; None where there were none."""
+        choices, hits = self._seen.tolist()
+        self._seen.zero_()
+        return hits / choices if choices else None
 
     def counts(self) -> list[int]:
         """Return how often each expert was chosen; waits for the device."""

@@ -27,7 +27,8 @@ from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.model.attention import Attention
 from hybrid_k2.model.dense_loading import load_gpu_matrix, load_host_matrix, load_router
 from hybrid_k2.model.devices import torch_device, torch_dtype
-from hybrid_k2.model.expert_loading import load_experts, warn_of_small_pages
+from hybrid_k2.model.expert_loading import load_experts, make_layer, warn_of_small_pages
+from hybrid_k2.model.hot_loading import HotLoader
 from hybrid_k2.model.layer import Layer
 from hybrid_k2.model.layers import Matrix, RmsNorm, SwiGlu
 from hybrid_k2.model.mla import MlaShape
@@ -95,6 +96,7 @@ class _Builder:
         self.progress = progress
         self.runtimes = runtimes
         self.undo = undo
+        self.hot = HotLoader(checkpoint, config, plan, runtimes, undo)
         self.pages_unchecked = plan.expert_bytes >= LARGE_BYTES
         shape = MlaShape.of(config)
         self.native_attention = {name: NativeAttention.open(runtime, shape) for name, runtime in runtimes.items()}
@@ -114,6 +116,7 @@ class _Builder:
             runtimes=list(self.runtimes.values()),
             accelerator=self.accelerator(),
             handoff=self.handoff(layers),
+            hot=self.hot.hot_set({i: layer.mlp for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)}),
             ping_pong=self.plan.overlap == "ping_pong",
         )
 
@@ -176,30 +179,21 @@ class _Builder:
             scale=self.config.routed_scaling_factor,
         )
         shared = self.swiglu(f"{name}.shared_experts", "shared_experts", layer)
-        return Moe(router, self.experts(layer), shared)
+        experts, device = self.experts(layer), router.bias.device
+        return Moe(router, experts, shared, self.hot.load(layer, device, self.count), self.hot.usage(layer, device))
 
     def swiglu(self, name: str, what: str, layer: int) -> SwiGlu:
         gate, up, down = (self.matrix(f"{name}.{part}_proj", what, layer) for part in ("gate", "up", "down"))
         return SwiGlu(gate, up, down)
 
     def experts(self, layer: int) -> ExpertsBackend:
-        config = self.config
-        sizes = (
-            config.hidden_size,
-            config.moe_intermediate_size,
-            config.n_routed_experts,
-            config.num_experts_per_tok,
-        )
-        try:
-            backend = self.runtimes[HOST].make_layer(*sizes)
-        except MemoryError as error:
-            raise MemoryBudgetError(
-                f"routed experts of layer {layer}: expected room in host memory, got none left",
-                hint="the plan counts on memory that another program or a limit has taken since",
-            ) from error
+        config, held = self.config, self.hot.on_host(layer)
+        backend = make_layer(self.runtimes[HOST], config, layer, len(held))
         self.undo.callback(backend.close)
         dtype = self.plan.where("routed_experts", layer).dtype
-        load_experts(backend, self.checkpoint, config, layer, dtype=dtype, threads=self.plan.threads, count=self.count)
+        load_experts(
+            backend, self.checkpoint, config, layer, held, dtype=dtype, threads=self.plan.threads, count=self.count
+        )
         if self.pages_unchecked:
             # The first layer's pages tell for all; walking those of every layer would take minutes.
             warn_of_small_pages(backend)

@@ -5,6 +5,7 @@ For each half of the batch and each layer:
 front    attention; then the dense MLP, or norm and router
 post     hand the rows and their experts over; the host starts to compute
 shared   the shared expert, meanwhile
+hot      the accelerator's own routed experts, where it has some
 take     wait for the routed experts, add all up
 
 With two halves, the front of one runs while the host computes the experts of the other:
@@ -24,13 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hybrid_k2.accelerator import Handoff, Label
+from hybrid_k2.accelerator import Handoff, HotExperts, Label
 from hybrid_k2.model.batch import Batch
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.layer import Layer
 from hybrid_k2.model.layers import Matrix, RmsNorm, linear
 from hybrid_k2.model.moe import Moe, mixed
 from hybrid_k2.model.rope import Rope, Rotation
+from hybrid_k2.model.router import Routing
 
 HEAD_ROWS = 256  # rows that lm_head takes at once, so that wide vocabularies do not need the logits twice
 
@@ -51,7 +53,9 @@ class Half:
         self._logits = logits
         self._x: Tensor  # [T, hidden], the residual stream
         self._normal: Tensor  # [T, hidden], what router and experts read
+        self._routing: Routing
         self._shared: Tensor  # [T, hidden]
+        self._hot: Tensor  # [T, hidden] fp32
         self._rotation: Rotation
 
     def embed(self, embedding: Tensor, dtype: torch.dtype, rope: Rope) -> None:
@@ -69,17 +73,23 @@ class Half:
             self._x = self._x + layer.mlp(self._normal).to(self._x)
 
     def post(self, index: int, moe: Moe) -> None:
-        """Route, and start the routed experts."""
-        routing = moe.router(self._normal)
-        self._handoff.post(self.slot, index, self._normal, routing.ids, routing.weights)
+        """Route, and start the routed experts that the host has."""
+        self._routing, on_host = moe.route(self._normal)
+        self._handoff.post(self.slot, index, self._normal, on_host, self._routing.weights)
 
     def shared(self, moe: Moe) -> None:
         """Compute the shared expert."""
         self._shared = moe.shared(self._normal)
 
-    def take(self, index: int) -> None:
-        """Wait for the routed experts, and add."""
+    def hot(self, hot: HotExperts) -> None:
+        """Compute the routed experts that the accelerator has."""
+        self._hot = hot.forward(self._normal, self._routing.ids, self._routing.weights)
+
+    def take(self, index: int, moe: Moe) -> None:
+        """Wait for the routed experts, and add: the host's first."""
         routed = self._handoff.take(self.slot, index)
+        if moe.hot is not None:
+            routed = routed.to(self._hot.device) + self._hot
         self._x = self._x + mixed(routed, self._shared, self._normal).to(self._x)
 
     def head(self, norm: RmsNorm, lm_head: Matrix) -> None:
@@ -108,7 +118,9 @@ def through_layers(
 def _finish(index: int, layer: Layer, half: Half) -> Iterator[Operation]:
     if isinstance(layer.mlp, Moe):
         yield partial(half.shared, layer.mlp), _label("shared", index, half)
-        yield partial(half.take, index), _label("take", index, half)
+        if layer.mlp.hot is not None:
+            yield partial(half.hot, layer.mlp.hot), _label("hot", index, half)
+        yield partial(half.take, index, layer.mlp), _label("take", index, half)
 
 
 def _label(name: str, layer: int, half: Half) -> Label:

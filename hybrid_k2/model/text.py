@@ -12,7 +12,9 @@ from hybrid_k2.accelerator import Accelerator, Handoff, Label, Trace
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import EngineError, RequestError
 from hybrid_k2.experts import ExpertsRuntime
+from hybrid_k2.experts.usage import LayerUsage
 from hybrid_k2.model.batch import Batch
+from hybrid_k2.model.hot_set import HotSet
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.layer import Layer
 from hybrid_k2.model.layers import Matrix, RmsNorm
@@ -43,6 +45,7 @@ class TextModel:
         accelerator: Accelerator,
         handoff: Handoff,
         *,
+        hot: HotSet | None = None,
         ping_pong: bool = False,
         watchdog_s: float = WATCHDOG_S,
     ) -> None:
@@ -52,6 +55,7 @@ class TextModel:
         self.layers = list(layers)
         self.accelerator = accelerator
         self.handoff = handoff
+        self.hot = hot
         self._runtimes = list(runtimes)
         self.ping_pong = ping_pong
         self._watchdog_s = watchdog_s
@@ -64,6 +68,12 @@ class TextModel:
         self._closed = False
 
     @property
+    def usage(self) -> dict[int, LayerUsage]:
+        """The counters of chosen experts, by layer; empty where none are counted."""
+        moe = {i: layer.mlp for i, layer in enumerate(self.layers) if isinstance(layer.mlp, Moe)}
+        return {i: layer.usage for i, layer in moe.items() if layer.usage is not None}
+
+    @property
     def trace(self) -> Trace | None:
         """Where the times of operations go."""
         return self.accelerator.trace
@@ -71,6 +81,8 @@ class TextModel:
     @trace.setter
     def trace(self, trace: Trace | None) -> None:
         self.accelerator.trace = self.handoff.trace = trace
+        if self.hot is not None:
+            self.hot.trace = trace
 
     def forward(self, batch: Batch, cache: LatentCache) -> Tensor:
         """Run the batch through all layers and return the logits of its logit rows.
@@ -88,6 +100,9 @@ class TextModel:
         try:
             if failed:
                 self.accelerator.enqueue(self.handoff.reset, Label("reset"))
+            if self.hot is not None:
+                for op, label in self.hot.between_steps(len(batch.token_ids)):
+                    self.accelerator.enqueue(op, label)
             for op, label in self._operations(self._halves(batch, cache, logits)):
                 self.accelerator.enqueue(op, label)
             self.accelerator.synchronize(self._watchdog_s)
@@ -104,9 +119,13 @@ class TextModel:
         self._closed = True
         self.handoff.close()
         self.accelerator.close()
+        if self.hot is not None:
+            self.hot.close()
         for layer in self.layers:
             if isinstance(layer.mlp, Moe):
                 layer.mlp.experts.close()
+                if layer.mlp.hot is not None:
+                    layer.mlp.hot.close()
         for runtime in self._runtimes:
             runtime.close()
         self.layers.clear()

@@ -29,8 +29,5 @@ def check_loadable(plan: Plan) -> None:
 
 
 def _missing(plan: Plan) -> Iterator[MissingPart]:
-    for row in plan.rows:
-        if row.hottest:
-            yield MissingPart(row.line, "hottest", "leave the rule out: the host computes all routed experts then")
     if plan.stream != "off":
         yield MissingPart(plan.rules.prefill.stream_line, "prefill: stream: auto", "write stream: off")

@@ -2,7 +2,7 @@
 
 workspace   activations of a chunk, work buffers of attention, logits, the partial sums of decode attention, the rows of
             experts that are computed on the GPU
-staging     buffers for the experts that a streamed prefill brings over
+staging     buffers for the experts that a streamed prefill brings over, or for one that becomes a hot one
 graphs      a CUDA graph of the decode step for each size of batch
 allocator   what torch's allocator rounds up
 """
@@ -23,6 +23,7 @@ EXPERT_TOKENS = 1024  # of a chunk that pass through experts on the GPU at a tim
 # While some experts are computed, the next ones arrive, of the same layer or of the next: twice four are 190 MB at the
 # size of K2.6, 8 ms of PCIe 4 x16.
 STAGED_EXPERTS = 8
+EXCHANGED_EXPERTS = 1  # what is on its way to become a hot one
 GRAPHS = 4  # batches of 1, 2, 4 and 8 sequences
 GRAPH_BYTES_PER_LAYER = 256 * KIB  # some 30 launches, by common experience 8 KiB each
 ROUNDING_BYTES = MIB  # the allocator gives large tensors whole 2 MiB: half of that is lost with each
@@ -65,7 +66,8 @@ def gpu_overheads(work: Work, matrices: int, matrix_bytes: int) -> tuple[Overhea
 def _parts(work: Work, matrices: int, matrix_bytes: int) -> Iterator[tuple[str, int]]:
     config = work.config
     yield "workspace", workspace_bytes(work)
-    yield "staging", STAGED_EXPERTS * weight_bytes(expert_parameters(config), "int4") if work.stream else 0
+    staged = STAGED_EXPERTS if work.stream else EXCHANGED_EXPERTS if work.hot else 0
+    yield "staging", staged * weight_bytes(expert_parameters(config), "int4")
     yield "graphs", GRAPHS * config.num_hidden_layers * GRAPH_BYTES_PER_LAYER
     # The weights of a small model share a few blocks.
     yield "allocator", min(matrices * ROUNDING_BYTES, matrix_bytes // 10)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.host.threads import NodeThreads
 from hybrid_k2.placement.claims import ranges_of
 from hybrid_k2.placement.form import Rules, format_layers
 from hybrid_k2.placement.groups import LAYERED_GROUPS, decoded_bytes
+from hybrid_k2.placement.hot import Usage
 from hybrid_k2.placement.machine import Machine
 from hybrid_k2.placement.memories import HOST, memory_of
 from hybrid_k2.placement.overheads import Overhead
@@ -51,7 +52,8 @@ class PlanRow:
     """Place one group, or some layers of it.
 
     layers: None for a group outside the layers. line: of its rule. hottest: the row holds so many of the most used
-    experts of each layer; 0: the group, less what such rows take from it.
+    experts of each layer, `experts` to begin with; 0: the group, less what such rows take from it. also_on_host: the
+    group holds these experts, too.
     """
 
     what: str
@@ -61,6 +63,8 @@ class PlanRow:
     nbytes: int
     line: int
     hottest: int = 0
+    experts: tuple[tuple[int, ...], ...] = ()
+    also_on_host: bool = False
 
     @property
     def name(self) -> str:
@@ -89,6 +93,7 @@ class Plan:
     activation_dtype: of the residual stream. chunk_tokens: prompt tokens per forward pass.
     stream: "auto": a GPU computes heavy experts of a prompt, brought over as they are needed; or "off".
     overheads: what a GPU holds beside weights and KV cache.
+    usage: how often each expert of each MoE layer was chosen, as far as that is known: what `hottest` goes by.
     notes: what the user should know.
     """
 
@@ -107,6 +112,7 @@ class Plan:
     twin_threads: int = 0
     stream: str = "off"
     overheads: tuple[Overhead, ...] = ()
+    usage: Usage = field(default_factory=dict)
 
     @property
     def threads(self) -> int:
@@ -147,9 +153,14 @@ class Plan:
         """Sum the weights that decoding one token reads: dense groups, the chosen experts, one embedding row."""
         return bytes_per_token(self.config, self.rows)
 
-    def hot_experts(self, layer: int) -> int:
-        """Count the routed experts of a layer that a GPU holds."""
-        return sum(row.hottest for row in self.rows if layer in (row.layers or ()))
+    def hot_row(self, layer: int) -> PlanRow | None:
+        """Find the row of the hot experts of a layer; None where it has none."""
+        return next((row for row in self.rows if row.hottest and layer in (row.layers or ())), None)
+
+    def hot_experts(self, layer: int) -> tuple[int, ...]:
+        """List the routed experts of a layer that the accelerator holds to begin with."""
+        row = self.hot_row(layer)
+        return row.experts[(row.layers or ()).index(layer)] if row is not None else ()
 
     def table(self) -> str:
         """Write the plan as aligned text."""

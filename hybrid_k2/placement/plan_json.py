@@ -21,6 +21,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
             {
                 "what": row.what,
                 "hottest": row.hottest,
+                "also_on_host": row.also_on_host,
                 "layers": row.layer_text or None,
                 "device": row.device,
                 "dtype": row.dtype,

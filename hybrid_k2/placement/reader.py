@@ -129,11 +129,12 @@ def _hottest(section: Section, what: str, on: str, devices: Devices) -> int | No
             section.fail(key, f"{key}: expected it with routed_experts on: gpu, got {what} on: {on}")
     if (what, on) != ("routed_experts", "gpu"):
         return None
-    if devices.gpu == TWIN:
-        section.fail("on", "on: expected host (the twin takes no routed experts), got gpu")
     if section.get(HOTTEST) is None:
         section.unavailable("on", "routed_experts on: gpu", "hottest: N places the most used ones of each layer there")
-    return section.count(HOTTEST, MAX_EXPERTS) or 0
+    count = section.count(HOTTEST, MAX_EXPERTS)
+    if count is None and devices.gpu == TWIN:
+        section.fail(HOTTEST, f"{HOTTEST}: expected a number (the twin's memory is the host's), got auto")
+    return count or 0
 
 
 def _dtypes(what: str, hot: bool, on_card: bool) -> tuple[str, ...]:

@@ -54,6 +54,23 @@ def test_both_sides_have_a_thread_on_any_machine() -> None:
         assert (plan.twin_threads, plan.threads) == (1, 1)
 
 
+def test_hot_experts_of_the_twin_are_in_the_hosts_memory_and_its_share() -> None:
+    dense = ("attention gpu", "dense_mlp gpu", "shared_experts gpu")
+    without = twin_plan(*dense, cores=64)
+    once, twice = (
+        twin_plan(*dense, "routed_experts host", f"routed_experts gpu hottest: 96{more}", cores=64)
+        for more in ("", ", also_on_host: true")
+    )
+    expert = without.expert_bytes // 60 // 384
+    assert once.bytes_on("host") == without.bytes_on("host")
+    assert twice.bytes_on("host") == without.bytes_on("host") + 60 * 96 * expert
+    assert (once.where("routed_experts", 7).device, once.hot_row(7).device) == ("host", "twin")  # type: ignore[union-attr]
+    assert once.accelerator == "twin"
+    assert without.twin_threads < once.twin_threads == twice.twin_threads <= 31
+    only = twin_plan("routed_experts host", "routed_experts gpu hottest: 2", kimi=False)
+    assert (only.accelerator, only.overlap) == ("twin", "off")
+
+
 def test_threads_by_rule() -> None:
     plan = twin_plan("attention gpu", devices="gpu: twin, twin_threads: 5, host: {threads: 9}")
     assert (plan.twin_threads, plan.threads) == (5, 4)
