@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "bindings.h"
 #include "core/error.h"
@@ -119,6 +120,41 @@ class PyLayer {
     return py::make_tuple(w13, w2);
   }
 
+  // The memory of one expert, not copied, for each NUMA node: w13 [2 n, H/32, 576] and w2 [H/32, n, 576] of its n groups
+  // of 32 intermediate channels. It is there as long as an array refers to it.
+  std::vector<std::pair<py::array, py::array>> view_expert(int expert) const {
+    const std::shared_ptr<Layer> layer = open();
+    const ExpertLayer& experts = layer->experts();
+    experts.check_loaded(expert);
+    const py::capsule owner(new std::shared_ptr<Layer>(layer),
+                            [](void* held) { delete static_cast<std::shared_ptr<Layer>*>(held); });
+    std::vector<std::pair<py::array, py::array>> views;
+    const int64_t groups = experts.shape().hidden_groups();
+    for (int node = 0; node < experts.nodes(); ++node) {
+      const int64_t count = experts.channels(node).count;
+      views.emplace_back(Array<uint8_t>({2 * count, groups, int64_t(kBlockBytes)}, experts.w13(expert, node), owner),
+                         Array<uint8_t>({groups, count, int64_t(kBlockBytes)}, experts.w2(expert, node), owner));
+    }
+    return views;
+  }
+
+  // Address and bytes of each node's memory.
+  std::vector<std::pair<uintptr_t, size_t>> memory() const {
+    std::vector<std::pair<uintptr_t, size_t>> ranges;
+    for (const HugeBuffer* buffer : open()->experts().buffers()) {
+      ranges.emplace_back(reinterpret_cast<uintptr_t>(buffer->data()), buffer->bytes());
+    }
+    return ranges;
+  }
+
+  // Takes an expert in the form of read_l32, with its checksum.
+  void store_expert(int expert, const py::array& w13, const py::array& w2, uint64_t checksum) {
+    const std::shared_ptr<Layer> layer = open();
+    const auto [w13_data, w2_data] = l32(layer->experts().shape(), w13, w2);
+    const py::gil_scoped_release nogil;
+    layer->experts().store(expert, w13_data, w2_data, checksum);
+  }
+
   // Puts `now`, in the form of read_l32 and with its checksum, into the place of `old`.
   void replace_expert(int old, int now, const py::array& w13, const py::array& w2, uint64_t checksum) {
     const std::shared_ptr<Layer> layer = open();
@@ -145,6 +181,11 @@ class PyLayer {
     const PageCount count = layer->experts().count_pages();
     if (count.resident == 0) return std::nullopt;
     return double(count.huge) / double(count.resident);
+  }
+
+  bool loaded(int expert) const {
+    const std::shared_ptr<Layer> layer = open();
+    return expert >= 0 && expert < layer->experts().shape().experts && layer->experts().loaded(expert);
   }
 
   uint64_t checksum(int expert) const { return open()->experts().checksum(expert); }
@@ -231,9 +272,14 @@ void bind_experts(py::module_& m) {
       .def("load_stored", &PyLayer::load_stored, py::arg("expert"), py::arg("tensors"),
            py::arg("mode") = ReadMode::kAuto)
       .def("read_expert", &PyLayer::read_expert, py::arg("expert"))
+      .def("loaded", &PyLayer::loaded, py::arg("expert"))
       .def("checksum", &PyLayer::checksum, py::arg("expert"))
       .def("memory_checksum", &PyLayer::memory_checksum, py::arg("expert"))
       .def("read_l32", &PyLayer::read_l32, py::arg("expert"))
+      .def("view_expert", &PyLayer::view_expert, py::arg("expert"))
+      .def("memory", &PyLayer::memory)
+      .def("store_expert", &PyLayer::store_expert, py::arg("expert"), py::arg("w13"), py::arg("w2"),
+           py::arg("checksum"))
       .def("replace_expert", &PyLayer::replace_expert, py::arg("old"), py::arg("now"), py::arg("w13"), py::arg("w2"),
            py::arg("checksum"))
       .def("l32_checksum", &PyLayer::l32_checksum, py::arg("w13"), py::arg("w2"))

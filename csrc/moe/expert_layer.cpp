@@ -212,17 +212,22 @@ void ExpertLayer::copy_l32(int expert, uint8_t* w13_out, uint8_t* w2_out) const 
   });
 }
 
+void ExpertLayer::store(int expert, const uint8_t* w13, const uint8_t* w2, uint64_t checksum) {
+  begin(expert);
+  each_run(expert, [&](uint8_t* here, int64_t at, L32Matrix matrix, size_t bytes) {
+    std::memcpy(here, (matrix == L32Matrix::kGateUp ? w13 : w2) + at, bytes);
+  });
+  checksums_[expert] = checksum;
+  finish(expert);
+}
+
 void ExpertLayer::replace(int old, int now, const uint8_t* w13, const uint8_t* w2, uint64_t checksum) {
   check_loaded(old);
   check_expert(now);
   check_argument(!loaded(now), "expert", "one that is not here", now);
   loaded_[old].store(false);
   places_[now].store(places_[old].exchange(kNoPlace));
-  each_run(now, [&](uint8_t* here, int64_t at, L32Matrix matrix, size_t bytes) {
-    std::memcpy(here, (matrix == L32Matrix::kGateUp ? w13 : w2) + at, bytes);
-  });
-  checksums_[now] = checksum;
-  finish(now);
+  store(now, w13, w2, checksum);
 }
 
 }  // namespace k2

@@ -68,8 +68,10 @@ class ExpertLayer {
   // The expert in layout L32 as one node would hold it: w13 [I/16, H/32, 576] and w2 [H/32, I/32, 576]. ArgumentError.
   void copy_l32(int expert, uint8_t* w13_out, uint8_t* w2_out) const;
 
-  // Puts an expert, in the form that `copy_l32` writes and with its checksum, into the place of a packed one, which is
-  // gone then. Nothing may compute meanwhile. ArgumentError unless `old` is here and `now` is not.
+  // Takes an expert in the form that `copy_l32` writes, with its checksum. As `pack` for threads and errors.
+  void store(int expert, const uint8_t* w13, const uint8_t* w2, uint64_t checksum);
+  // The same, into the place of a packed one, which is gone then. Nothing may compute meanwhile. ArgumentError unless
+  // `old` is here and `now` is not.
   void replace(int old, int now, const uint8_t* w13, const uint8_t* w2, uint64_t checksum);
 
   // Of the expert's blocks as they were packed, and as they are in memory now (moe/l32_digest.h). ArgumentError if the

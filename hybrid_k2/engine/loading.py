@@ -26,7 +26,6 @@ from hybrid_k2.placement import (
     Machine,
     Plan,
     Rules,
-    check_loadable,
     default_rules,
     described_machine,
     load_rules,
@@ -94,8 +93,8 @@ def plan_checkpoint(
 ) -> Plan:
     """Plan a checkpoint without loading it: its configuration is enough, its index is used where there is one.
 
-    A GPU that the rules name and size need not be here (`described_machine`). The plan may hold what this version
-    cannot load (`missing_parts`). host_memory_bytes: plan for a host with so much free memory.
+    A GPU that the rules name and size need not be here (`described_machine`). host_memory_bytes: plan for a host with
+    so much free memory.
     Raises: CheckpointError, ConfigError, UnsupportedModelError, RulesError, HardwareError, MemoryBudgetError.
     """
     folder = find_checkpoint(path) if str(path) == DEMO else resolve_configuration(str(path))
@@ -119,9 +118,7 @@ def _usage(folder: Path, config: ModelConfig) -> Counts:
 
 def _plan(rules: str | Path | Rules | None, config: ModelConfig, packed: bool, usage: Counts) -> Plan:
     machine = Machine.probe()
-    plan = make_plan(_rules(rules, machine, config, packed), config, machine, experts_packed=packed, usage=usage)
-    check_loadable(plan)
-    return plan
+    return make_plan(_rules(rules, machine, config, packed), config, machine, experts_packed=packed, usage=usage)
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:

@@ -118,6 +118,10 @@ class NativeExperts(ExpertsBackend):
         for file, info in {file: info for info, file in files.items()}.items():  # each file once
             file.check_unchanged(info.name)
 
+    def holds(self, expert: int) -> bool:
+        """Say whether an expert is loaded."""
+        return bool(self._layer.loaded(expert))
+
     def read_expert(self, expert: int) -> ExpertWeights:
         """Return one expert's weights in the checkpoint's form, bit for bit as they were loaded.
 
@@ -144,9 +148,29 @@ class NativeExperts(ExpertsBackend):
 
         Raises: EngineError if its weights are not the ones that were loaded; ValueError if it was not loaded.
         """
-        weights = L32Expert(*self.read_l32(expert), self.checksum(expert))
+        weights = self.read_l32_expert(expert)
         self.check_copy(expert, weights)
         return weights
+
+    def read_l32_expert(self, expert: int) -> L32Expert:
+        """Return a copy of one expert, which is not checked. Raises: ValueError if it was not loaded."""
+        return L32Expert(*self.read_l32(expert), self.checksum(expert))
+
+    def view_expert(self, expert: int) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        """Return the memory of one expert itself, of each NUMA node with its n groups of 32 intermediate channels.
+
+        Shapes: w13 [2 n, H/32, 576], w2 [H/32, n, 576].
+        Raises: ValueError if it was not loaded.
+        """
+        return list(self._layer.view_expert(expert))
+
+    def memory(self) -> list[tuple[int, int]]:
+        """Return address and bytes of the weights' memory, of each NUMA node."""
+        return list(self._layer.memory())
+
+    def store_expert(self, expert: int, weights: L32Expert) -> None:
+        """Take over one expert from a copy; as `load_expert` for threads and errors."""
+        self._layer.store_expert(expert, weights.w13, weights.w2, weights.checksum)
 
     def check_copy(self, expert: int, weights: L32Expert) -> None:
         """Check that a copy of an expert has the weights that were loaded. Raises: EngineError if it has not."""

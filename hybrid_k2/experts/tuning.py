@@ -60,7 +60,7 @@ def remembered_tuning(key: str, measure: Callable[[], Tuning], folder: Path | No
 
     Effects: writes one small file into `folder` (by default the user's cache); where that fails, nothing is remembered.
     """
-    file = (folder or cache_folder()) / f"tuning-{_file_name(key)}.json"
+    file = (folder or cache_folder()) / f"tuning-{file_name(key)}.json"
     tuning = _read(file, key)
     if tuning is None:
         tuning = measure()
@@ -82,7 +82,8 @@ def _cpu_name() -> str:
     return next(named, "") or platform.processor() or platform.machine()
 
 
-def _file_name(key: str) -> str:
+def file_name(key: str) -> str:
+    """Write a key in letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-")
 
 

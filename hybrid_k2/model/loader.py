@@ -35,8 +35,9 @@ from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.native_attention import NativeAttention
 from hybrid_k2.model.router import Router
+from hybrid_k2.model.stream_loading import make_split
 from hybrid_k2.model.text import EXPERTS_WATCHDOG_S, TextModel
-from hybrid_k2.placement import Plan, check_loadable
+from hybrid_k2.placement import Plan
 from hybrid_k2.placement.memories import HOST, TWIN, memory_of
 from hybrid_k2.placement.plan import Placement
 
@@ -54,10 +55,9 @@ def load_text_model(
     kernels compute, and per reading thread 9 MB, or one expert where the native kernels are missing.
     Effects: torch's thread count becomes the plan's, the twin's where there is one, for torch computes on it then. What
     was loaded is released if loading fails or is interrupted.
-    Raises: RulesError for a plan that this version cannot load; CheckpointError before anything large is read, or if a
+    Raises: CheckpointError before anything large is read, or if a
     file changes meanwhile; HardwareError for a device that is not there, is full, or lacks the kernels.
     """
-    check_loadable(plan)
     for row in plan.rows:
         if row.dtype in ("int8", "fp8") and memory_of(row.device) != HOST:
             check_kernels(row.dtype, row.device)
@@ -106,6 +106,7 @@ class _Builder:
     def model(self) -> TextModel:
         embedding = self.weight("model.embed_tokens", "embedding")
         layers = [self.layer(layer) for layer in range(self.config.num_hidden_layers)]
+        moe = {i: layer.mlp for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)}
         return TextModel(
             config=self.config,
             activation_dtype=torch_dtype(self.plan.activation_dtype),
@@ -116,7 +117,8 @@ class _Builder:
             runtimes=list(self.runtimes.values()),
             accelerator=self.accelerator(),
             handoff=self.handoff(layers),
-            hot=self.hot.hot_set({i: layer.mlp for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)}),
+            hot=self.hot.hot_set(moe),
+            split=make_split(self.plan, moe, self.runtimes, self.undo),
             ping_pong=self.plan.overlap == "ping_pong",
         )
 

@@ -6,6 +6,7 @@ front    attention; then the dense MLP, or norm and router
 post     hand the rows and their experts over; the host starts to compute
 shared   the shared expert, meanwhile
 hot      the accelerator's own routed experts, where it has some
+stream   routed experts of a prompt that are brought to the accelerator meanwhile
 take     wait for the routed experts, add all up
 
 With two halves, the front of one runs while the host computes the experts of the other:
@@ -31,6 +32,7 @@ from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.layer import Layer
 from hybrid_k2.model.layers import Matrix, RmsNorm, linear
 from hybrid_k2.model.moe import Moe, mixed
+from hybrid_k2.model.prefill_split import PrefillSplit, Streamed
 from hybrid_k2.model.rope import Rope, Rotation
 from hybrid_k2.model.router import Routing
 
@@ -42,11 +44,24 @@ Operation = tuple[Callable[[], None], Label]
 class Half:
     """Take rows that belong together through the layers; `slot` is the one of the hand-off that they use.
 
-    `logits` gets the result. Shapes: [R, vocab] fp32, R: the batch's logit rows.
+    `logits` gets the result. `split` streams experts of a prompt, if it is one; `alone`: this is all of the batch.
+    Shapes: [R, vocab] fp32, R: the batch's logit rows.
     """
 
-    def __init__(self, slot: int, batch: Batch, cache: LatentCache, handoff: Handoff, logits: Tensor) -> None:
+    def __init__(
+        self,
+        slot: int,
+        batch: Batch,
+        cache: LatentCache,
+        handoff: Handoff,
+        logits: Tensor,
+        *,
+        split: PrefillSplit | None = None,
+        alone: bool = True,
+    ) -> None:
         self.slot = slot
+        self.split = split
+        self._alone = alone
         self._batch = batch
         self._cache = cache
         self._handoff = handoff
@@ -56,6 +71,8 @@ class Half:
         self._routing: Routing
         self._shared: Tensor  # [T, hidden]
         self._hot: Tensor  # [T, hidden] fp32
+        self._asked: Streamed
+        self._streamed: Tensor  # [T, hidden] fp32
         self._rotation: Rotation
 
     def embed(self, embedding: Tensor, dtype: torch.dtype, rope: Rope) -> None:
@@ -75,6 +92,8 @@ class Half:
     def post(self, index: int, moe: Moe) -> None:
         """Route, and start the routed experts that the host has."""
         self._routing, on_host = moe.route(self._normal)
+        if self.split is not None:
+            on_host, self._asked = self.split.choose(index, on_host, alone=self._alone)
         self._handoff.post(self.slot, index, self._normal, on_host, self._routing.weights)
 
     def shared(self, moe: Moe) -> None:
@@ -85,11 +104,18 @@ class Half:
         """Compute the routed experts that the accelerator has."""
         self._hot = hot.forward(self._normal, self._routing.ids, self._routing.weights)
 
+    def stream(self, split: PrefillSplit) -> None:
+        """Compute the routed experts that are brought over, as they arrive."""
+        asked = self._asked
+        self._streamed = split.stream.compute(asked.arrivals, self._normal, asked.ids, self._routing.weights)
+
     def take(self, index: int, moe: Moe) -> None:
-        """Wait for the routed experts, and add: the host's first."""
+        """Wait for the routed experts, and add: the host's first, then hot and then streamed ones."""
         routed = self._handoff.take(self.slot, index)
         if moe.hot is not None:
             routed = routed.to(self._hot.device) + self._hot
+        if self.split is not None:
+            routed = routed.to(self._streamed.device) + self._streamed
         self._x = self._x + mixed(routed, self._shared, self._normal).to(self._x)
 
     def head(self, norm: RmsNorm, lm_head: Matrix) -> None:
@@ -120,6 +146,8 @@ def _finish(index: int, layer: Layer, half: Half) -> Iterator[Operation]:
         yield partial(half.shared, layer.mlp), _label("shared", index, half)
         if layer.mlp.hot is not None:
             yield partial(half.hot, layer.mlp.hot), _label("hot", index, half)
+        if half.split is not None:
+            yield partial(half.stream, half.split), _label("stream", index, half)
         yield partial(half.take, index, layer.mlp), _label("take", index, half)
 
 

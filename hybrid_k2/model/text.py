@@ -19,6 +19,7 @@ from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.layer import Layer
 from hybrid_k2.model.layers import Matrix, RmsNorm
 from hybrid_k2.model.moe import Moe
+from hybrid_k2.model.prefill_split import LEAST_TOKENS, PrefillSplit
 from hybrid_k2.model.rope import Rope
 from hybrid_k2.model.schedule import Half, Operation, through_layers
 
@@ -46,6 +47,7 @@ class TextModel:
         handoff: Handoff,
         *,
         hot: HotSet | None = None,
+        split: PrefillSplit | None = None,
         ping_pong: bool = False,
         watchdog_s: float = WATCHDOG_S,
     ) -> None:
@@ -56,6 +58,7 @@ class TextModel:
         self.accelerator = accelerator
         self.handoff = handoff
         self.hot = hot
+        self.split = split
         self._runtimes = list(runtimes)
         self.ping_pong = ping_pong
         self._watchdog_s = watchdog_s
@@ -83,6 +86,8 @@ class TextModel:
         self.accelerator.trace = self.handoff.trace = trace
         if self.hot is not None:
             self.hot.trace = trace
+        if self.split is not None:
+            self.split.stream.trace = trace
 
     def forward(self, batch: Batch, cache: LatentCache) -> Tensor:
         """Run the batch through all layers and return the logits of its logit rows.
@@ -103,7 +108,10 @@ class TextModel:
             if self.hot is not None:
                 for op, label in self.hot.between_steps(len(batch.token_ids)):
                     self.accelerator.enqueue(op, label)
-            for op, label in self._operations(self._halves(batch, cache, logits)):
+            halves = self._halves(batch, cache, logits)
+            if self.split is not None and any(half.split is not None for half in halves):
+                self.accelerator.enqueue(self.split.begin, Label("begin"))
+            for op, label in self._operations(halves):
                 self.accelerator.enqueue(op, label)
             self.accelerator.synchronize(self._watchdog_s)
         except BaseException:
@@ -121,6 +129,8 @@ class TextModel:
         self.accelerator.close()
         if self.hot is not None:
             self.hot.close()
+        if self.split is not None:
+            self.split.stream.close()
         for layer in self.layers:
             if isinstance(layer.mlp, Moe):
                 layer.mlp.experts.close()
@@ -136,7 +146,15 @@ class TextModel:
         parts = batch.halves() if self.ping_pong else [batch]
         places = torch.split(logits, [len(part.logit_rows) for part in parts])
         return [
-            Half(slot, part, cache, self.handoff, place)
+            Half(
+                slot,
+                part,
+                cache,
+                self.handoff,
+                place,
+                split=self.split if len(part.token_ids) >= LEAST_TOKENS else None,
+                alone=len(parts) == 1,
+            )
             for slot, (part, place) in enumerate(zip(parts, places, strict=True))
         ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hybrid_k2.placement.described import described_machine
 from hybrid_k2.placement.draft import make_plan
-from hybrid_k2.placement.later import check_loadable, missing_parts
 from hybrid_k2.placement.machine import Gpu, Machine
 from hybrid_k2.placement.plan import KvCachePlan, Placement, Plan, PlanRow
 from hybrid_k2.placement.rules import Rules, default_rules, load_rules, parse_rules, shipped_names, shipped_rules
@@ -17,12 +16,10 @@ __all__ = [
     "Plan",
     "PlanRow",
     "Rules",
-    "check_loadable",
     "default_rules",
     "described_machine",
     "load_rules",
     "make_plan",
-    "missing_parts",
     "parse_rules",
     "shipped_names",
     "shipped_rules",

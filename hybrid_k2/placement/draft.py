@@ -14,7 +14,7 @@ from hybrid_k2.placement.host_threads import plan_threads
 from hybrid_k2.placement.hot import Usage, hot_counts, hot_notes, hottest, moved_experts
 from hybrid_k2.placement.machine import Machine
 from hybrid_k2.placement.memories import HOST, TWIN, memory_of
-from hybrid_k2.placement.overheads import MATRICES, Overhead, Work, gpu_overheads
+from hybrid_k2.placement.overheads import MATRICES, Overhead, Work, gpu_overheads, staging
 from hybrid_k2.placement.plan import KvCachePlan, Plan, PlanRow, bytes_per_token, expert_bytes
 from hybrid_k2.placement.yaml_tree import fail
 
@@ -54,7 +54,9 @@ def draft_plan(
     rows = tuple(_row(claim, rules, config, devices, stream, experts_packed) for claim in claims.all)
     activation_dtype = "fp32" if _stream_on_host(rows) else stream
     accelerator = _accelerator(devices, claims)
-    streams = rules.prefill.stream if accelerator not in (None, TWIN) else "off"
+    streams = rules.prefill.stream if accelerator is not None else "off"
+    if streams != "off":
+        _check_streamed(rules, experts_packed)
     chunk_tokens = rules.prefill.chunk_tokens or (AUTO_CHUNK_TOKENS if streams == "off" else AUTO_STREAM_TOKENS)
     work = Work(config, accelerator, activation_dtype, chunk_tokens, bool(claims.hot), streams != "off")
     kv_cache = _plan_kv_cache(rules, config, machine, devices, rows, work)
@@ -100,7 +102,7 @@ def draft_plan(
 def _overheads(work: Work, rows: tuple[PlanRow, ...], kv_cache: KvCachePlan | None) -> tuple[Overhead, ...]:
     """List what the GPU takes beside these rows and the cache; the twin's work is within the host's reserve."""
     if work.device in (None, TWIN):
-        return ()
+        return staging(work) if work.stream else ()
     placed = [row for row in rows if row.device == work.device]
     matrices = sum(MATRICES[row.what] * len(row.layers or (0,)) for row in placed)
     nbytes = sum(row.nbytes for row in placed)
@@ -165,6 +167,14 @@ def _place_hot(
                 PlanRow(claim.what, layers, device, "int4", nbytes, rule.line, count, experts, rule.also_on_host)
             )
     return tuple(placed)
+
+
+def _check_streamed(rules: Rules, experts_packed: bool) -> None:
+    """Refuse to stream experts that the kernels of the accelerator do not compute."""
+    if experts_packed and rules.numerics != "reference":
+        return
+    got = "numerics: reference" if experts_packed else "a checkpoint with unpacked experts"
+    fail(rules.source, rules.prefill.stream_line, f"prefill: stream: expected INT4 experts, native kernels, got {got}")
 
 
 def _fp8_notes(rows: tuple[PlanRow, ...], rules: Rules, machine: Machine) -> tuple[str, ...]:
@@ -317,7 +327,7 @@ def _plan_kv_cache(
         )
     memory = memory_of(device)
     taken = sum(row.nbytes for row in rows if memory_of(row.device) == memory)
-    taken += sum(one.nbytes for one in _overheads(work, rows, None) if one.device == memory)
+    taken += sum(one.nbytes for one in _overheads(work, rows, None) if memory_of(one.device) == memory)
     free = find_budget(memory, rules, machine).nbytes - taken
     affordable = max(1, free // 4 // page_bytes) * PAGE_TOKENS
     tokens = rule.tokens or min(limit, AUTO_KV_TOKENS, affordable)

@@ -60,14 +60,20 @@ class Work:
 def gpu_overheads(work: Work, matrices: int, matrix_bytes: int) -> tuple[Overhead, ...]:
     """List what the work takes on its GPU beside so many matrices of weights and cache."""
     parts = _parts(work, matrices, matrix_bytes)
-    return tuple(Overhead(what, work.device or "", nbytes) for what, nbytes in parts if nbytes)
+    (workspace, *rest) = (Overhead(what, work.device or "", nbytes) for what, nbytes in parts if nbytes)
+    return (workspace, *staging(work), *rest)
+
+
+def staging(work: Work) -> tuple[Overhead, ...]:
+    """Return the room for experts on their way to where they are computed."""
+    staged = STAGED_EXPERTS if work.stream else EXCHANGED_EXPERTS if work.hot else 0
+    nbytes = staged * weight_bytes(expert_parameters(work.config), "int4")
+    return (Overhead("staging", work.device or "", nbytes),) if nbytes else ()
 
 
 def _parts(work: Work, matrices: int, matrix_bytes: int) -> Iterator[tuple[str, int]]:
     config = work.config
     yield "workspace", workspace_bytes(work)
-    staged = STAGED_EXPERTS if work.stream else EXCHANGED_EXPERTS if work.hot else 0
-    yield "staging", staged * weight_bytes(expert_parameters(config), "int4")
     yield "graphs", GRAPHS * config.num_hidden_layers * GRAPH_BYTES_PER_LAYER
     # The weights of a small model share a few blocks.
     yield "allocator", min(matrices * ROUNDING_BYTES, matrix_bytes // 10)

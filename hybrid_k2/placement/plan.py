@@ -191,4 +191,4 @@ def _items(plan: Plan, device: str) -> Iterator[tuple[int, str]]:
     if memory_of(cache.device) == device:
         place = f" (line {plan.rules.kv_cache.line})" if plan.rules.kv_cache.line else ""
         yield cache.nbytes, f"kv_cache of {cache.tokens} tokens{place}"
-    yield from ((one.nbytes, one.what) for one in plan.overheads if one.device == device)
+    yield from ((one.nbytes, one.what) for one in plan.overheads if memory_of(one.device) == device)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from hybrid_k2.placement.budget import find_budget
-from hybrid_k2.placement.later import missing_parts
 from hybrid_k2.placement.plan import Plan
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
-    """Return everything that the table says, and what this version cannot load of it."""
+    """Return everything that the table says."""
     cache = plan.kv_cache
     return {
         "model": plan.config.model_type,
@@ -48,7 +47,6 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "chunk_tokens": plan.chunk_tokens,
         "bytes_per_token": plan.bytes_per_token,
         "notes": list(plan.notes),
-        "not_in_this_version": [part._asdict() for part in missing_parts(plan)],
     }
 
 

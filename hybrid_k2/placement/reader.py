@@ -181,6 +181,8 @@ def _prefill(top: Section) -> PrefillRule:
     node = top.get("prefill")
     if node is None:
         return PrefillRule()
-    section = Section(top.source, "prefill", node, ("stream", "chunk_tokens"))
+    costs = ("copy_gbps", "read_gbps", "token_us")
+    section = Section(top.source, "prefill", node, ("stream", "chunk_tokens", *costs))
     stream = section.choice("stream", ("auto", "off"), default="off")
-    return PrefillRule(section.count("chunk_tokens", MAX_TOKENS), stream, section.line_of("stream"))
+    numbers = [section.number(cost) for cost in costs]
+    return PrefillRule(section.count("chunk_tokens", MAX_TOKENS), stream, section.line_of("stream"), *numbers)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_k2.placement import Gpu, Machine
+from hybrid_k2.placement import Machine
 from tests.cli.conftest import Done
 
 Call = Callable[..., Done]
@@ -57,7 +57,7 @@ def test_the_json_says_the_same(call: Call, babbler: Path) -> None:
         host["bytes"] == sum(group["bytes"] for group in plan["groups"]) + plan["kv_cache"]["bytes"] <= host["budget"]
     )
     assert {group["what"] for group in plan["groups"]} >= {"embedding", "attention", "routed_experts", "lm_head"}
-    assert (plan["accelerator"], plan["overlap"], plan["not_in_this_version"]) == (None, "off", [])
+    assert (plan["accelerator"], plan["overlap"]) == (None, "off")
 
 
 def test_no_weights_need_be_here(call: Call, babbler: Path, tmp_path: Path) -> None:
@@ -135,9 +135,6 @@ def test_a_host_is_described_for_a_dry_run_alone(call: Call, babbler: Path) -> N
 def test_the_twin_is_planned_and_can_be_loaded(call: Call, babbler: Path) -> None:
     done = call("chat", babbler, "--rules", "twin", "--dry-run")
     assert done.code == 0
-    assert "not in this version" not in done.out
-    values = json.loads(call("chat", babbler, "--rules", "twin", "--dry-run", "--json").out)
-    assert values["not_in_this_version"] == []
     answered = call("chat", babbler, "--rules", "twin", "-p", "hi", "--max-tokens", "3")
     assert answered.code == 0
 
@@ -150,30 +147,11 @@ def test_hot_experts_on_the_twin_are_planned_and_can_be_loaded(
     card.write_text(CARD.replace("gpu: cuda:0, gpu_memory: 24GiB", "gpu: twin") + hot)
     done = call("chat", babbler, "--rules", card, "--dry-run")
     assert done.code == 0
-    assert "not in this version" not in done.out
     assert "\n2 hottest experts  1..2 " in done.out
     assert "\nnote: hottest: which experts are used most is not known here yet" in done.out
     answered = call("chat", babbler, "--rules", card, "-p", "hi", "--max-tokens", "3")
     assert answered.code == 0
     assert "note: hottest" not in call("chat", babbler, "--rules", card, "--dry-run").out, "it is known from now on"
-
-
-def test_what_this_version_cannot_load_is_said(
-    call: Call, babbler: Path, card: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    card.write_text(CARD + "prefill: {stream: auto}\n")
-    done = call("chat", babbler, "--rules", card, "--dry-run")
-    assert done.code == 0
-    assert (
-        f"\nnot in this version, so loading is refused: {card}:10: prefill: stream: auto (write stream: off" in done.out
-    )
-    values = json.loads(call("chat", babbler, "--rules", card, "--dry-run", "--json").out)
-    assert [(part["line"], part["what"]) for part in values["not_in_this_version"]] == [(10, "prefill: stream: auto")]
-    gpus = (Gpu(0, "Test GPU", 24 << 30),)
-    monkeypatch.setattr("hybrid_k2.placement.machine._probe_gpus", lambda root: (gpus, ""))
-    refused = call("chat", babbler, "--rules", card, "-p", "hi")
-    assert (refused.code, refused.out) == (1, "")
-    assert f"error: {card}:10: prefill: stream: auto is not available in this version\n" in refused.err
 
 
 @pytest.mark.parametrize("size", [16, 24, 32, 48, 80])

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid_k2.errors import HardwareError, MemoryBudgetError, RulesError
-from hybrid_k2.placement import Machine, Plan, check_loadable, make_plan, missing_parts, parse_rules, shipped_rules
+from hybrid_k2.errors import HardwareError, MemoryBudgetError
+from hybrid_k2.placement import Machine, Plan, make_plan, parse_rules, shipped_rules
 from hybrid_k2.placement.budget import CONTEXT_BYTES, LIBRARY_BYTES, find_budget, gpu_reserve_bytes
 from hybrid_k2.placement.groups import group_bytes
 from hybrid_k2.placement.overheads import STAGED_EXPERTS, Work, gpu_overheads, workspace_bytes
@@ -175,6 +175,10 @@ def test_a_streamed_prefill_takes_longer_chunks_and_needs_a_gpu() -> None:
     assert "prefill: chunks of 2048 tokens; heavy experts streamed\n" in plan.table()
     assert plan_of(tail="prefill: {stream: auto}\n").stream == "off"
     assert plan_of("attention gpu").stream == "off"
+    for more, got in ((", numerics: reference", "numerics: reference"), ("", "a checkpoint with unpacked experts")):
+        tail = "prefill: {stream: auto}\n" + more.removeprefix(", ")
+        error = refusal("attention gpu", tail=tail, packed=bool(more))
+        assert error.message == f"x.yaml:10: prefill: stream: expected INT4 experts, native kernels, got {got}"
 
 
 @given(st.integers(0, 1 << 40))
@@ -227,16 +231,3 @@ def test_the_files_for_cards_place_other_checkpoints(size: int, shape: dict[str,
     plan = make_plan(shipped_rules(f"gpu{size}"), config, machine(64, size))
     assert plan.accelerator == "cuda:0"
     assert len(plan.hot_experts(3)) == (0 if size == 16 else 24)
-
-
-def test_what_can_be_planned_and_not_loaded_is_listed_once() -> None:
-    plan = make_plan(shipped_rules("gpu24"), K2_6, machine(576, 24))
-    assert [(part.line, part.what) for part in missing_parts(plan)] == [(17, "prefill: stream: auto")]
-    with pytest.raises(RulesError) as caught:
-        check_loadable(plan)
-    assert caught.value.message == "rules/gpu24.yaml:17: prefill: stream: auto is not available in this version"
-    assert caught.value.hint == "write stream: off"
-    for name in ("gpu", "gpu16"):
-        check_loadable(make_plan(shipped_rules(name), K2_6, machine(576, 24)))
-    assert missing_parts(plan_of("attention gpu dtype: fp8", "lm_head gpu dtype: int8")) == ()
-    assert missing_parts(plan_of(tail="prefill: {stream: auto}\n")) == (), "nothing is streamed without a GPU"

@@ -7,7 +7,6 @@ import json
 from hybrid_k2.cli.interrupts import leaving_at_once
 from hybrid_k2.cli.terminal import Output
 from hybrid_k2.errors import ConfigError
-from hybrid_k2.placement import missing_parts
 from hybrid_k2.placement.plan_json import plan_values
 from hybrid_k2.placement.sizes import try_parse_bytes
 
@@ -27,9 +26,6 @@ def show_plan(model: str, rules: str | None, host_memory: str | None, output: Ou
         return
     output.line(f"rules: {plan.rules.reason or f'{plan.rules.source} (as asked)'}")
     output.line(plan.table())
-    for part in missing_parts(plan):
-        place = plan.rules.source if part.line is None else f"{plan.rules.source}:{part.line}"
-        output.line(f"not in this version, so loading is refused: {place}: {part.what} ({part.hint})")
 
 
 def _read_size(text: str | None) -> int | None:
