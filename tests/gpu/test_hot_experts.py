@@ -16,6 +16,7 @@ from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.placement import Gpu, Machine, parse_rules
 from tests.generators import write_checkpoint
+from tests.gpu.host_card import use_host_card
 from tests.gpu.test_int4_experts import EXACT_ERROR, ROUNDED_ERROR
 from tests.models import loaded
 from tests.unit.experts_common import float64_layer, load_random_experts, native_layer, random_routing
@@ -81,19 +82,9 @@ def folder(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "tiny", seed=9, **SIZES)
 
 
-def test_a_model_with_hot_experts_says_what_it_says_without(
-    device: torch.device, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_with_hot_experts_says_what_it_says_without(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few tokens at a time, which are computed exactly; the experts that the counts ask for come in between."""
-    probed = Machine.probe()
-    gpu = probed.gpus or (Gpu(0, "Test GPU", 8 << 30),)
-    monkeypatch.setattr(
-        Machine, "probe", lambda: Machine(probed.host_memory_bytes, probed.host_available_bytes, 1, gpu)
-    )
-    for module in ("loader", "latent_cache", "hot_loading"):
-        monkeypatch.setattr(
-            f"hybrid_k2.model.{module}.torch_device", lambda name: device if name == "cuda:0" else torch.device("cpu")
-        )
+    use_host_card(monkeypatch)
     chance = torch.randint(0, ModelConfig.load(folder).vocab_size, (2,))
     ids = chance[torch.randint(0, 2, (60,))].tolist()
     found = []

@@ -14,8 +14,9 @@ from hybrid_k2.experts import open_experts
 from hybrid_k2.experts.base import ELSEWHERE
 from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.host.threads import virtual_nodes
-from hybrid_k2.placement import Gpu, Machine, parse_rules
+from hybrid_k2.placement import parse_rules
 from tests.generators import write_checkpoint
+from tests.gpu.host_card import use_host_card
 from tests.gpu.test_hot_experts import RULES, SIZES
 from tests.gpu.test_int4_experts import ROUNDED_ERROR
 from tests.models import loaded
@@ -55,21 +56,9 @@ def test_experts_of_all_nodes_arrive_and_are_added(device: torch.device, nodes: 
     runtime.close()
 
 
-def test_a_model_that_streams_says_what_it_says_without(
-    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_streams_says_what_it_says_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_checkpoint(tmp_path / "tiny", seed=9, **SIZES)
-    probed = Machine.probe()
-    gpu = probed.gpus or (Gpu(0, "Test GPU", 8 << 30),)
-    monkeypatch.setattr(
-        Machine, "probe", lambda: Machine(probed.host_memory_bytes, probed.host_available_bytes, 1, gpu)
-    )
-    for module in ("loader", "latent_cache", "hot_loading", "stream_loading"):
-        monkeypatch.setattr(
-            f"hybrid_k2.model.{module}.torch_device", lambda name: device if name == "cuda:0" else torch.device("cpu")
-        )
-    if not probed.gpus:  # nothing can be pinned here
-        monkeypatch.setattr("hybrid_k2.model.stream_loading.PinnedMemory", lambda ranges: None)
+    use_host_card(monkeypatch)
     ids = torch.randint(0, ModelConfig.load(folder).vocab_size, (70,)).tolist()
     found = []
     for stream in ("off", "auto, copy_gbps: 10, read_gbps: 20, token_us: 0.1"):
