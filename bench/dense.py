@@ -137,6 +137,7 @@ def main() -> None:
     runtime = open_experts("exact", args.threads)
     if runtime.native is None:
         sys.exit("error: the native kernels are missing, so there is nothing to measure")
+    runtime.tune()
     weights = {dtype: load(runtime, dtype) for dtype in args.dtypes.split(",")}
     cases = [Case(dtype, int(tokens), steps) for dtype, steps in weights.items() for tokens in args.tokens.split(",")]
     report = run(runtime, cases, args.rounds)

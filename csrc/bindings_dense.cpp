@@ -33,6 +33,8 @@ struct Scratch {
   std::vector<uint8_t> bytes;
 };
 
+int prefetch_one(const Runtime& runtime) { return runtime.tuning().policy.prefetch_one; }
+
 // A matrix that Python can close while other threads are inside a call: each call holds what it uses.
 class PyDense {
  public:
@@ -86,7 +88,7 @@ class PyDense {
     const DenseInput in = input(x, m->inputs());
     float* out = mutable_matrix<float>("output", output, in.tokens, m->rows());
     Scratch scratch;
-    run(DenseJob(runtime_->pool, table_, {{m.get(), out}}, in, scratch.bytes));
+    run(DenseJob(runtime_->pool, table_, {{m.get(), out}}, in, scratch.bytes, prefetch_one(*runtime_)));
   }
 
   static DenseInput input(const py::array& x, int inputs) {
@@ -128,7 +130,8 @@ void multiply_all(const std::vector<PyDense*>& matrices, const py::array& x, con
   }
   const PyDense& first = *matrices.front();
   Scratch scratch;
-  first.run(DenseJob(first.runtime().pool, first.table(), std::move(products), in, scratch.bytes));
+  first.run(DenseJob(first.runtime().pool, first.table(), std::move(products), in, scratch.bytes,
+                     prefetch_one(first.runtime())));
 }
 
 double measure_dense_peak(Runtime& runtime, bool int8, double seconds) {

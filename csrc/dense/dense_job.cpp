@@ -20,8 +20,13 @@ int blocks_on(int node, const DenseProduct& product) {
 }  // namespace
 
 DenseJob::DenseJob(ThreadPool& pool, const DenseTable& table, std::vector<DenseProduct> products,
-                   const DenseInput& input, std::vector<uint8_t>& scratch)
-    : Job(pool), table_(table), products_(std::move(products)), input_(input), packed_(scratch) {
+                   const DenseInput& input, std::vector<uint8_t>& scratch, int prefetch_one)
+    : Job(pool),
+      table_(table),
+      products_(std::move(products)),
+      input_(input),
+      packed_(scratch),
+      prefetch_one_(prefetch_one) {
   if (!packs()) return;
   const size_t bytes = size_t(std::min(kDenseTokens, input.tokens)) * groups() * group_bytes();
   packed_.resize(std::max(packed_.size(), bytes));
@@ -79,6 +84,7 @@ void DenseJob::multiply(const Chunk& chunk, const DenseProduct& product, const T
         .input = packs() ? packed_.data() : reinterpret_cast<const uint8_t*>(input_.rows),
         .output = output + block * kDenseRows,
         .output_stride = matrix.rows(),
+        .prefetch_one = prefetch_one_,
     });
   }
   if (int8()) refuse(chunk, product, first, last);

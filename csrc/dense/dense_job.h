@@ -32,9 +32,10 @@ struct DenseProduct {
 // Several matrices, of equal inputs and all bf16 or all int8, over the same rows.
 class DenseJob final : public Job {
  public:
-  // `scratch` keeps the packed rows; it may be used for the next job when this one has ended.
+  // `scratch` keeps the packed rows; it may be used for the next job when this one has ended. `prefetch_one` as
+  // DenseTask's: what this machine likes is what the expert kernels were tuned to, which read like these.
   DenseJob(ThreadPool& pool, const DenseTable& table, std::vector<DenseProduct> products, const DenseInput& input,
-           std::vector<uint8_t>& scratch);
+           std::vector<uint8_t>& scratch, int prefetch_one = 0);
 
  private:
   struct Chunk {
@@ -56,6 +57,7 @@ class DenseJob final : public Job {
   const std::vector<DenseProduct> products_;
   const DenseInput input_;
   std::vector<uint8_t>& packed_;              // [groups, tokens of the chunk, group_bytes]
+  const int prefetch_one_;
   std::unique_ptr<std::atomic<bool>[]> bad_;  // [tokens] the row has no packed form
 };
 

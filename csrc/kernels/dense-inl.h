@@ -79,6 +79,7 @@ K2_INLINE void run_streams(const DenseForm& form, const DenseTask& task, int fir
       .input = task.input,
       .output = task.output + first * kDenseRows,
       .output_distance = ptrdiff_t(distance) * kDenseRows,
+      .prefetch = task.prefetch_one,
   });
 }
 

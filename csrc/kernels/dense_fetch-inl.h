@@ -1,5 +1,10 @@
 // Fetching later weights while a dense tile computes, on x86; included before the tiles.
 
+// Asks for the line `ahead` bytes on; 0: for none.
+K2_INLINE void prefetch_ahead(const uint8_t* at, int ahead) {
+  if (ahead) _mm_prefetch(reinterpret_cast<const char*>(at) + ahead, _MM_HINT_T1);
+}
+
 // The pass'th of the passes over a step's groups fetches its share of the lines, some with each group.
 struct Fetch {
   Fetch(const DenseStep& step, int pass, int passes)

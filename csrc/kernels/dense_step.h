@@ -27,8 +27,9 @@ struct DenseStreams {
   ptrdiff_t distance;      // bytes from one row block to the next
   int groups;
   const uint8_t* input;
-  float* output;        // of the first row block
+  float* output;  // of the first row block
   ptrdiff_t output_distance;  // floats from one row block to the next
+  int prefetch;               // as DenseTask::prefetch_one
 };
 
 using DenseStreamsTile = void (*)(const DenseStreams& streams);

@@ -31,6 +31,7 @@ struct DenseTask {
   const uint8_t* input;     // [groups][tokens]: 32 values in fp32 for bf16 weights, a packed group for int8
   float* output;            // of the first token and row
   ptrdiff_t output_stride;  // floats from one token's output to the next
+  int prefetch_one = 0;     // for one token, bytes ahead of its reads to be asked for into the L2 cache; 0: none
 };
 
 struct DensePeak {

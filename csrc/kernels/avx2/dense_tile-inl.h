@@ -102,7 +102,7 @@ constexpr DenseTile kBf16Tiles[kBf16Tile] = {bf16_tile<1>, bf16_tile<2>, bf16_ti
 // One token times a group of R row blocks: 4 R sums at once, where those of one block would wait for each other.
 template <int R>
 K2_INLINE void bf16_group(const uint8_t* weights, ptrdiff_t distance, const float* input, float* out,
-                          ptrdiff_t out_distance) {
+                          ptrdiff_t out_distance, int prefetch) {
   __m256 sums[R][4];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -116,6 +116,7 @@ K2_INLINE void bf16_group(const uint8_t* weights, ptrdiff_t distance, const floa
       const uint8_t* lanes = weights + r * distance;
 #pragma GCC unroll 4
       for (int s = 0; s < 4; ++s) {
+        if (s % 2 == 0) prefetch_ahead(lanes + 32 * s, prefetch);
         add_product(sums[r][s], low_bf16(lanes + 32 * s), even);
         add_product(sums[r][s], high_bf16(lanes + 32 * s), odd);
       }
@@ -141,7 +142,7 @@ void bf16_streams(const DenseStreams& streams) {
   for (int g = 0; g < streams.groups; ++g, input += kDenseGroup) {
     for (int s = 0; s < kDenseStreams; s += 2) {
       bf16_group<2>(streams.weights + s * streams.distance + ptrdiff_t(g) * kBf16BlockBytes, streams.distance, input,
-                    streams.output + s * streams.output_distance, streams.output_distance);
+                    streams.output + s * streams.output_distance, streams.output_distance, streams.prefetch);
     }
   }
 }
@@ -264,7 +265,7 @@ constexpr DenseTile kInt8Tiles[kInt8Tile] = {int8_tile<1>, int8_tile<2>, int8_ti
 // One token times a group of R row blocks.
 template <int R>
 K2_INLINE void int8_group(const uint8_t* block, ptrdiff_t distance, const Int8Group& x, float* out,
-                          ptrdiff_t out_distance) {
+                          ptrdiff_t out_distance, int prefetch) {
   __m256i dot[R][4];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -279,6 +280,7 @@ K2_INLINE void int8_group(const uint8_t* block, ptrdiff_t distance, const Int8Gr
 #pragma GCC unroll 4
       for (int s = 0; s < 4; ++s) {
         const uint8_t* lanes = block + r * distance + kInt8ScaleBytes + q * 128 + s * 32;
+        if (s % 2 == 0) prefetch_ahead(lanes, prefetch);
         const __m256i values = _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
         const __m256i low = _mm256_and_si256(values, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(values, 8);
         dot[r][s] = _mm256_add_epi32(dot[r][s], _mm256_madd_epi16(low, even));
@@ -289,6 +291,7 @@ K2_INLINE void int8_group(const uint8_t* block, ptrdiff_t distance, const Int8Gr
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
+    prefetch_ahead(block + r * distance, prefetch);
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) {
       float* sum = out + r * out_distance + 8 * s;
@@ -305,7 +308,7 @@ void int8_streams(const DenseStreams& streams) {
   for (int g = 0; g < streams.groups; ++g) {
     for (int s = 0; s < kDenseStreams; s += 2) {
       int8_group<2>(streams.weights + s * streams.distance + ptrdiff_t(g) * kInt8BlockBytes, streams.distance, x[g],
-                    streams.output + s * streams.output_distance, streams.output_distance);
+                    streams.output + s * streams.output_distance, streams.output_distance, streams.prefetch);
     }
   }
   const __m256 unit = _mm256_castsi256_ps(_mm256_set1_epi32((127 - kExponentBase) << 23));

@@ -78,7 +78,9 @@ void bf16_streams(const DenseStreams& streams) {
     for (int s = 0; s < kDenseStreams; ++s) {
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        const __m512i pairs = _mm512_load_si512(weights + s * streams.distance + 64 * half);
+        const uint8_t* lanes = weights + s * streams.distance + 64 * half;
+        prefetch_ahead(lanes, streams.prefetch);
+        const __m512i pairs = _mm512_load_si512(lanes);
         sums[s][half] = _mm512_fmadd_ps(low_bf16(pairs), even, sums[s][half]);
         sums[s][half] = _mm512_fmadd_ps(high_bf16(pairs), odd, sums[s][half]);
       }
@@ -188,7 +190,7 @@ constexpr DenseTile kInt8Tiles[kInt8Tile] = {int8_tile<1>, int8_tile<2>, int8_ti
 
 // One token times a group of two row blocks: the weights meet both planes at once, in eight sums.
 K2_INLINE void int8_group(const uint8_t* block, ptrdiff_t distance, const Int8Group& x, float* out,
-                          ptrdiff_t out_distance) {
+                          ptrdiff_t out_distance, int prefetch) {
   __m512i dot[2][2][2];  // [plane][row block][half]
 #pragma GCC unroll 2
   for (int r = 0; r < 2; ++r) {
@@ -202,7 +204,9 @@ K2_INLINE void int8_group(const uint8_t* block, ptrdiff_t distance, const Int8Gr
     for (int r = 0; r < 2; ++r) {
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
-        const __m512i values = _mm512_load_si512(block + r * distance + kInt8ScaleBytes + q * 128 + 64 * half);
+        const uint8_t* lanes = block + r * distance + kInt8ScaleBytes + q * 128 + 64 * half;
+        prefetch_ahead(lanes, prefetch);
+        const __m512i values = _mm512_load_si512(lanes);
         dot[0][r][half] = _mm512_dpbusd_epi32(dot[0][r][half], values, high);
         dot[1][r][half] = _mm512_dpbusd_epi32(dot[1][r][half], values, low);
       }
@@ -210,6 +214,7 @@ K2_INLINE void int8_group(const uint8_t* block, ptrdiff_t distance, const Int8Gr
   }
 #pragma GCC unroll 2
   for (int r = 0; r < 2; ++r) {
+    prefetch_ahead(block + r * distance, prefetch);
     const __m512i pairs = _mm512_load_si512(block + r * distance);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
@@ -228,7 +233,7 @@ void int8_streams(const DenseStreams& streams) {
   for (int g = 0; g < streams.groups; ++g) {
     for (int s = 0; s < kDenseStreams; s += 2) {
       int8_group(streams.weights + s * streams.distance + ptrdiff_t(g) * kInt8BlockBytes, streams.distance, x[g],
-                 streams.output + s * streams.output_distance, streams.output_distance);
+                 streams.output + s * streams.output_distance, streams.output_distance, streams.prefetch);
     }
   }
   const F32x16 unit = as_f32(i32((127 - kExponentBase) << 23));
