@@ -27,9 +27,9 @@ void bf16_tile(const DenseStep& step) {
   const uint8_t* weights = step.weights;
   Fetch fetch(step, 0, 1);
   for (int g = 0; g < step.groups; ++g) {
-    fetch.with_group();
     const float* input = reinterpret_cast<const float*>(step.input + g * step.input_stride);
     for (int pair = 0; pair < kDenseGroup / 2; ++pair, weights += 128, input += 2) {
+      fetch.with_part(pair);
       const __m512i first = _mm512_load_si512(weights);
       const __m512i second = _mm512_load_si512(weights + 64);
 #pragma GCC unroll 2
@@ -134,7 +134,6 @@ void int8_tile(const DenseStep& step) {
   }
   Fetch fetch(step, 0, 1);
   for (int g = 0; g < step.groups; ++g) {
-    fetch.with_group();
     const uint8_t* block = step.weights + g * kInt8BlockBytes;
     const Int8Group* x = reinterpret_cast<const Int8Group*>(step.input + g * step.input_stride);
     __m512i dot[2][T];
@@ -152,6 +151,7 @@ void int8_tile(const DenseStep& step) {
       }
 #pragma GCC unroll 8
       for (int q = 0; q < 8; ++q) {
+        fetch.with_part(8 * plane + q);
         const __m512i first = _mm512_load_si512(block + kInt8ScaleBytes + q * 128);
         const __m512i second = _mm512_load_si512(block + kInt8ScaleBytes + q * 128 + 64);
 #pragma GCC unroll 6
