@@ -1,7 +1,7 @@
 """Put load on a server process that this program starts, and look at its speed, its answers and its memory.
 
-    python -m bench.serve throughput                     # tokens/s of 1, 8 and 16 streams, demo model
-    python -m bench.serve throughput --slice             # the same with the widths of K2.6
+    python -m bench.serve throughput                                   # tokens/s of 1, 8 and 16 streams, demo model
+    python -m bench.serve throughput --slice --counts 1,8 --rounds 3   # with the widths of K2.6
     python -m bench.serve soak --streams 64 --minutes 10
 
 `soak` first asks every request of a fixed pool alone, then lets so many clients ask them at random, leave in the middle
