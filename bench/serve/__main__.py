@@ -73,7 +73,7 @@ def _arguments() -> argparse.Namespace:
     two.add_argument("--pool", type=int, default=48, help="different requests")
     two.add_argument("--seed", type=int, default=1)
     two.add_argument("--patience", type=float, default=300.0, help="seconds after which a request is stuck")
-    two.add_argument("--kv-tokens", type=int, default=8192, help="so few that prompts push each other out of the cache")
+    two.add_argument("--kv-tokens", type=int, default=4096, help="so few that requests take pages from each other")
     return parser.parse_args()
 
 

@@ -18,7 +18,7 @@ from bench.serve.process import Server
 from bench.serve.replies import RefusedError, stream_reply, text_of
 
 MAX_GROWTH = 0.02
-EDGE_SAMPLES = 10  # the memory at the start and at the end are medians of so many
+EDGE_SHARE = 0.2  # the memory at the start and at the end are medians over so much of the time
 QUIET_S = 60.0
 AGAIN = 6  # requests that are asked once more at the end: the server must still answer
 _SHOWN_FAILURES = 20
@@ -172,7 +172,7 @@ async def _sample_memory(server: Server, warm_up_s: float, until: float) -> dict
             return None
         samples.append(rss)
         await asyncio.sleep(1)
-    edge = max(1, min(EDGE_SAMPLES, len(samples) // 3))
+    edge = max(1, round(EDGE_SHARE * len(samples)))
     start, end = median(samples[:edge]), median(samples[-edge:])
     return {
         "start_bytes": start,
