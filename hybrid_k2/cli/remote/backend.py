@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hybrid_k2.cli.chat.backend import OnPrefill
 from hybrid_k2.cli.chat.conversation import Message
 from hybrid_k2.cli.chat.options import ChatOptions
 from hybrid_k2.cli.loading import Speed, show_progress
 from hybrid_k2.cli.remote.address import Address
-from hybrid_k2.cli.remote.reply import OnPrefill, RemoteReply
+from hybrid_k2.cli.remote.reply import RemoteReply
 from hybrid_k2.cli.remote.server import Server
 from hybrid_k2.cli.terminal import Output
 from hybrid_k2.errors import ServerError

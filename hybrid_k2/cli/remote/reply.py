@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from hybrid_k2.cli.chat.backend import OnPrefill
 from hybrid_k2.cli.remote.server import EventStream
 from hybrid_k2.engine.reply import FinishEvent, FinishReason, Reply, Timings, ToolCall, Usage
 from hybrid_k2.errors import ServerError, shown
 from hybrid_k2.protocol import Event
 
-OnPrefill = Callable[[int, int], None]  # prompt tokens done, prompt tokens
 _REASONS = tuple(reason for reason in get_args(FinishReason) if reason != "cancelled")
 
 
