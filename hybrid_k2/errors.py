@@ -8,6 +8,7 @@
     ├── HardwareError            the machine lacks something that was asked for
     │   ├── IsaError             a forced instruction set is unknown, not built or not supported
     │   └── MemoryBudgetError    a plan needs more memory than a device has
+    ├── ServerError              a server that is asked cannot be reached, refuses, or breaks off
     └── EngineError              the running engine cannot go on
         └── RequestError         one request is wrong; the engine serves the next one
 
@@ -67,6 +68,10 @@ class IsaError(HardwareError):
 
 class MemoryBudgetError(HardwareError):
     """A plan needs more memory than a device has."""
+
+
+class ServerError(HybridK2Error):
+    """A server that is asked for something cannot be reached, refuses, or breaks off."""
 
 
 class EngineError(HybridK2Error):

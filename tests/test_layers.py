@@ -57,7 +57,17 @@ def test_imports_point_down(path: Path) -> None:
         assert RANK[part] < RANK[other], f"{path.relative_to(REPO)} ({part}) must not import {other}"
 
 
-@pytest.mark.parametrize("module", ["hybrid_k2", "hybrid_k2.cli.main", "hybrid_k2.placement", "hybrid_k2.protocol"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "hybrid_k2",
+        "hybrid_k2.cli.main",
+        "hybrid_k2.cli.chat.session",
+        "hybrid_k2.cli.remote.backend",
+        "hybrid_k2.placement",
+        "hybrid_k2.protocol",
+    ],
+)
 def test_starts_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, f"{module} imports torch"

@@ -32,9 +32,9 @@ def widths(scale: int = 1) -> dict[str, int]:
     }  # fmt: skip
 
 
-def slice_config(sizes: Mapping[str, int], layers: int, experts: int, source: str) -> ModelConfig:
-    """Describe a text model of the K2 family: one dense layer, then MoE layers, and a small vocabulary."""
-    data: dict[str, Any] = {
+def slice_fields(sizes: Mapping[str, int], layers: int, experts: int) -> dict[str, Any]:
+    """Return the `config.json` of a text model of the K2 family: one dense layer, MoE layers, a small vocabulary."""
+    return {
         "model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 4096, **sizes,
         "num_hidden_layers": layers, "num_key_value_heads": sizes["num_attention_heads"], "n_shared_experts": 1,
         "n_routed_experts": experts, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "moe_layer_freq": 1,
@@ -43,7 +43,11 @@ def slice_config(sizes: Mapping[str, int], layers: int, experts: int, source: st
         "rope_theta": 50000.0, "rope_scaling": YARN, "max_position_embeddings": CONTEXT, "tie_word_embeddings": False,
         "num_nextn_predict_layers": 0, "dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
-    return ModelConfig.from_dict(data, source)
+
+
+def slice_config(sizes: Mapping[str, int], layers: int, experts: int, source: str) -> ModelConfig:
+    """Describe such a model."""
+    return ModelConfig.from_dict(slice_fields(sizes, layers, experts), source)
 
 
 def write_slice(folder: Path, config: ModelConfig) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hybrid_k2.cli.api_keys import read_keys
 from hybrid_k2.cli.config_file import use_config_file
 from hybrid_k2.cli.exits import ends_cleanly
 from hybrid_k2.cli.interrupts import leaving_at_once
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from hybrid_k2.server.backend import Served
 
 _LISTEN, _ACCESS, _LOAD, _LIMITS = "Where it listens", "Who may call", "How much runs at once", "Limits of a request"
-_MAX_KEY_FILE_BYTES = 1 << 20
 
 
 def _option(name: str, metavar: str | None, text: str, panel: str | None = None, **more: Any) -> Any:
@@ -119,7 +119,7 @@ def serve(
     limits = Limits(body_bytes=_read_size(max_body, "--max-body"))
     options = ServerOptions(
         model_names=tuple(served_model_name or [_own_name(model)]),
-        api_keys=(*(api_key or ()), *(_read_keys(api_key_file) if api_key_file else ())),
+        api_keys=(*(api_key or ()), *(read_keys(api_key_file) if api_key_file else ())),
         cors_origins=tuple(cors_origin or ()),
         strict_moonshot=strict_moonshot,
         keep_alive_s=keep_alive,
@@ -188,21 +188,6 @@ def _show_server_log(log_format: str) -> None:
 def _own_name(model: str) -> str:
     """Return the name of a folder or a repository, without what stands before it."""
     return Path(model.rstrip("/")).name or model
-
-
-def _read_keys(file: Path) -> list[str]:
-    """Read keys, one on each line. Raises: ConfigError: no file, or no key in it."""
-    from hybrid_k2.files import read_file
-
-    text = read_file(file, ConfigError, _MAX_KEY_FILE_BYTES)
-    try:
-        lines = [line.strip() for line in text.decode("utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise ConfigError(f"{file}: expected UTF-8 text, one API key on each line") from None
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise ConfigError(f"{file}: expected at least one API key, got none")
-    return keys
 
 
 def _read_size(text: str, option: str) -> int:

@@ -81,7 +81,7 @@ class Reply:
     tool_calls: tuple[ToolCall, ...]  # complete calls only
     finish_reason: FinishReason
     matched_stop: str | int | None  # the stop string or stop token id that ended it, if one of the request's did
-    seed: int  # as the request stated it, or as it was drawn
+    seed: int | None  # as the request stated it, or as it was drawn; None: a server drew it, and does not tell
     usage: Usage
     timings: Timings
     token_ids: tuple[int, ...] = field(repr=False)  # all that were generated

@@ -1,4 +1,4 @@
-"""A server in a process of its own, with the demo model, on a free port of this machine."""
+"""A server in a process of its own, with the demo model or another, on a free port of this machine."""
 
 from __future__ import annotations
 
@@ -70,9 +70,11 @@ class ServerProcess:
 
 
 @contextmanager
-def serving(folder: Path, *arguments: str | Path, **variables: str) -> Iterator[ServerProcess]:
+def serving(
+    folder: Path, *arguments: str | Path, model: str | Path = "demo", **variables: str
+) -> Iterator[ServerProcess]:
     """Run a server for the length of a block; ports and threads are such that many may run."""
-    server = ServerProcess(folder, "demo", "--port", "0", *ONE_THREAD, *arguments, **variables)
+    server = ServerProcess(folder, model, "--port", "0", *ONE_THREAD, *arguments, **variables)
     try:
         yield server
     finally:

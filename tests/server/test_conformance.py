@@ -8,6 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybrid_k2.cli.remote.reply import ReplyParts
 from hybrid_k2.protocol import OutputParser, Tokenizer, canonical_history
 from tests.output_replies import MARKERS, NO_TEXT, SLOW, TOOLS, Reply, call, cut
 from tests.server.conftest import Client
@@ -66,6 +67,13 @@ def check(client: Client, service: ScriptedService, data: st.DataObject) -> None
                 calls.append([part["id"], part["function"]["name"], ""])
             calls[part["index"]][2] += part["function"]["arguments"]
     assert list(map(tuple, calls)) == all_calls(expected)
+
+    parts = ReplyParts()  # the chat's own client
+    read = Reply([event for frame in frames for event in parts.take(frame)], expected.parser)
+    assert (read.reasoning, read.content) == (expected.reasoning, expected.content)
+    assert all_calls(read) == all_calls(expected)
+    reply = parts.reply(seed=None)
+    assert (reply.reasoning, reply.content) == (expected.reasoning, expected.content)
 
     message = client.post("/v1/chat/completions", asked).json()["choices"][0]["message"]
     assert message.get("reasoning_content", "") == expected.reasoning

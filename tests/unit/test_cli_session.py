@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from hybrid_k2.cli.chat.backend import LocalBackend
 from hybrid_k2.cli.chat.conversation import FORMAT, Conversation, load_conversation
 from hybrid_k2.cli.chat.line_input import LineInput
 from hybrid_k2.cli.chat.options import ChatOptions
@@ -49,7 +50,9 @@ def chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: io.StringIO) ->
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         output = Output(notes)
         engine: Any = Broken()
-        ChatSession(engine, ChatOptions("demo", SamplingParams()), output, output, LineInput(output)).run()
+        ChatSession(
+            LocalBackend(engine, "demo"), ChatOptions(SamplingParams()), output, output, LineInput(output)
+        ).run()
         return notes.getvalue()
 
     return type_lines

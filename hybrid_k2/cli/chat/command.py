@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,14 +17,21 @@ from hybrid_k2.cli.options import memory_size, trace_file
 from hybrid_k2.cli.terminal import Nowhere, Output
 
 if TYPE_CHECKING:
+    from hybrid_k2.cli.chat.backend import Backend
     from hybrid_k2.cli.chat.options import ChatOptions
 
+    OpenBackend = Callable[[Output], Backend]
 _REPLY = "The reply"
+_SERVER = "A model that a server runs"
 _SAMPLING = "Sampling (left out: what the model recommends)"
 
 
 def _reply(name: str, metavar: str, text: str) -> Any:
     return typer.Option(name, metavar=metavar, help=text, rich_help_panel=_REPLY)
+
+
+def _server(name: str, metavar: str, text: str) -> Any:
+    return typer.Option(name, metavar=metavar, help=text, rich_help_panel=_SERVER)
 
 
 def _sampling(name: str, text: str) -> Any:
@@ -31,12 +41,13 @@ def _sampling(name: str, text: str) -> Any:
 @ends_cleanly
 def chat(
     model: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="PATH_OR_REPO_ID",
-            help="A checkpoint folder, a repository like moonshotai/Kimi-K2.6, or demo, the built-in model.",
+            help="A checkpoint folder, a repository like moonshotai/Kimi-K2.6, or demo, the built-in model (also "
+            "left out). With --server: the name of a model there.",
         ),
-    ] = "demo",
+    ] = None,
     rules: Annotated[
         str | None,
         typer.Option("--rules", metavar="FILE|NAME", help="Placement rules (left out: chosen for the machine)."),
@@ -61,6 +72,16 @@ def chat(
     trace: Annotated[
         str | None,
         typer.Option("--trace", metavar="FILE", help="At the end, write what computed when, for Chrome or Perfetto."),
+    ] = None,
+    server: Annotated[
+        str | None, _server("--server", "URL", "Chat with the model of this server: http://, https:// or unix:PATH.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        _server("--api-key", "KEY", "Its key. Others can read it here: prefer HYBRID_K2_API_KEY, or a file."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, _server("--api-key-file", "FILE", "A file with its key, on the first line that is no # comment.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,
     system: Annotated[str | None, _reply("--system", "TEXT", "The system prompt.")] = None,
@@ -101,6 +122,19 @@ def chat(
     seed: Annotated[int | None, _sampling("--seed", "The same seed gives the same text.")] = None,
 ) -> None:
     """Chat with a model; with --prompt or piped text, answer once and exit."""
+    address = None
+    if server is None:
+        for option, value in (("--api-key", api_key), ("--api-key-file", api_key_file)):
+            if value is not None:
+                raise typer.BadParameter("expected --server beside it", param_hint=option)
+    else:
+        from hybrid_k2.cli.remote.address import read_address
+
+        here = {"--rules": rules, "--dry-run": dry_run, "--host-memory": host_memory, "--trace": trace}
+        _refuse_beside("--server", here)
+        address = read_address(server)
+    if api_key is not None:
+        _refuse_beside("--api-key", {"--api-key-file": api_key_file})
     interactive = not prompt and sys.stdin is not None and sys.stdin.isatty()
     if host_memory is not None and not dry_run:
         raise typer.BadParameter("expected --dry-run beside it", param_hint="--host-memory")
@@ -112,9 +146,18 @@ def chat(
     host_memory_bytes = memory_size(host_memory, "--host-memory")
 
     with leaving_at_once():
+        from hybrid_k2.cli.api_keys import own_key
+        from hybrid_k2.cli.chat.backend import load_backend
         from hybrid_k2.cli.chat.options import ChatOptions, check_text, read_tools
+        from hybrid_k2.cli.remote.backend import connect
         from hybrid_k2.engine.params import SamplingParams
 
+    checkpoint = "demo" if model is None else model
+    open_backend: OpenBackend
+    if address is None:
+        open_backend = partial(load_backend, checkpoint, rules, trace_to)
+    else:
+        open_backend = partial(connect, address, own_key(api_key, api_key_file), model)
     params = SamplingParams(
         temperature=temperature,
         top_p=top_p,
@@ -128,7 +171,6 @@ def chat(
         max_tokens=max_tokens,
     )
     options = ChatOptions(
-        model=model,
         params=params,
         system=None if system is None else check_text(system, "--system"),
         tools=None if tools is None else read_tools(tools),
@@ -136,15 +178,22 @@ def chat(
     )
     notes = Output(Nowhere() if quiet else sys.stderr)
     if dry_run:
-        _plan(options, rules, prompt or [], trace_to, host_memory_bytes, as_json)
+        _plan(checkpoint, rules, prompt or [], trace_to, host_memory_bytes, as_json)
     elif interactive:
-        _chat(options, rules, notes, trace_to)
+        _chat(open_backend, options, notes)
     else:
-        _answer(options, rules, prompt or [], notes, as_json, trace_to)
+        _answer(open_backend, options, prompt or [], notes, as_json)
+
+
+def _refuse_beside(other: str, given: Mapping[str, object]) -> None:
+    """Refuse options that mean nothing beside another one. Raises: typer.BadParameter naming both."""
+    for option, value in given.items():
+        if value not in (None, False):
+            raise typer.BadParameter(f"expected no {other} beside it", param_hint=option)
 
 
 def _plan(
-    options: ChatOptions,
+    model: str,
     rules: str | None,
     prompt: list[str],
     trace: Path | None,
@@ -156,27 +205,23 @@ def _plan(
         from hybrid_k2.cli.chat.one_shot import check_parts
 
     check_parts(prompt)
-    show_plan(options.model, rules, trace, host_memory_bytes, Output(sys.stdout), as_json)
+    show_plan(model, rules, trace, host_memory_bytes, Output(sys.stdout), as_json)
 
 
-def _chat(options: ChatOptions, rules: str | None, notes: Output, trace: Path | None) -> None:
+def _chat(open_backend: OpenBackend, options: ChatOptions, notes: Output) -> None:
     with leaving_at_once():
         from hybrid_k2.cli.chat.line_input import LineInput
         from hybrid_k2.cli.chat.session import ChatSession
-        from hybrid_k2.cli.loading import load_engine
 
-    with load_engine(options.model, rules, notes, trace) as engine:
+    with closing(open_backend(notes)) as backend:
         notes = Output(sys.stderr)  # --quiet is for the loading: a chat without its prompts would be none
-        ChatSession(engine, options, Output(sys.stdout), notes, LineInput(notes)).run()
+        ChatSession(backend, options, Output(sys.stdout), notes, LineInput(notes)).run()
 
 
-def _answer(
-    options: ChatOptions, rules: str | None, prompt: list[str], notes: Output, as_json: bool, trace: Path | None
-) -> None:
+def _answer(open_backend: OpenBackend, options: ChatOptions, prompt: list[str], notes: Output, as_json: bool) -> None:
     with leaving_at_once():
         from hybrid_k2.cli.chat.one_shot import answer_once, prompt_text
-        from hybrid_k2.cli.loading import load_engine
 
     text = prompt_text(prompt, notes)
-    with load_engine(options.model, rules, notes, trace) as engine:
-        answer_once(engine, options, text, Output(sys.stdout), notes, as_json)
+    with closing(open_backend(notes)) as backend:
+        answer_once(backend, options, text, Output(sys.stdout), notes, as_json)

@@ -8,15 +8,15 @@ import sys
 import termios
 from typing import TYPE_CHECKING, Any
 
+from hybrid_k2.cli.chat.backend import Backend
 from hybrid_k2.cli.chat.conversation import Conversation
 from hybrid_k2.cli.chat.options import ChatOptions, check_text
-from hybrid_k2.cli.chat.reply import start_reply
 from hybrid_k2.cli.chat.reply_view import ReplyView, say_figures
 from hybrid_k2.cli.terminal import Output
 from hybrid_k2.errors import RequestError
 
 if TYPE_CHECKING:
-    from hybrid_k2.engine import Engine, Reply
+    from hybrid_k2.engine import Reply
 
 STDIN = "-"
 
@@ -43,23 +43,25 @@ def check_parts(parts: list[str]) -> None:
             check_text(part, "--prompt")
 
 
-def answer_once(engine: Engine, options: ChatOptions, text: str, answer: Output, notes: Output, as_json: bool) -> None:
+def answer_once(
+    backend: Backend, options: ChatOptions, text: str, answer: Output, notes: Output, as_json: bool
+) -> None:
     """Answer a prompt, streaming, or as one JSON object.
 
-    Raises: RequestError, EngineError; KeyboardInterrupt on Ctrl-C.
+    Raises: HybridK2Error; KeyboardInterrupt on Ctrl-C.
     """
     view = ReplyView(answer, notes)
     messages = Conversation(options.system, [{"role": "user", "content": text}]).prompt()
-    generation = start_reply(engine, messages, options, view)
+    stream = backend.start(messages, options, view.show_prefill)
     try:
-        for event in generation:
+        for event in stream:
             if not as_json:
                 view.show(event)
     finally:
         view.finish()
-    reply = generation.reply
+    reply = stream.reply
     if as_json:
-        answer.line(json.dumps(as_object(reply, options.model), ensure_ascii=False))
+        answer.line(json.dumps(as_object(reply, backend.model), ensure_ascii=False))
     else:
         say_figures(reply, notes)
 

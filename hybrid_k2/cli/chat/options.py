@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How replies are asked for. model: as the user named it."""
+    """How replies are asked for."""
 
-    model: str
     params: SamplingParams
     system: str | None = None
     tools: list[dict[str, Any]] | None = None

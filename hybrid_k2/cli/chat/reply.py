@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hybrid_k2.cli.chat.backend import CANCELLED, Backend
 from hybrid_k2.cli.chat.conversation import Message
 from hybrid_k2.cli.chat.interrupt import no_echo, on_ctrl_c
 from hybrid_k2.cli.chat.options import ChatOptions
 from hybrid_k2.cli.chat.reply_view import ReplyView
 
 if TYPE_CHECKING:
-    from hybrid_k2.engine import Engine, Generation, Reply
-
-CANCELLED = "cancelled"
+    from hybrid_k2.engine import Reply
 
 
-def start_reply(engine: Engine, messages: list[Message], options: ChatOptions, view: ReplyView) -> Generation:
-    """Ask for a reply with the chat's options; nothing is computed before its first event. Raises: RequestError."""
-    return engine.generate(
-        messages=messages,
-        tools=options.tools,
-        thinking=options.thinking,
-        params=options.params,
-        on_prefill=view.show_prefill,
-    )
-
-
-def make_reply(engine: Engine, messages: list[Message], options: ChatOptions, view: ReplyView) -> Reply:
+def make_reply(backend: Backend, messages: Sequence[Message], options: ChatOptions, view: ReplyView) -> Reply:
     """Generate a reply to messages; Ctrl-C stops it, and what came until then is the reply.
 
-    Raises: RequestError: the messages cannot be answered; nothing was generated.
+    Raises: HybridK2Error: the messages cannot be answered, or the answer broke off.
     """
-    generation = start_reply(engine, messages, options, view)
+    stream = backend.start(messages, options, view.show_prefill)
     try:
-        with on_ctrl_c(generation.cancel), no_echo():
-            for event in generation:
+        with on_ctrl_c(stream.cancel), no_echo():
+            for event in stream:
                 view.show(event)
     except KeyboardInterrupt:
-        generation.close()
-    finally:
-        reply = generation.reply
-        view.finish(stopped=reply.finish_reason == CANCELLED)
+        stream.close()
+    except BaseException:
+        view.finish()
+        raise
+    reply = stream.reply
+    view.finish(stopped=reply.finish_reason == CANCELLED)
     return reply
 
 

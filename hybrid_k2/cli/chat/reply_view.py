@@ -115,7 +115,9 @@ class ReplyView:
 
 
 def say_figures(reply: Reply, notes: Output) -> None:
-    """Show the figures of a reply, dim."""
+    """Show the figures of a reply, dim; none of one that was stopped before a server counted it."""
+    if not reply.usage.completion_tokens:
+        return
     if not notes.tty:
         notes.line(figures(reply))
         return

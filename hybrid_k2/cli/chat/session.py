@@ -7,8 +7,8 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from hybrid_k2.cli.chat.backend import Backend
 from hybrid_k2.cli.chat.commands import COMMANDS, help_lines, parse_command
 from hybrid_k2.cli.chat.conversation import Conversation, Message, load_conversation, save_conversation
 from hybrid_k2.cli.chat.files import path_of, target_of
@@ -23,9 +23,6 @@ from hybrid_k2.cli.streams import OutputError
 from hybrid_k2.cli.terminal import Output
 from hybrid_k2.errors import HybridK2Error
 
-if TYPE_CHECKING:
-    from hybrid_k2.engine import Engine
-
 WELCOME = "Type a message; /help lists the commands, Ctrl-D leaves."
 
 
@@ -34,12 +31,12 @@ class Leave(Exception):  # noqa: N818  (not an error)
 
 
 class ChatSession:
-    """A chat over one engine; what is said about it goes to the notes, what the model says to the answer."""
+    """A chat with one backend; what is said about it goes to the notes, what the model says to the answer."""
 
     def __init__(
-        self, engine: Engine, options: ChatOptions, answer: Output, notes: Output, keyboard: LineInput
+        self, backend: Backend, options: ChatOptions, answer: Output, notes: Output, keyboard: LineInput
     ) -> None:
-        self.engine = engine
+        self.backend = backend
         self.options = options
         self.conversation = Conversation(options.system)
         self.thinking = options.thinking
@@ -96,7 +93,7 @@ class ChatSession:
         while True:
             prompt = Conversation(self.conversation.system, messages).prompt()
             view = ReplyView(self._answer, self._notes)
-            reply = make_reply(self.engine, prompt, self._options_now(again), view)
+            reply = make_reply(self.backend, prompt, self._options_now(again), view)
             self.conversation.messages = messages = [*messages, kept_message(reply)]
             self._statistics.add(reply)
             say_figures(reply, self._notes)
@@ -161,7 +158,7 @@ class ChatSession:
         if target.exists() and target != self._file and not self._keyboard.ask(f"{path} exists; replace it?"):
             self._notes.line("not saved", "dim")
             return
-        save_conversation(target, self.conversation, model=self.options.model, thinking=self.thinking)
+        save_conversation(target, self.conversation, model=self.backend.model, thinking=self.thinking)
         self._file = target
         self._notes.line(f"saved {self._size()} to {path}", "dim")
 
@@ -172,7 +169,7 @@ class ChatSession:
         self._notes.line(f"loaded {self._size()} from {path}; thinking is {'on' if self.thinking else 'off'}", "dim")
 
     def _stats(self, _: str) -> None:
-        for name, value in self._statistics.lines(self.engine, self.options.model):
+        for name, value in self._statistics.lines(self.backend):
             self._notes.write(f"  {name:18}", "bold")
             self._notes.line(value)
 
@@ -183,7 +180,7 @@ class ChatSession:
         try:
             path = state_folder() / f"rescued-{time.strftime('%Y-%m-%d-%H%M%S')}-{os.getpid()}.json"
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            save_conversation(path, self.conversation, model=self.options.model, thinking=self.thinking)
+            save_conversation(path, self.conversation, model=self.backend.model, thinking=self.thinking)
             said = f"the conversation is saved; to go on with it: /load {path}"
         except (HybridK2Error, OSError) as error:
             said = f"the conversation cannot be saved: {error}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from hybrid_k2.placement.sizes import format_bytes
+from hybrid_k2.cli.chat.backend import Backend
 
 if TYPE_CHECKING:
-    from hybrid_k2.engine import Engine, Reply
+    from hybrid_k2.engine import Reply
 
 
 class Statistics:
@@ -29,18 +29,13 @@ class Statistics:
         self._written += usage.completion_tokens
         self._prefill_s += timings.prefill_s
         self._decode_s += timings.decode_s
-        self._context = usage.prompt_tokens + usage.completion_tokens
+        self._context = usage.prompt_tokens + usage.completion_tokens or self._context
 
-    def lines(self, engine: Engine, model: str) -> Iterator[tuple[str, str]]:
+    def lines(self, backend: Backend) -> Iterator[tuple[str, str]]:
         """Return the figures, each with its name."""
-        plan = engine.plan
-        yield "model", f"{model} ({plan.config.model_type}, {plan.config.num_hidden_layers} layers)"
-        yield "rules", plan.rules.source
-        for device in plan.devices:
-            yield device, f"{format_bytes(plan.bytes_on(device))} planned"
-        yield "experts", f"{engine.experts_name}, {plan.threads} thread{'s' * (plan.threads > 1)}"
-        yield "memory", f"{engine.read_gbps:.1f} GB/s read; {format_bytes(plan.bytes_per_token)} per decoded token"
-        yield "context", f"{self._context} of {plan.kv_cache.tokens} tokens after the last reply"
+        yield from backend.facts()
+        limit = backend.context_tokens
+        yield "context", f"{self._context}{'' if limit is None else f' of {limit}'} tokens after the last reply"
         yield "replies", str(self._replies)
         yield "prefill", f"{self._read} tokens in {self._prefill_s:.1f} s, {self._reused} more reused"
         yield "decode", f"{self._written} tokens in {self._decode_s:.1f} s"

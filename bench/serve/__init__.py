@@ -1,0 +1,1 @@
+"""Load and throughput of a server process: see `python -m bench.serve --help`."""
