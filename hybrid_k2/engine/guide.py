@@ -93,6 +93,9 @@ class Guide:
                 self._state = self._after_calls()
         elif token == special[SECTION_BEGIN]:
             self._matcher.reset()
+            if self._grammar.binds == "content":  # the calls are a part of its grammar
+                self._matcher.consume_token(token)
+                self._check()
             self._state = _State.BOUND
         elif self._state is _State.THINKING and token == special[THINK_END]:
             self._state = self._after_thinking()
@@ -115,7 +118,7 @@ class Guide:
             return mask
         mask = np.ones(self._vocabulary.size, np.bool_)
         mask[[special[name] for name in (SECTION_END, CALL_BEGIN, ARGUMENT_BEGIN, CALL_END)]] = False
-        if state is _State.TEXT or self._grammar.binds == "content":
+        if state is _State.TEXT or not self._grammar.calls:
             mask[special[SECTION_BEGIN]] = False
         if state is _State.THINKING and (self._grammar.binds == "content" or self._grammar.required):
             mask[ends] = False
