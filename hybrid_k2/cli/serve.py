@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +66,12 @@ def serve(
         Path | None,
         _option("--api-key-file", "FILE", "Keys, one on each line; lines that begin with # are none.", _ACCESS),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        _option(
+            "--allowed-host", "NAME", "Take requests that address the server by this name. Repeat for more.", _ACCESS
+        ),
+    ] = None,
     cors_origin: Annotated[
         list[str] | None, _option("--cors-origin", "ORIGIN", "Let pages from there call. Repeat for more.", _ACCESS)
     ] = None,
@@ -120,6 +127,7 @@ def serve(
     options = ServerOptions(
         model_names=tuple(served_model_name or [_own_name(model)]),
         api_keys=(*(api_key or ()), *(_read_keys(api_key_file) if api_key_file else ())),
+        hosts=tuple(allowed_host or ()),
         cors_origins=tuple(cors_origin or ()),
         strict_moonshot=strict_moonshot,
         keep_alive_s=keep_alive,
@@ -137,9 +145,11 @@ def serve(
     tls = check_tls(ssl_certfile, ssl_keyfile)
     backend = Backend()
     listener = listen_tcp(host, port, tls) if uds is None else listen_unix(uds)
+    if options.hosts or (listener.loopback and not options.api_keys):
+        options = replace(options, hosts=("localhost", host, *options.hosts))
     notes = Output(sys.stderr)
     notes.line(f"listening on {listener.address}")
-    if not options.api_keys and uds is None and host not in ("127.0.0.1", "::1", "localhost"):
+    if not options.api_keys and uds is None and not listener.loopback:
         notes.line("warning: no --api-key, so everybody who reaches this address may call", "warning")
     process = Process(
         app=create_app(backend, options),

@@ -14,7 +14,7 @@ from hybrid_k2.files import parse_json_object
 from hybrid_k2.server.errors import ApiError, bad_request
 
 _INLINE_BYTES = 64 * 2**10  # parsing more than this would hold up the other requests
-
+_MAX_LEVELS = 128  # of a body; far beyond any real one, and well inside the recursion limit of Python
 
 AnyObject = Annotated[Any, WithJsonSchema({"type": "object"})]  # a field whose parts are checked by hand
 
@@ -50,7 +50,19 @@ def parse_body(body: bytes, form: type[BodyType]) -> BodyType:
         fields = parse_json_object(body, "body", RequestError)
     except RequestError as error:
         raise ApiError(400, error.message, code="invalid_json") from None
+    _check_levels(fields)
     return parse_fields(fields, form)
+
+
+def _check_levels(fields: dict[str, Any]) -> None:
+    """Refuse nesting that would be too deep for what reads it later. Raises: ApiError."""
+    level: list[Any] = [fields]
+    for _ in range(_MAX_LEVELS):
+        values = (value for outer in level for value in (outer.values() if isinstance(outer, dict) else outer))
+        level = [value for value in values if isinstance(value, (dict, list))]
+        if not level:
+            return
+    raise ApiError(400, f"body: expected at most {_MAX_LEVELS} levels of nesting, got more", code="invalid_json")
 
 
 def parse_fields(fields: Mapping[str, Any], form: type[BodyType]) -> BodyType:

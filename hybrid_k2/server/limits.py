@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid_k2.server.errors import ApiError, error_response
 from hybrid_k2.server.options import Limits
+from hybrid_k2.server.run import ClientGoneError
 
 
 class RequestLimits:
@@ -35,12 +36,15 @@ class RequestLimits:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         if len(headers) > self._limits.headers:
             raise ApiError(431, f"headers: expected at most {self._limits.headers}, got {len(headers)}")
+        size = sum(len(name) + len(value) for name, value in headers)
+        if size > self._limits.header_bytes:
+            raise ApiError(431, f"headers: expected at most {self._limits.header_bytes} bytes, got {size}")
         for name, value in headers:
             if name == b"content-length" and value.isdigit() and int(value[:20]) > self._limits.body_bytes:
                 raise self._too_large(int(value[:20]))
 
     async def _read_body(self, receive: Receive) -> bytes:
-        """Read the whole body. Raises: ApiError."""
+        """Read the whole body. Raises: ApiError, ClientGoneError."""
         parts: list[bytes] = []
         size, more = 0, True
         deadline = asyncio.get_running_loop().time() + self._limits.body_s
@@ -51,7 +55,7 @@ class RequestLimits:
             except asyncio.TimeoutError:
                 raise ApiError(408, f"body: expected it whole within {self._limits.body_s:g} s") from None
             if message["type"] == "http.disconnect":
-                raise ApiError(400, "body: expected the whole body, got a part of it")
+                raise ClientGoneError
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > self._limits.body_bytes:

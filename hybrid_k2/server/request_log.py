@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -12,7 +13,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hybrid_k2.server.errors import CLIENT_GONE, ApiError, error_response
+from hybrid_k2.server.errors import CLIENT_GONE, ApiError, error_response, shutting_down
 from hybrid_k2.server.metrics import Metrics
 from hybrid_k2.server.run import ClientGoneError
 
@@ -54,6 +55,10 @@ class RequestLog:
             await self._app(scope, receive, send_named)
         except ClientGoneError:
             facts["client_gone"] = True
+        except asyncio.CancelledError:  # the server has waited long enough
+            facts["error"] = "it had not ended when the server did"
+            if not status:
+                await error_response(shutting_down(), scope["path"], request_id)(scope, receive, send_named)
         except Exception:
             log.exception("request %s failed: this is a bug of hybrid-k2", request_id)
             if not status:

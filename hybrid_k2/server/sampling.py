@@ -56,7 +56,7 @@ class SamplingFields(Body):
     include_stop_str_in_output: bool = False
     min_tokens: int = 0
     ignore_eos: bool = False
-    n: int = Field(default=1)
+    n: int = 1
 
     def params(
         self,
@@ -69,7 +69,6 @@ class SamplingFields(Body):
         """Return the engine's parameters. Raises: RequestError, ApiError."""
         if not isinstance(self.stop, (str, list, type(None))):
             raise bad_request("stop", f"expected a string or a list of strings, got {shown(self.stop)}")
-        bias = _token_bias(self.logit_bias or {}) | dict.fromkeys(forbidden_ids, -100.0)
         return SamplingParams(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -82,7 +81,8 @@ class SamplingFields(Body):
             stop=() if self.stop is None else self.stop,
             stop_token_ids=self.stop_token_ids or (),
             include_stop=self.include_stop_str_in_output,
-            logit_bias=bias,
+            logit_bias=_token_bias(self.logit_bias or {}),
+            forbidden_token_ids=tuple(forbidden_ids),
             min_tokens=self.min_tokens,
             max_tokens=max_tokens,
             ignore_eos=self.ignore_eos,
