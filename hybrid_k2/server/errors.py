@@ -1,9 +1,9 @@
 """Errors as HTTP: one class with a status, and the form in which each dialect writes it.
 
-    400 the request is wrong         401 no key, or a wrong one       403 a web page from elsewhere
+    400 the request is wrong         401 no key, or a wrong one       403 a web page from elsewhere, a foreign name
     404 no such route, model, file   405 wrong method                 408 the body came too slowly
-    413, 431 body, headers too large 429 too many requests of a key   499 the client has gone
-    500 the engine failed, or a bug  503 loading, draining, or the queue is full
+    413, 431 body, headers too large 415 the body is packed           429 too many requests of a key
+    499 the client has gone          500 the engine failed, or a bug  503 loading, draining, or the queue is full
 
 What the engine says about itself (paths, devices) stays in the log; a client reads what concerns its request.
 """
@@ -34,6 +34,7 @@ _TYPES = {  # of both dialects, where they agree
     405: "invalid_request_error",
     408: "timeout_error",
     413: "request_too_large",
+    415: "invalid_request_error",
     429: "rate_limit_error",
     431: "request_too_large",
     503: "overloaded_error",

@@ -1,4 +1,4 @@
-"""Bounds of a request's headers and body, kept before any of it is parsed."""
+"""What a request's headers and body may be, checked before any of it is parsed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hybrid_k2.server.run import ClientGoneError
 
 
 class RequestLimits:
-    """Refuse a request with too many headers, too large a body, or one that comes too slowly."""
+    """Refuse a request with too many headers, a body that is too large or packed, or one that comes too slowly."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app = app
@@ -39,7 +39,13 @@ class RequestLimits:
         size = sum(len(name) + len(value) for name, value in headers)
         if size > self._limits.header_bytes:
             raise ApiError(431, f"headers: expected at most {self._limits.header_bytes} bytes, got {size}")
+        names = {name for name, _ in headers}
+        if {b"content-length", b"transfer-encoding"} <= names:
+            # Another server before this one may go by the other header, and see another request in the same bytes.
+            raise ApiError(400, "headers: expected content-length or transfer-encoding, got both")
         for name, value in headers:
+            if name == b"content-encoding" and value.lower() != b"identity":
+                raise ApiError(415, "content-encoding: expected a body as it is, got one that is packed")
             if name == b"content-length" and value.isdigit() and int(value[:20]) > self._limits.body_bytes:
                 raise self._too_large(int(value[:20]))
 

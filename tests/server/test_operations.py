@@ -116,6 +116,11 @@ def test_health_while_loading_serving_and_draining(make_client: MakeClient) -> N
     assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
 
 
+def test_health_can_be_asked_for_without_a_body(client: Client) -> None:
+    response = client.request("HEAD", "/health")
+    assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
+
+
 def test_metrics(client: Client, service: ScriptedService, tokenizer: Any) -> None:
     service.scripts = [Script(one_by_one(tokenizer, THOUGHT)) for _ in range(2)]
     client.post(PATH, HELLO)
