@@ -124,8 +124,8 @@ def api_error(error: HybridK2Error) -> ApiError:
     if isinstance(error, RequestError):
         named = _PARAMETER.match(error.message)
         text = f"{error.message} ({error.hint})" if error.hint else error.message
-        code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
-        return ApiError(400, text, param=named[1] if named else None, code=code)
+        too_long = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+        return ApiError(400, text, param=named[1] if named else None, code=too_long)
     return ApiError(500, "the engine failed at this request; the server's log says why", code="engine_failed")
 
 

@@ -222,7 +222,9 @@ def test_clients_that_leave_free_their_place(tmp_path: Path) -> None:
         host, port = server.url.removeprefix("http://").split(":")
         body = json.dumps({**LONG, "stream": False})
         with socket.create_connection((host, int(port))) as client:
-            client.sendall(f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
+            client.sendall(
+                f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
+            )
             wait_for(1)
         wait_for(0)
         server.said("status=499")
