@@ -67,8 +67,12 @@ def _check_levels(fields: dict[str, Any]) -> None:
 
 def parse_fields(fields: Mapping[str, Any], form: type[BodyType]) -> BodyType:
     """Check the fields of a body. Raises: ApiError naming the first one that is wrong."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name in given:
+        if name not in form.model_fields:  # at once: pydantic would make an error of each of a million
+            raise _parameter_error((name,), "extra_forbidden", "", None)
     try:
-        return form.model_validate({name: value for name, value in fields.items() if value is not None})
+        return form.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         raise _parameter_error(first["loc"], first["type"], first["msg"], first["input"]) from None

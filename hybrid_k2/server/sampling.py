@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from hybrid_k2.engine.grammar import Grammar
 from hybrid_k2.engine.params import MAX_STOP_STRINGS, SamplingParams
@@ -22,6 +23,17 @@ StopStrings = Annotated[
 ]
 
 
+MAX_TOKEN_IDS = 4096  # of one parameter
+
+
+def _check_size(value: Any) -> Any:
+    """Refuse what is too long before its parts are looked at. Raises: PydanticCustomError."""
+    if isinstance(value, (list, dict)) and len(value) > MAX_TOKEN_IDS:
+        raise PydanticCustomError("too_long", f"expected at most {MAX_TOKEN_IDS} tokens")
+    return value
+
+
+Bounded = BeforeValidator(_check_size)
 CacheSalt = Annotated[str, Field(max_length=128)]
 
 
@@ -51,8 +63,8 @@ class SamplingFields(Body):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: StopStrings = None
-    stop_token_ids: list[int] | None = None
-    logit_bias: dict[str, float] | None = None
+    stop_token_ids: Annotated[list[int] | None, Bounded] = None
+    logit_bias: Annotated[dict[str, float] | None, Bounded] = None
     include_stop_str_in_output: bool = False
     min_tokens: int = 0
     ignore_eos: bool = False

@@ -73,6 +73,8 @@ def schema_format(**fields: Any) -> dict[str, Any]:
         ({"stop": [""]}, "stop"),
         ({"stop": {"a": 1}}, "stop"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": [1] * 4097}, "stop_token_ids"),
+        ({"logit_bias": {str(token): "x" for token in range(4097)}}, "logit_bias"),
         ({"logit_bias": {"five": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
         ({"logit_bias": {"5": "x"}}, "logit_bias.5"),
