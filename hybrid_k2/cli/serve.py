@@ -31,6 +31,11 @@ def _option(name: str, metavar: str | None, text: str, panel: str | None = None,
     return typer.Option(name, metavar=metavar, help=text, rich_help_panel=panel, envvar=variable, **more)
 
 
+def _seconds(name: str, text: str, panel: str) -> Any:
+    """Return an option for a time of at most a day."""
+    return _option(name, "SECONDS", text, panel, min=0, max=86_400)
+
+
 @ends_cleanly
 def serve(
     model: Annotated[
@@ -97,11 +102,9 @@ def serve(
     cache_file: Annotated[
         Path | None, _option("--cache-file", "FILE", "Keep them here from one run to the next.", _LOAD)
     ] = None,
-    keep_alive: Annotated[
-        float, _option("--keep-alive", "SECONDS", "Comment in a silent stream; 0 for none.", _LISTEN, min=0)
-    ] = 15.0,
+    keep_alive: Annotated[float, _seconds("--keep-alive", "Comment in a silent stream; 0 for none.", _LISTEN)] = 15.0,
     drain_timeout: Annotated[
-        float, _option("--drain-timeout", "SECONDS", "How long requests may go on after SIGTERM.", _LISTEN, min=0)
+        float, _seconds("--drain-timeout", "How long requests may go on after SIGTERM.", _LISTEN)
     ] = 60.0,
     max_body: Annotated[str, _option("--max-body", "SIZE", "The largest body.", _LIMITS)] = "32MiB",
     log_format: Annotated[str, _option("--log-format", "text|json", "How log lines look.")] = "text",

@@ -164,6 +164,9 @@ def test_counting_tokens(client: Client, service: ScriptedService, tokenizer: An
 
 
 def test_request_ids(client: Client) -> None:
+    named = client.post("/v1/messages", {}).headers
+    assert named["request-id"] == named["x-request-id"]
+    assert "request-id" not in client.get("/health").headers
     assert client.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
     for bad in ("two words", "x" * 200, 'a"b'):
         assert client.get("/health", headers={"x-request-id": bad}).headers["x-request-id"].startswith("req_")

@@ -148,6 +148,8 @@ def test_grammars_are_prepared_before_requests_are_taken(capsys: pytest.CaptureF
         (["--cache-ram", "much"], 1, "--cache-ram"),
         (["--max-body", "0"], 1, "--max-body"),
         (["--log-format", "xml"], 2, "--log-format"),
+        (["--keep-alive", "nan"], 2, "86400"),
+        (["--drain-timeout", "inf"], 2, "86400"),
         (["--config", "/no/such/file"], 1, "/no/such/file"),
     ],
 )
