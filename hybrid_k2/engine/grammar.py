@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -107,6 +108,21 @@ def llguidance() -> ModuleType:
     return library
 
 
+@contextmanager
+def no_panic(place: str) -> Iterator[None]:
+    """Make a panic inside the library, which is no `Exception` to Python, the error of one request.
+
+    Seen with llguidance 1.9.1: a message about a wrong schema, cut in the middle of a character.
+    Raises: RequestError naming `place`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # no module has the class
+            raise
+        raise RequestError(f"{place}: expected what llguidance can read, got what makes it fail") from None
+
+
 def limits() -> LLParserLimits:
     """Bound what the library may do: by its own rates 20 ms to build a lexer, 25 ms for a mask, 50 MB of states."""
     built: LLParserLimits = llguidance().LLParserLimits(
@@ -183,9 +199,10 @@ def _valid_rule(schema: Mapping[str, Any], options: Mapping[str, Any], place: st
     if len(text) > MAX_SCHEMA_CHARACTERS:
         raise RequestError(f"{place}: expected at most {MAX_SCHEMA_CHARACTERS} characters, got {len(text)}")
     rule = f"%json {text}"
-    wrong, messages = llguidance().LLMatcher.validate_grammar_with_warnings(
-        f"{_HEADER}start: {rule}", None, limits=limits()
-    )
+    with no_panic(place):
+        wrong, messages = llguidance().LLMatcher.validate_grammar_with_warnings(
+            f"{_HEADER}start: {rule}", None, limits=limits()
+        )
     if wrong:
         raise RequestError(f"{place}: expected a JSON schema that can be enforced, got: {reason(messages[0])}")
     return rule
