@@ -11,6 +11,7 @@
     ├── ServerError              a server that is asked cannot be reached, refuses, or breaks off
     └── EngineError              the running engine cannot go on
         └── RequestError         one request is wrong; the engine serves the next one
+            └── ContextLengthError   its prompt and reply do not fit into the context
 
 Each message says what was checked, what was expected, what was found and where. Anything else that
 escapes (a plain Python exception) is a bug of hybrid-k2.
@@ -80,3 +81,7 @@ class EngineError(HybridK2Error):
 
 class RequestError(EngineError):
     """One request is wrong; the engine can serve the next one."""
+
+
+class ContextLengthError(RequestError):
+    """The prompt, or prompt and reply together, are longer than the context."""

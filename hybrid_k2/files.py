@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from hybrid_k2.errors import HybridK2Error
+from hybrid_k2.errors import HybridK2Error, shown
 
 MAX_BYTES = 100_000_000  # many times the largest file of K2.6 that is read whole; the index has a limit of its own
 MAX_DIGITS = 1000  # of an integer in JSON; far beyond any use, and well inside what Python reads and writes
@@ -37,7 +38,13 @@ def read_file(path: Path, error_class: type[HybridK2Error], max_bytes: int = MAX
 def parse_json_object(text: bytes, place: str, error_class: type[HybridK2Error]) -> dict[str, Any]:
     """Parse a JSON object without repeated keys. Raises: `error_class` naming `place`."""
     try:
-        data = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique, parse_int=_integer)
+        data = json.loads(
+            text.decode("utf-8-sig"),
+            object_pairs_hook=_unique,
+            parse_int=_integer,
+            parse_float=_real,
+            parse_constant=_none,
+        )
     except (ValueError, RecursionError) as error:
         raise error_class(f"{place}: expected valid JSON, got: {error}") from None
     if not isinstance(data, dict):
@@ -54,7 +61,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
         (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"key {name!r} twice")
+        raise ValueError(f"key {shown(name)} twice")
     return data
 
 
@@ -62,3 +69,14 @@ def _integer(text: str) -> int:
     if len(text) > MAX_DIGITS:
         raise ValueError(f"an integer of {len(text)} digits")
     return int(text)
+
+
+def _real(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"a number beyond the range of float64, {shown(text)}")
+    return number
+
+
+def _none(text: str) -> float:
+    raise ValueError(f"{text}, which is no JSON")

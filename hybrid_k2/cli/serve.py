@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,11 @@ _LISTEN, _ACCESS, _LOAD, _LIMITS = "Where it listens", "Who may call", "How much
 def _option(name: str, metavar: str | None, text: str, panel: str | None = None, **more: Any) -> Any:
     variable = "HYBRID_K2_" + name.lstrip("-").replace("-", "_").upper()
     return typer.Option(name, metavar=metavar, help=text, rich_help_panel=panel, envvar=variable, **more)
+
+
+def _seconds(name: str, text: str, panel: str) -> Any:
+    """Return an option for a time of at most a day."""
+    return _option(name, "SECONDS", text, panel, min=0, max=86_400)
 
 
 @ends_cleanly
@@ -65,6 +71,12 @@ def serve(
         Path | None,
         _option("--api-key-file", "FILE", "Keys, one on each line; lines that begin with # are none.", _ACCESS),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        _option(
+            "--allowed-host", "NAME", "Take requests that address the server by this name. Repeat for more.", _ACCESS
+        ),
+    ] = None,
     cors_origin: Annotated[
         list[str] | None, _option("--cors-origin", "ORIGIN", "Let pages from there call. Repeat for more.", _ACCESS)
     ] = None,
@@ -90,11 +102,9 @@ def serve(
     cache_file: Annotated[
         Path | None, _option("--cache-file", "FILE", "Keep them here from one run to the next.", _LOAD)
     ] = None,
-    keep_alive: Annotated[
-        float, _option("--keep-alive", "SECONDS", "Comment in a silent stream; 0 for none.", _LISTEN, min=0)
-    ] = 15.0,
+    keep_alive: Annotated[float, _seconds("--keep-alive", "Comment in a silent stream; 0 for none.", _LISTEN)] = 15.0,
     drain_timeout: Annotated[
-        float, _option("--drain-timeout", "SECONDS", "How long requests may go on after SIGTERM.", _LISTEN, min=0)
+        float, _seconds("--drain-timeout", "How long requests may go on after SIGTERM.", _LISTEN)
     ] = 60.0,
     max_body: Annotated[str, _option("--max-body", "SIZE", "The largest body.", _LIMITS)] = "32MiB",
     log_format: Annotated[str, _option("--log-format", "text|json", "How log lines look.")] = "text",
@@ -120,6 +130,7 @@ def serve(
     options = ServerOptions(
         model_names=tuple(served_model_name or [_own_name(model)]),
         api_keys=(*(api_key or ()), *(read_keys(api_key_file) if api_key_file else ())),
+        hosts=tuple(allowed_host or ()),
         cors_origins=tuple(cors_origin or ()),
         strict_moonshot=strict_moonshot,
         keep_alive_s=keep_alive,
@@ -137,9 +148,11 @@ def serve(
     tls = check_tls(ssl_certfile, ssl_keyfile)
     backend = Backend()
     listener = listen_tcp(host, port, tls) if uds is None else listen_unix(uds)
+    if options.hosts or (listener.loopback and not options.api_keys):
+        options = replace(options, hosts=("localhost", host, *options.hosts))
     notes = Output(sys.stderr)
     notes.line(f"listening on {listener.address}")
-    if not options.api_keys and uds is None and host not in ("127.0.0.1", "::1", "localhost"):
+    if not options.api_keys and uds is None and not listener.loopback:
         notes.line("warning: no --api-key, so everybody who reaches this address may call", "warning")
     process = Process(
         app=create_app(backend, options),

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybrid_k2.errors import RequestError, shown
 from hybrid_k2.protocol import expand_builtins
-from hybrid_k2.protocol.tokens import ARGUMENT_BEGIN, CALL_BEGIN, CALL_END, SECTION_END
+from hybrid_k2.protocol.tokens import ARGUMENT_BEGIN, CALL_BEGIN, CALL_END, SECTION_BEGIN, SECTION_END
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
@@ -32,6 +33,7 @@ _OPTIONS = {"whitespace_pattern": r"( |\n {0,20}|\n\t{0,10})?"}
 _TOLERANT = {**_OPTIONS, "lenient": True, "coerce_one_of": True}  # what cannot be enforced is left to the model
 _ANY_OBJECT = {"type": "object"}
 _HEADER = "%llguidance {}\n"
+_START = _HEADER + "start: "
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Grammar:
 
     source: str  # a grammar in llguidance's dialect of Lark
     binds: Literal["content", "calls"]
+    calls: bool = False  # a section of calls may come; in place of the content, where that is what is bound
     required: bool = False  # the reply is one section of calls and nothing else
     repeats: bool = True  # more than one section may come
 
@@ -55,7 +58,7 @@ class Grammar:
         if not isinstance(schema, (Mapping, bool)):
             raise RequestError(f"schema: expected a JSON schema, got {shown(schema)}")
         copied = _copy_json(schema, "schema", 0) if isinstance(schema, Mapping) else ({} if schema else {"not": {}})
-        return cls(_HEADER + "start: " + _valid_rule(copied, _OPTIONS, "schema"), "content")
+        return cls(_START + _valid_rule(copied, _OPTIONS, "schema"), "content")
 
     @classmethod
     def json_object(cls) -> Grammar:
@@ -77,15 +80,20 @@ class Grammar:
             functions = [(place, function) for place, function in functions if function["name"] == choice]
             if not functions:
                 raise RequestError(f"tool_choice: expected auto, required or a declared tool, got {shown(choice)}")
-        if not functions:
-            raise RequestError("tools: expected at least one function, got none")
         one = not parallel or choice not in ("auto", "required")
-        source = _tools_source(functions, one)
-        if len(source) > MAX_GRAMMAR_CHARACTERS:
-            raise RequestError(
-                f"tools: expected schemas of at most {MAX_GRAMMAR_CHARACTERS} characters together, got {len(source)}"
-            )
-        return cls(source, "calls", required=choice != "auto", repeats=not one)
+        source = f"{_START}section\n{_section_rules(functions, one)}"
+        return cls(source, "calls", calls=True, required=choice != "auto", repeats=not one)
+
+    def or_calls(self, tools: Sequence[Mapping[str, Any]], *, parallel: bool = True) -> Grammar:
+        """Return this grammar for content, with a section of calls that may come in place of the content.
+
+        `tools`, `parallel` and errors as in `tools`.
+        """
+        content = self.source.removeprefix(_START)
+        rules = _section_rules(list(_functions(tools)), one=not parallel)
+        return replace(
+            self, source=f"{_START}content | {SECTION_BEGIN} section\ncontent: {content}\n{rules}", calls=True
+        )
 
 
 def llguidance() -> ModuleType:
@@ -98,6 +106,21 @@ def llguidance() -> ModuleType:
             hint="pip install llguidance",
         ) from None
     return library
+
+
+@contextmanager
+def no_panic(place: str) -> Iterator[None]:
+    """Make a panic inside the library, which is no `Exception` to Python, the error of one request.
+
+    Seen with llguidance 1.9.1: a message about a wrong schema, cut in the middle of a character.
+    Raises: RequestError naming `place`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # no module has the class
+            raise
+        raise RequestError(f"{place}: expected what llguidance can read, got what makes it fail") from None
 
 
 def limits() -> LLParserLimits:
@@ -129,9 +152,12 @@ def _functions(tools: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Mappin
             yield f"tools[{index}].function", function
 
 
-def _tools_source(functions: Sequence[tuple[str, Mapping[str, Any]]], one: bool) -> str:
+def _section_rules(functions: Sequence[tuple[str, Mapping[str, Any]]], one: bool) -> str:
+    """Write the rules of a section of calls, from behind its first token. Raises: RequestError."""
+    if not functions:
+        raise RequestError("tools: expected at least one function, got none")
     lines = [
-        f"start: call{'' if one else '+'} {SECTION_END}",
+        f"section: call{'' if one else '+'} {SECTION_END}",
         "call: " + " | ".join(f"call_{number}" for number in range(len(functions))),
         "NUMBER: /0|[1-9][0-9]{0,3}/",
     ]
@@ -139,7 +165,12 @@ def _tools_source(functions: Sequence[tuple[str, Mapping[str, Any]]], one: bool)
         name = json.dumps(f"functions.{function['name']}:")
         lines.append(f"call_{number}: {CALL_BEGIN} {name} NUMBER {ARGUMENT_BEGIN} arguments_{number} {CALL_END}")
         lines.append(f"arguments_{number}: {_arguments_rule(function, place)}")
-    return _HEADER + "\n".join(lines) + "\n"
+    rules = "\n".join(lines) + "\n"
+    if len(rules) > MAX_GRAMMAR_CHARACTERS:
+        raise RequestError(
+            f"tools: expected schemas of at most {MAX_GRAMMAR_CHARACTERS} characters together, got {len(rules)}"
+        )
+    return rules
 
 
 def _arguments_rule(function: Mapping[str, Any], place: str) -> str:
@@ -168,9 +199,10 @@ def _valid_rule(schema: Mapping[str, Any], options: Mapping[str, Any], place: st
     if len(text) > MAX_SCHEMA_CHARACTERS:
         raise RequestError(f"{place}: expected at most {MAX_SCHEMA_CHARACTERS} characters, got {len(text)}")
     rule = f"%json {text}"
-    wrong, messages = llguidance().LLMatcher.validate_grammar_with_warnings(
-        f"{_HEADER}start: {rule}", None, limits=limits()
-    )
+    with no_panic(place):
+        wrong, messages = llguidance().LLMatcher.validate_grammar_with_warnings(
+            f"{_HEADER}start: {rule}", None, limits=limits()
+        )
     if wrong:
         raise RequestError(f"{place}: expected a JSON schema that can be enforced, got: {reason(messages[0])}")
     return rule

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hybrid_k2.engine.grammar import Grammar, limits, llguidance, reason
+from hybrid_k2.engine.grammar import Grammar, limits, llguidance, no_panic, reason
 from hybrid_k2.errors import RequestError
 from hybrid_k2.protocol import Tokenizer
 from hybrid_k2.protocol.tokens import (
@@ -57,10 +57,12 @@ class Guide:
         """`thinking`: the reply begins inside reasoning. Raises: RequestError for a grammar that no text fits."""
         self._grammar = grammar
         self._vocabulary = vocabulary
-        self._matcher = llguidance().LLMatcher(vocabulary.tokens, grammar.source, log_level=0, limits=limits())
-        self._matcher.compute_bitmask()  # a grammar that has no first token is wrong; so are those too large for a mask
+        what = "schema" if grammar.binds == "content" else "tools"
+        with no_panic(what):
+            self._matcher = llguidance().LLMatcher(vocabulary.tokens, grammar.source, log_level=0, limits=limits())
+            # A grammar that has no first token is wrong; so are those too large for a mask.
+            self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            what = "schema" if grammar.binds == "content" else "tools"
             raise RequestError(f"{what}: expected a grammar that some text fits, got: {self._problem()}")
         self._masks: dict[_State, NDArray[np.bool_]] = {}
         self._state = _State.THINKING if thinking else self._after_thinking()
@@ -79,7 +81,8 @@ class Guide:
             if self._state not in self._masks:
                 self._masks[self._state] = self._mask_of(self._state)
             return self._masks[self._state]
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        with no_panic("grammar"):
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         return np.unpackbits(bits, count=self._vocabulary.size, bitorder="little").view(np.bool_)
 
@@ -87,15 +90,21 @@ class Guide:
         """Take the token that was chosen, an allowed one. Raises: RequestError as `allowed` does."""
         special = self._vocabulary.special
         if self._state is _State.BOUND:
-            self._matcher.consume_token(token)
-            self._check()
+            self._consume(token)
             if self._grammar.binds == "calls" and self._matcher.is_stopped():
                 self._state = self._after_calls()
         elif token == special[SECTION_BEGIN]:
             self._matcher.reset()
+            if self._grammar.binds == "content":  # the calls are a part of its grammar
+                self._consume(token)
             self._state = _State.BOUND
         elif self._state is _State.THINKING and token == special[THINK_END]:
             self._state = self._after_thinking()
+
+    def _consume(self, token: int) -> None:
+        with no_panic("grammar"):
+            self._matcher.consume_token(token)
+        self._check()
 
     def _after_thinking(self) -> _State:
         if self._grammar.binds == "content":
@@ -115,7 +124,7 @@ class Guide:
             return mask
         mask = np.ones(self._vocabulary.size, np.bool_)
         mask[[special[name] for name in (SECTION_END, CALL_BEGIN, ARGUMENT_BEGIN, CALL_END)]] = False
-        if state is _State.TEXT or self._grammar.binds == "content":
+        if state is _State.TEXT or not self._grammar.calls:
             mask[special[SECTION_BEGIN]] = False
         if state is _State.THINKING and (self._grammar.binds == "content" or self._grammar.required):
             mask[ends] = False

@@ -59,12 +59,14 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> -100 to 100, added to its logit
     logprobs: int | None = None  # 0 to 20: report each token's log probability, and those of so many of the likeliest
     grammar: Grammar | None = None  # what content or tool calls must look like
+    forbidden_token_ids: Sequence[int] = ()  # never chosen, whatever their logits
     ignore_eos: bool = False  # go on after the model's end tokens (for measurements)
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # collections are kept as immutable copies
         set_field(self, "stop", _stop_strings(self.stop))
         set_field(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        set_field(self, "forbidden_token_ids", _token_ids("forbidden_token_ids", self.forbidden_token_ids))
         set_field(self, "logit_bias", _logit_bias(self.logit_bias))
         _check_number("temperature", self.temperature, 0, 100)
         _check_number("top_p", self.top_p, 0, 1)
@@ -128,8 +130,8 @@ class SamplingParams:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse token ids that the vocabulary does not have. Raises: RequestError."""
-        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
-            for token in ids:
+        for name in ("stop_token_ids", "forbidden_token_ids", "logit_bias"):
+            for token in getattr(self, name):
                 if token >= vocab_size:
                     raise RequestError(f"{name}: expected token ids from 0 to {vocab_size - 1}, got {shown(token)}")
 

@@ -13,7 +13,7 @@ from hybrid_k2.engine.output import Output, Parser, PlainText
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.sampling import Sampler
 from hybrid_k2.engine.sequence import TokenSequence
-from hybrid_k2.errors import RequestError, shown
+from hybrid_k2.errors import ContextLengthError, RequestError, shown
 from hybrid_k2.protocol import OutputParser, canonical_history, encode_prompt, expand_builtins, reply_thinks
 from hybrid_k2.protocol.tokens import REPLY_ENDS, SECTION_BEGIN, THINK_END
 
@@ -51,7 +51,7 @@ def text_sequence(
     ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     grammar, guide = params.grammar, None
     if grammar is not None:
-        if grammar.binds == "calls":
+        if grammar.calls:
             raise RequestError("grammar: expected one for content with a prompt, got one for tool calls")
         guide = Guide(grammar, loaded.guide_vocabulary, thinking=False)
     return _sequence(loaded, ids, PlainText(loaded.tokenizer), [], [], thinking, params, guide)
@@ -74,12 +74,14 @@ def check_ids(token_ids: Iterable[Any], vocab_size: int) -> list[int]:
 
 
 def check_prompt_fits(prompt_tokens: int, loaded: LoadedModel) -> None:
-    """Refuse a prompt beyond the model's context or the KV cache. Raises: RequestError with both sizes."""
+    """Refuse a prompt beyond the model's context or the KV cache. Raises: ContextLengthError with both sizes."""
     context, cache = loaded.config.max_position_embeddings, loaded.plan.kv_cache.tokens
     if prompt_tokens > context:
-        raise RequestError(f"prompt: expected at most {context} tokens (the model's context), got {prompt_tokens}")
+        raise ContextLengthError(
+            f"prompt: expected at most {context} tokens (the model's context), got {prompt_tokens}"
+        )
     if prompt_tokens > cache:
-        raise RequestError(
+        raise ContextLengthError(
             f"prompt: expected at most {cache} tokens (the size of the KV cache), got {prompt_tokens}",
             hint=_LARGER_CACHE,
         )
@@ -124,7 +126,7 @@ def _max_tokens(params: SamplingParams, prompt_tokens: int, loaded: LoadedModel)
     if room == 0 or (params.max_tokens or 0) > room:
         smaller = loaded.context_tokens < loaded.config.max_position_embeddings
         what = "the size of the KV cache" if smaller else "the model's context"
-        raise RequestError(
+        raise ContextLengthError(
             f"max_tokens: expected prompt and reply within {loaded.context_tokens} tokens ({what}), "
             f"got a prompt of {prompt_tokens} and max_tokens = {params.max_tokens or 1}",
             hint=_LARGER_CACHE if smaller else None,

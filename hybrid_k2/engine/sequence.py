@@ -14,6 +14,7 @@ from hybrid_k2.engine.output import Output
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.reply import FinishReason, Timings, TokenLogprob, Usage
 from hybrid_k2.engine.sampling import Sampler
+from hybrid_k2.errors import RequestError
 from hybrid_k2.model.batch import Chunk
 from hybrid_k2.protocol import Event
 
@@ -67,6 +68,7 @@ class TokenSequence:
         self._matched_token: int | None = None
         self._end_ids = frozenset(() if params.ignore_eos else end_ids)
         self._stop_ids = frozenset(params.stop_token_ids)
+        self._forbidden_ids = frozenset(params.forbidden_token_ids)
         self._silent_ids = frozenset(end_ids)
         self._turn_end_ids = frozenset(turn_end_ids)
         self._thinking_end_ids = frozenset(thinking_end_ids)
@@ -192,15 +194,25 @@ class TokenSequence:
         return Timings(self.prefill_s, self.decode_s, prefill, decode, None)
 
     def _allowed(self, vocab_size: int) -> NDArray[np.bool_] | None:
-        """Say which tokens may come next. Shapes: [V]; None: all."""
-        fitting = self._guide.allowed() if self._guide is not None else None
-        if self.completion_tokens >= self.params.min_tokens:
-            return fitting
-        allowed = np.ones(vocab_size, np.bool_) if fitting is None else fitting.copy()
-        allowed[[*self._end_ids, *self._stop_ids]] = False
-        return allowed if allowed.any() else fitting  # where the grammar is at its end, so is the reply
+        """Say which tokens may come next. Shapes: [V]; None: all. Raises: RequestError if none may."""
+        allowed = self._guide.allowed() if self._guide is not None else None
+        if self._forbidden_ids:
+            allowed = _without(allowed, self._forbidden_ids, vocab_size)
+            if not allowed.any():
+                raise RequestError("forbidden_token_ids: expected a token that may come, got all that fit forbidden")
+        if self.completion_tokens < self.params.min_tokens:
+            longer = _without(allowed, self._end_ids | self._stop_ids, vocab_size)
+            return longer if longer.any() else allowed  # where the grammar is at its end, so is the reply
+        return allowed
 
     def _count_thinking(self, token: int) -> None:
         if token in self._thinking_end_ids:
             self._thinking = False
         self._reasoning_tokens += self._thinking
+
+
+def _without(allowed: NDArray[np.bool_] | None, ids: Collection[int], vocab_size: int) -> NDArray[np.bool_]:
+    """Return a copy of a mask without some tokens. Shapes: [V]; None: all."""
+    mask = np.ones(vocab_size, np.bool_) if allowed is None else allowed.copy()
+    mask[[*ids]] = False
+    return mask

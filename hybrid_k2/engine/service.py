@@ -27,6 +27,7 @@ from hybrid_k2.engine.service_types import (
     Piece,
     Progress,
     QueueFullError,
+    ServiceClosingError,
     ServiceEvent,
     ServiceOptions,
     ServiceRequest,
@@ -132,8 +133,8 @@ class Service:
 
         Its events reach `on_event` in order, on the service's thread, which it must not keep. The last of each choice
         is a Finished; or one Failed ends the whole request.
-        Raises: RequestError for a request that is wrong; QueueFullError; EngineError if the service is closing or
-        cannot go on.
+        Raises: RequestError for a request that is wrong; QueueFullError; ServiceClosingError; EngineError if the
+        service cannot go on.
         """
         self._check_open()
         jobs = [self._job(request, choice) for choice in range(request.n)]
@@ -210,7 +211,7 @@ class Service:
         if self._broken is not None:
             raise EngineError(f"service: it cannot go on: {self._broken.message}", hint="start it again")
         if self._draining:
-            raise EngineError("service: expected one that takes requests, got one that is shutting down")
+            raise ServiceClosingError("service: expected one that takes requests, got one that is shutting down")
 
     def _check_places(self, key: str) -> None:
         options, running = self._options, self._scheduler.running

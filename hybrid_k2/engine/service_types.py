@@ -9,7 +9,7 @@ from typing import Any
 
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.reply import Reply, TokenLogprob
-from hybrid_k2.errors import ConfigError, HybridK2Error, RequestError, shown
+from hybrid_k2.errors import ConfigError, EngineError, HybridK2Error, RequestError, shown
 from hybrid_k2.protocol import Event
 
 MAX_CHOICES = 16
@@ -23,6 +23,10 @@ class QueueFullError(RequestError):
         super().__init__(message, hint=hint)
         self.retry_after_s = retry_after_s
         self.reason = reason
+
+
+class ServiceClosingError(EngineError):
+    """The service takes no more requests: it is shutting down."""
 
 
 @dataclass(frozen=True, kw_only=True)

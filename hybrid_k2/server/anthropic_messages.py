@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from hybrid_k2.server.answer import answer_chat
 from hybrid_k2.server.anthropic_reply import message, message_frames
 from hybrid_k2.server.anthropic_request import OWN_NAMES, MessagesRequest, PromptFields
 from hybrid_k2.server.body import body_schema, read_body
@@ -18,8 +20,7 @@ from hybrid_k2.server.conversation import check_messages, check_tools, read_tool
 from hybrid_k2.server.errors import in_words_of, json_response
 from hybrid_k2.server.models import count_prompt_tokens
 from hybrid_k2.server.openai_usage import new_id
-from hybrid_k2.server.run import unless_gone
-from hybrid_k2.server.sse import SseResponse
+from hybrid_k2.server.run import Run
 
 
 def check_message_chat(body: MessagesRequest, context: Context) -> Chat:
@@ -52,21 +53,14 @@ def message_routes(context: Context) -> APIRouter:
             body = await read_body(request, MessagesRequest)
             model = context.check_model(body.model)
             chat = check_message_chat(body, context)
-            run = context.run(request)
-            tokenizer = context.backend.ready().model.tokenizer
-            build = partial(chat.service_request, tokenizer, request.state.owner, context.options.limits)
             message_id = new_id("msg_")
-            if body.stream:
-                await run.submit(build)
-                frames = message_frames(message_id, model, run)
-                return SseResponse(frames, run.cancel, context.options.keep_alive_s)
 
-            async def whole() -> Response:
-                await run.submit(build)
+            async def whole(run: Run) -> dict[str, Any]:
                 (reply,) = await run.replies()
-                return json_response(message(message_id, model, reply))
+                return message(message_id, model, reply)
 
-            return await unless_gone(request, whole())
+            frames = partial(message_frames, message_id, model)
+            return await answer_chat(request, context, chat, stream=body.stream, frames=frames, whole=whole)
 
     @router.post("/anthropic/v1/messages/count_tokens", openapi_extra=body_schema(PromptFields))
     @router.post("/v1/messages/count_tokens", openapi_extra=body_schema(PromptFields))

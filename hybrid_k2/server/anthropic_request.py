@@ -284,12 +284,12 @@ def _kind(block: Any, place: str) -> str:
     if not isinstance(block, Mapping):
         raise bad_request(place, f"expected an object, got {shown(block)}")
     kind = block.get("type")
-    if kind not in _BLOCK_FIELDS:
+    if not isinstance(kind, str) or kind not in _BLOCK_FIELDS:
         raise bad_request(f"{place}.type", f"expected one of {', '.join(_BLOCK_FIELDS)}, got {shown(kind)}")
     for name, value in block.items():
         if name not in _EVERY_BLOCK | _BLOCK_FIELDS[kind] and value is not None:
             raise bad_request(f"{place}.{name}", f"expected no such field in a block of type {kind}")
-    return str(kind)
+    return kind
 
 
 def _read_tool(tool: Any, place: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hybrid_k2.server.anthropic_messages import message_routes
 from hybrid_k2.server.auth import ApiKeys, Authentication
 from hybrid_k2.server.backend import Backend
 from hybrid_k2.server.context import Context
-from hybrid_k2.server.errors import ApiError, api_error, error_response
+from hybrid_k2.server.errors import ApiError, api_error, error_response, logged
 from hybrid_k2.server.files import file_routes
 from hybrid_k2.server.limits import RequestLimits
 from hybrid_k2.server.metrics import Metrics
@@ -33,7 +33,8 @@ def create_app(backend: Backend, options: ServerOptions) -> FastAPI:
     metrics = Metrics(backend)
     context = Context(backend, options, metrics, int(time.time()))
     # The pages of the documentation would load scripts from elsewhere; the description itself is served.
-    app = FastAPI(title="hybrid-k2", version=__version__, docs_url=None, redoc_url=None)
+    # A redirect to the same path without its last slash would go to http, also where a proxy has TLS before it.
+    app = FastAPI(title="hybrid-k2", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     for routes in (model_routes, chat_routes, completion_routes, response_routes, message_routes, file_routes):
         app.include_router(routes(context))
     app.add_exception_handler(ApiError, _answer_api_error)
@@ -41,7 +42,8 @@ def create_app(backend: Backend, options: ServerOptions) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_http_error)
     # The last one added is the first that a request meets.
     app.add_middleware(RequestLimits, limits=options.limits)
-    app.add_middleware(Authentication, keys=ApiKeys(options.api_keys), origins=options.cors_origins)
+    keys = ApiKeys(options.api_keys)
+    app.add_middleware(Authentication, keys=keys, origins=options.cors_origins, hosts=options.hosts)
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -56,7 +58,7 @@ def create_app(backend: Backend, options: ServerOptions) -> FastAPI:
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    request.state.log.setdefault("error", error.message)  # the engine's own words say more
+    request.state.log.update({**logged(error), **request.state.log})  # the engine's own words say more
     return error_response(error, request.url.path, request.state.request_id)
 
 

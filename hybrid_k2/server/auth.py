@@ -13,7 +13,9 @@ from collections.abc import Collection, Iterable
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hybrid_k2.errors import shown
 from hybrid_k2.server.errors import ApiError, error_response
+from hybrid_k2.server.hosts import is_known_host
 
 OPEN_PATHS = frozenset({"/health"})
 _BEARER = "bearer "
@@ -39,13 +41,14 @@ class Authentication:
     """Let requests with a known key through, with `state["owner"]` set.
 
     Without keys everybody may call who reaches the server, but not a web page from elsewhere: a browser on this machine
-    would let it. `origins`: where pages may come from.
+    would let it. `origins`: where pages may come from. `hosts`: by which names the server may be addressed.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, origins: Collection[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, origins: Collection[str] = (), hosts: Collection[str] = ()) -> None:
         self._app = app
         self._keys = keys
         self._origins = origins
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -59,9 +62,17 @@ class Authentication:
 
     def _owner(self, path: str, headers: Headers) -> str:
         """Return whose request it is. Raises: ApiError."""
+        host = headers.get("host")
+        if not is_known_host(host, self._hosts):
+            raise ApiError(
+                403,
+                f"host: expected an IP address or a name of this server, got {shown(host)} "
+                "(--allowed-host lets it take others)",
+                code="foreign_host",
+            )
         if not self._keys:
             origin = headers.get("origin")
-            if origin is not None and not self._is_at_home(origin, headers.get("host", "")):
+            if origin is not None and not self._is_at_home(origin, host or ""):
                 raise ApiError(
                     403, "origin: expected a page of this server or one that may call", code="foreign_origin"
                 )

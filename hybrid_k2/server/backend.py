@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from hybrid_k2.protocol import Tokenizer
-from hybrid_k2.server.errors import ApiError
+from hybrid_k2.server.errors import loading, shutting_down
 
 if TYPE_CHECKING:
     from hybrid_k2.engine.service import Service
-
-_RETRY_AFTER_S = 5.0
 
 
 class Model(Protocol):
@@ -99,7 +97,7 @@ class Backend:
         """Return the model and its service. Raises: ApiError 503 while it loads or drains."""
         with self._lock:
             if self._draining:
-                raise ApiError(503, "the server is shutting down", code="draining", retry_after_s=_RETRY_AFTER_S)
+                raise shutting_down()
             if self._served is None:
-                raise ApiError(503, "the model is loading", code="loading", retry_after_s=_RETRY_AFTER_S)
+                raise loading()
             return self._served

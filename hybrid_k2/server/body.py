@@ -14,7 +14,7 @@ from hybrid_k2.files import parse_json_object
 from hybrid_k2.server.errors import ApiError, bad_request
 
 _INLINE_BYTES = 64 * 2**10  # parsing more than this would hold up the other requests
-
+_MAX_LEVELS = 128  # of a body; far beyond any real one, and well inside the recursion limit of Python
 
 AnyObject = Annotated[Any, WithJsonSchema({"type": "object"})]  # a field whose parts are checked by hand
 
@@ -50,13 +50,29 @@ def parse_body(body: bytes, form: type[BodyType]) -> BodyType:
         fields = parse_json_object(body, "body", RequestError)
     except RequestError as error:
         raise ApiError(400, error.message, code="invalid_json") from None
+    _check_levels(fields)
     return parse_fields(fields, form)
+
+
+def _check_levels(fields: dict[str, Any]) -> None:
+    """Refuse nesting that would be too deep for what reads it later. Raises: ApiError."""
+    level: list[Any] = [fields]
+    for _ in range(_MAX_LEVELS):
+        values = (value for outer in level for value in (outer.values() if isinstance(outer, dict) else outer))
+        level = [value for value in values if isinstance(value, (dict, list))]
+        if not level:
+            return
+    raise ApiError(400, f"body: expected at most {_MAX_LEVELS} levels of nesting, got more", code="invalid_json")
 
 
 def parse_fields(fields: Mapping[str, Any], form: type[BodyType]) -> BodyType:
     """Check the fields of a body. Raises: ApiError naming the first one that is wrong."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name in given:
+        if name not in form.model_fields:  # at once: pydantic would make an error of each of a million
+            raise _parameter_error((name,), "extra_forbidden", "", None)
     try:
-        return form.model_validate({name: value for name, value in fields.items() if value is not None})
+        return form.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         raise _parameter_error(first["loc"], first["type"], first["msg"], first["input"]) from None

@@ -10,7 +10,6 @@ from hybrid_k2.engine.grammar import Grammar
 from hybrid_k2.engine.service_types import ServiceRequest
 from hybrid_k2.protocol import Tokenizer
 from hybrid_k2.protocol.tokens import CALL_BEGIN, SECTION_BEGIN
-from hybrid_k2.server.errors import bad_request
 from hybrid_k2.server.options import Limits
 from hybrid_k2.server.response_format import read_response_format
 from hybrid_k2.server.sampling import SamplingFields, cache_salt
@@ -34,17 +33,17 @@ class Chat:
 
     def service_request(self, tokenizer: Tokenizer, owner: str, limits: Limits) -> ServiceRequest:
         """Compile grammars and build what the service takes. Raises: ApiError, RequestError."""
-        tools = [] if self.tool_choice == "none" else self.tools
+        callable_tools = [] if self.tool_choice == "none" else self.tools
         return ServiceRequest(
             messages=self.messages,
-            tools=tools or None,
+            tools=self.tools or None,  # also where none may be called: the prompt stays that of the turns before
             thinking=self.thinking.on,
             preserve_thinking=self.thinking.keep,
             params=self.sampling.params(
                 max_tokens=self.max_tokens,
                 logprobs=self.logprobs,
-                grammar=self._grammar(tools, limits),
-                forbidden_ids=() if tools else _call_ids(tokenizer),
+                grammar=self._grammar(callable_tools, limits),
+                forbidden_ids=() if callable_tools else _call_ids(tokenizer),
             ),
             key=owner,
             cache_salt=cache_salt(owner, self.salt),
@@ -52,11 +51,12 @@ class Chat:
         )
 
     def _grammar(self, tools: list[dict[str, Any]], limits: Limits) -> Grammar | None:
-        wanted = read_response_format(self.response_format, limits)
+        """Return what binds the reply; a forced call leaves no content to bind. Raises: ApiError, RequestError."""
+        content = read_response_format(self.response_format, limits)
         if not tools:
-            return wanted
-        if wanted is not None:
-            raise bad_request("response_format", "expected text beside tools that may be called")
+            return content
+        if self.tool_choice == "auto" and content is not None:
+            return content.or_calls(tools, parallel=self.parallel)
         if self.tool_choice in ("auto", "required"):
             return Grammar.tools(tools, self.tool_choice, parallel=self.parallel)
         return Grammar.tools(

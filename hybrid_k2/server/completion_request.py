@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import WithJsonSchema
 
-from hybrid_k2.errors import shown
+from hybrid_k2.errors import ContextLengthError, shown
 from hybrid_k2.server.errors import bad_request
 from hybrid_k2.server.sampling import CacheSalt, SamplingFields, StreamOptions
 
@@ -76,10 +76,17 @@ def _are_ids(value: Any) -> bool:
     )
 
 
-def check_ids(prompts: Sequence[Prompt], vocab_size: int) -> None:
-    """Refuse token ids that the vocabulary does not have. Raises: ApiError."""
+def check_ids(prompts: Sequence[Prompt], vocab_size: int, context_tokens: int) -> None:
+    """Refuse token ids that the vocabulary does not have, and more than the context, before they are looked at closely.
+
+    Raises: ApiError, ContextLengthError.
+    """
     for number, prompt in enumerate(prompts):
-        wrong = [] if isinstance(prompt, str) else [token for token in prompt if not 0 <= token < vocab_size]
+        if isinstance(prompt, str):
+            continue
+        place = f"prompt[{number}]" if len(prompts) > 1 else "prompt"
+        if len(prompt) > context_tokens:
+            raise ContextLengthError(f"{place}: expected at most {context_tokens} tokens, got {len(prompt)}")
+        wrong = [token for token in prompt if not 0 <= token < vocab_size]
         if wrong:
-            place = f"prompt[{number}]" if len(prompts) > 1 else "prompt"
             raise bad_request(place, f"expected token ids from 0 to {vocab_size - 1}, got {shown(wrong[0])}")

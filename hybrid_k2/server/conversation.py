@@ -7,7 +7,7 @@ request is dropped in silence.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hybrid_k2.errors import shown
@@ -22,6 +22,8 @@ _OF_ROLE = {
 }
 # A hint to caches of other servers; here every prefix is cached.
 _PART_FIELDS = frozenset({"type", "text", "cache_control", "image_url", "video_url", "image", "video"})
+_TOOL_FIELDS = frozenset({"type", "function", "cache_control"})
+_FUNCTION_FIELDS = frozenset({"name", "description", "parameters", "strict"})
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.$-]{1,128}")
 
 
@@ -43,8 +45,7 @@ def _check_message(message: Any, place: str) -> dict[str, Any]:
         raise bad_request(f"{place}.role", f"expected one of {', '.join(ROLES)}, got {shown(role)}")
     for name, value in fields.items():
         # Replies of other servers come back with fields that are empty: `annotations: []`.
-        if name not in _MESSAGE_FIELDS and name not in _OF_ROLE.get(role, ()) and value not in ([], {}, ""):
-            raise bad_request(f"{place}.{name}", f"expected no such field in a message of {role}")
+        _check_field(name, value, _MESSAGE_FIELDS | _OF_ROLE.get(role, frozenset()), place, f"a message of {role}")
     if fields.pop("refusal", ""):
         raise bad_request(f"{place}.refusal", "expected none: this model has no field for it")
     if isinstance(fields.get("content"), list):
@@ -58,9 +59,14 @@ def _check_part(part: Any, place: str) -> Any:
     if not isinstance(part, Mapping):
         raise bad_request(place, f"expected an object, got {shown(part)}")
     for name, value in part.items():
-        if name not in _PART_FIELDS and value not in (None, [], {}, ""):
-            raise bad_request(f"{place}.{name}", "expected no such field in a part of a message")
+        _check_field(name, value, _PART_FIELDS, place, "a part of a message")
     return part
+
+
+def _check_field(name: str, value: Any, known: Collection[str], place: str, what: str) -> None:
+    """Refuse an unknown field; one that is empty says nothing. Raises: ApiError."""
+    if name not in known and value not in (None, [], {}, ""):
+        raise bad_request(f"{place}.{name}", f"expected no such field in {what}")
 
 
 def check_tools(tools: Sequence[Any] | None, limits: Limits) -> list[dict[str, Any]]:
@@ -85,6 +91,10 @@ def _check_tool(tool: Any, place: str, limits: Limits) -> str:
     function = tool.get("function")
     if not isinstance(function, Mapping):
         raise bad_request(f"{place}.function", f"expected an object, got {shown(function)}")
+    for field, value in tool.items():
+        _check_field(field, value, _TOOL_FIELDS, place, "a tool")
+    for field, value in function.items():
+        _check_field(field, value, _FUNCTION_FIELDS, f"{place}.function", "a function")
     name = function.get("name")
     if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
         raise bad_request(

@@ -1,9 +1,9 @@
 """Errors as HTTP: one class with a status, and the form in which each dialect writes it.
 
-    400 the request is wrong         401 no key, or a wrong one       403 a web page from elsewhere
+    400 the request is wrong         401 no key, or a wrong one       403 a web page from elsewhere, a foreign name
     404 no such route, model, file   405 wrong method                 408 the body came too slowly
-    413, 431 body, headers too large 429 too many requests of a key   499 the client has gone
-    500 the engine failed, or a bug  503 loading, draining, or the queue is full
+    413, 431 body, headers too large 415 the body is packed           429 too many requests of a key
+    499 the client has gone          500 the engine failed, or a bug  503 loading, draining, or the queue is full
 
 What the engine says about itself (paths, devices) stays in the log; a client reads what concerns its request.
 """
@@ -19,11 +19,12 @@ from typing import Any
 
 from starlette.responses import Response
 
-from hybrid_k2.engine.service_types import QueueFullError
-from hybrid_k2.errors import HybridK2Error, RequestError
+from hybrid_k2.engine.service_types import QueueFullError, ServiceClosingError
+from hybrid_k2.errors import ContextLengthError, HybridK2Error, RequestError
 
 CLIENT_GONE = 499  # never sent: the log's word for a client that left
 ANTHROPIC_PATHS = ("/v1/messages", "/anthropic/")
+_RETRY_AFTER_S = 5.0  # of a server that loads or ends
 
 _TYPES = {  # of both dialects, where they agree
     400: "invalid_request_error",
@@ -33,10 +34,13 @@ _TYPES = {  # of both dialects, where they agree
     405: "invalid_request_error",
     408: "timeout_error",
     413: "request_too_large",
+    415: "invalid_request_error",
     429: "rate_limit_error",
     431: "request_too_large",
     503: "overloaded_error",
 }
+_MAX_PARAM = 200
+_PLACE = re.compile(r"[\w.$\[\]-]{1,100}", re.ASCII)
 _PARAMETER = re.compile(r"([A-Za-z_]\w*(?:[.\[][\w.\[\]'\"-]*)?): ")
 
 
@@ -87,18 +91,41 @@ def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
 
 def bad_request(param: str, problem: str, code: str | None = None) -> ApiError:
     """Return the error of one parameter; `problem` says what was expected and what came."""
-    return ApiError(400, f"{param}: {problem}", param=param, code=code)
+    # A client may have made up the name.
+    name = param if len(param) <= _MAX_PARAM else f"{param[: _MAX_PARAM - 3]}..."
+    return ApiError(400, f"{name}: {problem}", param=name, code=code)
+
+
+def logged(error: ApiError) -> dict[str, str]:
+    """Return what the log says of an error: of one in a request its place, not the client's words in its message."""
+    if error.status >= 500:
+        return {"error": error.message}
+    place = error.param if error.param and _PLACE.fullmatch(error.param) else ""
+    return {"code": error.code or "", "param": place}
+
+
+def loading() -> ApiError:
+    """Return the error of a server whose model is not there yet."""
+    return ApiError(503, "the model is loading", code="loading", retry_after_s=_RETRY_AFTER_S)
+
+
+def shutting_down() -> ApiError:
+    """Return the error of a server that is about to end."""
+    return ApiError(503, "the server is shutting down", code="draining", retry_after_s=_RETRY_AFTER_S)
 
 
 def api_error(error: HybridK2Error) -> ApiError:
     """Turn an error of the engine into one that a client may read."""
+    if isinstance(error, ServiceClosingError):
+        return shutting_down()
     if isinstance(error, QueueFullError):
         status, code = (429, "too_many_requests") if error.reason == "key" else (503, "queue_full")
         return ApiError(status, error.message, code=code, retry_after_s=error.retry_after_s)
     if isinstance(error, RequestError):
         named = _PARAMETER.match(error.message)
         text = f"{error.message} ({error.hint})" if error.hint else error.message
-        return ApiError(400, text, param=named[1] if named else None)
+        too_long = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+        return ApiError(400, text, param=named[1] if named else None, code=too_long)
     return ApiError(500, "the engine failed at this request; the server's log says why", code="engine_failed")
 
 

@@ -1,4 +1,4 @@
-"""Bounds of a request's headers and body, kept before any of it is parsed."""
+"""What a request's headers and body may be, checked before any of it is parsed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid_k2.server.errors import ApiError, error_response
 from hybrid_k2.server.options import Limits
+from hybrid_k2.server.run import ClientGoneError
 
 
 class RequestLimits:
-    """Refuse a request with too many headers, too large a body, or one that comes too slowly."""
+    """Refuse a request with too many headers, a body that is too large or packed, or one that comes too slowly."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app = app
@@ -35,12 +36,21 @@ class RequestLimits:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         if len(headers) > self._limits.headers:
             raise ApiError(431, f"headers: expected at most {self._limits.headers}, got {len(headers)}")
+        size = sum(len(name) + len(value) for name, value in headers)
+        if size > self._limits.header_bytes:
+            raise ApiError(431, f"headers: expected at most {self._limits.header_bytes} bytes, got {size}")
+        names = {name for name, _ in headers}
+        if {b"content-length", b"transfer-encoding"} <= names:
+            # Another server before this one may go by the other header, and see another request in the same bytes.
+            raise ApiError(400, "headers: expected content-length or transfer-encoding, got both")
         for name, value in headers:
+            if name == b"content-encoding" and value.lower() != b"identity":
+                raise ApiError(415, "content-encoding: expected a body as it is, got one that is packed")
             if name == b"content-length" and value.isdigit() and int(value[:20]) > self._limits.body_bytes:
                 raise self._too_large(int(value[:20]))
 
     async def _read_body(self, receive: Receive) -> bytes:
-        """Read the whole body. Raises: ApiError."""
+        """Read the whole body. Raises: ApiError, ClientGoneError."""
         parts: list[bytes] = []
         size, more = 0, True
         deadline = asyncio.get_running_loop().time() + self._limits.body_s
@@ -51,7 +61,7 @@ class RequestLimits:
             except asyncio.TimeoutError:
                 raise ApiError(408, f"body: expected it whole within {self._limits.body_s:g} s") from None
             if message["type"] == "http.disconnect":
-                raise ApiError(400, "body: expected the whole body, got a part of it")
+                raise ClientGoneError
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > self._limits.body_bytes:

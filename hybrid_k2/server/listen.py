@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import ssl
@@ -21,6 +22,7 @@ class Listener:
     socket: socket.socket
     address: str
     path: Path | None = None  # of a UNIX socket, which is removed at the end
+    loopback: bool = False  # only programs of this machine reach it, over TCP
 
     def close(self) -> None:
         """Stop listening. Closing twice is fine."""
@@ -36,8 +38,9 @@ def listen_tcp(host: str, port: int, tls: bool) -> Listener:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         bound = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"--host: expected an address of this machine, got {host!r}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: what no name of a host can be
+        reason = getattr(error, "strerror", None) or "no name of a host"
+        raise ConfigError(f"--host: expected an address of this machine, got {host!r}: {reason}") from None
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
@@ -49,7 +52,8 @@ def listen_tcp(host: str, port: int, tls: bool) -> Listener:
         ) from None
     name, number = bound.getsockname()[:2]
     shown_host = f"[{name}]" if ":" in name else name
-    return Listener(bound, f"{'https' if tls else 'http'}://{shown_host}:{number}")
+    loopback = ipaddress.ip_address(name.partition("%")[0]).is_loopback
+    return Listener(bound, f"{'https' if tls else 'http'}://{shown_host}:{number}", loopback=loopback)
 
 
 def listen_unix(path: Path) -> Listener:

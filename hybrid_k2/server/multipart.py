@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from email.parser import BytesHeaderParser
-from email.policy import HTTP
+from email.parser import HeaderParser
 from typing import NamedTuple
 
 from hybrid_k2.server.errors import ApiError, bad_request
@@ -58,7 +57,8 @@ def _read_part(piece: bytes) -> _Part:
     head, blank, content = piece.partition(b"\r\n\r\n")
     if not blank or not head.startswith(b"\r\n") or len(head) > MAX_HEADER_BYTES:
         raise bad_request("file", "expected short headers and a blank line in each part of the form")
-    headers = BytesHeaderParser(policy=HTTP).parsebytes(head[2:] + b"\r\n\r\n")
+    # The old policy of `email`, which is the default, reads parameters without recursion.
+    headers = HeaderParser().parsestr(head[2:].decode("utf-8", "replace"))
     name = headers.get_param("name", header="content-disposition")
     if not isinstance(name, str) or not 1 <= len(name) <= 100:
         raise bad_request("file", "expected a name of 1 to 100 characters for each part of the form")

@@ -14,16 +14,16 @@ from starlette.responses import Response
 from hybrid_k2.engine.params import MAX_LOGPROBS
 from hybrid_k2.errors import shown
 from hybrid_k2.server import moonshot
+from hybrid_k2.server.answer import answer_chat
 from hybrid_k2.server.body import AnyObject, body_schema, read_body
 from hybrid_k2.server.chat import Chat
 from hybrid_k2.server.chat_reply import ReplyForm, chat_completion, chat_frames
 from hybrid_k2.server.context import Context
 from hybrid_k2.server.conversation import check_messages, check_tools, read_tool_choice
-from hybrid_k2.server.errors import bad_request, json_response
+from hybrid_k2.server.errors import bad_request
 from hybrid_k2.server.openai_usage import new_id
-from hybrid_k2.server.run import unless_gone
+from hybrid_k2.server.run import Run
 from hybrid_k2.server.sampling import CacheSalt, SamplingFields, StreamOptions
-from hybrid_k2.server.sse import SseResponse
 from hybrid_k2.server.thinking import read_thinking
 
 Effort = Annotated[Any, WithJsonSchema({"type": "string"})]
@@ -124,8 +124,6 @@ def chat_routes(context: Context) -> APIRouter:
         body = await read_body(request, ChatRequest)
         model = context.check_model(body.model)
         chat = check_chat(body, context)
-        run = context.run(request)
-        tokenizer = context.backend.ready().model.tokenizer
         form = ReplyForm(
             id=new_id("chatcmpl-"),
             model=model,
@@ -136,15 +134,12 @@ def chat_routes(context: Context) -> APIRouter:
             progress=body.return_progress,
             alias=not context.options.strict_moonshot,
         )
-        build = partial(chat.service_request, tokenizer, request.state.owner, context.options.limits)
-        if body.stream:
-            await run.submit(build)
-            return SseResponse(chat_frames(form, run), run.cancel, context.options.keep_alive_s)
 
-        async def whole() -> Response:
-            await run.submit(build)
-            return json_response(chat_completion(form, await run.replies()))
+        async def whole(run: Run) -> dict[str, Any]:
+            return chat_completion(form, await run.replies())
 
-        return await unless_gone(request, whole())
+        return await answer_chat(
+            request, context, chat, stream=body.stream, frames=partial(chat_frames, form), whole=whole
+        )
 
     return router

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -34,17 +35,17 @@ def completion_routes(context: Context) -> APIRouter:
     async def create_completion(request: Request) -> Response:
         """Continue one prompt, or several."""
         body = await read_body(request, CompletionRequest)
-        model = context.check_model(body.model)
+        name = context.check_model(body.model)
         body.check()
         prompts = body.prompts()
         body.check_choices(context.options.limits, len(prompts))
-        tokenizer = context.backend.ready().model.tokenizer
-        check_ids(prompts, tokenizer.vocab_size)
+        model = context.backend.ready().model
+        check_ids(prompts, model.tokenizer.vocab_size, model.context_tokens)
         completion = Completion(
             body=body,
-            head={"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": model},
+            head={"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": name},
             prompts=prompts,
-            echoes=[_echo(prompt, tokenizer) if body.echo else "" for prompt in prompts],
+            echoes=[_echo(prompt, model.tokenizer) if body.echo else "" for prompt in prompts],
             runs=[context.run(request) for _ in prompts],
         )
         if not body.stream:
@@ -96,7 +97,9 @@ class Completion:
             self.cancel()
         texts = [(echo, reply) for echo, group in zip(self.echoes, groups, strict=True) for reply in group]
         choices = [
-            _choice(index, echo + reply.content, reply.finish_reason, self._logprobs(reply.logprobs, len(echo)))
+            _choice(
+                index, echo + reply.content, reply.finish_reason, self._logprobs(reply.logprobs, _Offsets(len(echo)))
+            )
             for index, (echo, reply) in enumerate(texts)
         ]
         return json_response(
@@ -106,7 +109,7 @@ class Completion:
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """Yield the frames of all choices, in the order in which they come. Raises: ApiError."""
         n = self.body.n
-        offsets = [len(echo) for echo in self.echoes for _ in range(n)]  # of the text so far, of each choice
+        offsets = [_Offsets(len(echo)) for echo in self.echoes for _ in range(n)]  # of each choice
         shown_tokens = [0] * len(offsets)
         groups: list[list[Reply]] = [[] for _ in self.runs]
         if self.body.echo:
@@ -121,7 +124,6 @@ class Completion:
                 tokens, text = (event.reply.logprobs or ())[shown_tokens[index] :], ""
                 reason = event.reply.finish_reason
             yield self._frame([_choice(index, text, reason, self._logprobs(tokens, offsets[index]))])
-            offsets[index] += sum(len(_text(token.text_bytes)) for token in tokens)
             shown_tokens[index] += len(tokens)
         if self.body.stream_options is not None and self.body.stream_options.include_usage:
             yield self._frame([], usage=_usage(groups))
@@ -130,22 +132,31 @@ class Completion:
     def _frame(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         return frame({**self.head, "choices": choices, **more})
 
-    def _logprobs(self, tokens: Sequence[TokenLogprob] | None, offset: int) -> dict[str, Any] | None:
-        """Return the log probabilities in the old form: parallel lists. Offsets count characters of the text."""
+    def _logprobs(self, tokens: Sequence[TokenLogprob] | None, offsets: _Offsets) -> dict[str, Any] | None:
+        """Return the log probabilities in the old form: parallel lists."""
         if self.body.logprobs is None:
             return None
         tokens = tokens or ()
-        texts = [_text(token.text_bytes) for token in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
         return {
-            "tokens": texts,
+            "tokens": [_text(token.text_bytes) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [{_text(text): logprob for _, text, logprob in token.top} for token in tokens],
-            "text_offset": offsets,
+            "text_offset": [offsets.pass_token(token.text_bytes) for token in tokens],
         }
+
+
+class _Offsets:
+    """Count the characters of a text before each of its tokens; one of several tokens counts when it is whole."""
+
+    def __init__(self, before: int) -> None:
+        self._count = before
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def pass_token(self, text: bytes) -> int:
+        """Return where the next token begins."""
+        offset = self._count
+        self._count += len(self._decoder.decode(text))
+        return offset
 
 
 async def _merged(runs: Sequence[Run]) -> AsyncIterator[tuple[int, Piece | Finished]]:

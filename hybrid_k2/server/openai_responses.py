@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from functools import partial
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from hybrid_k2.server.answer import answer_chat
 from hybrid_k2.server.body import body_schema, read_body
 from hybrid_k2.server.chat import Chat
 from hybrid_k2.server.context import Context
 from hybrid_k2.server.conversation import check_messages, check_tools, read_tool_choice
-from hybrid_k2.server.errors import in_words_of, json_response
+from hybrid_k2.server.errors import in_words_of
 from hybrid_k2.server.openai_usage import new_id
 from hybrid_k2.server.responses_reply import response_events
 from hybrid_k2.server.responses_request import OWN_NAMES, ResponsesRequest
-from hybrid_k2.server.run import unless_gone
-from hybrid_k2.server.sse import SseResponse, frame
+from hybrid_k2.server.run import Run
+from hybrid_k2.server.sse import frame
 
 
 def check_response_chat(body: ResponsesRequest, context: Context) -> Chat:
@@ -53,29 +53,21 @@ def response_routes(context: Context) -> APIRouter:
             body = await read_body(request, ResponsesRequest)
             model = context.check_model(body.model)
             chat = check_response_chat(body, context)
-            run = context.run(request)
-            tokenizer = context.backend.ready().model.tokenizer
-            build = partial(chat.service_request, tokenizer, request.state.owner, context.options.limits)
-            events = response_events(_head(body, model), run, chat.logprobs is not None)
-            if body.stream:
-                await run.submit(build)
-                return SseResponse(_frames(events), run.cancel, context.options.keep_alive_s)
+            head, with_logprobs = _head(body, model), chat.logprobs is not None
 
-            async def whole() -> Response:
-                await run.submit(build)
+            async def frames(run: Run) -> AsyncGenerator[bytes, None]:
+                async for event in response_events(head, run, with_logprobs, failing=True):
+                    yield frame(event, event["type"])
+
+            async def whole(run: Run) -> Any:
                 response = None
-                async for event in events:
+                async for event in response_events(head, run, with_logprobs):
                     response = event.get("response")
-                return json_response(response)
+                return response
 
-            return await unless_gone(request, whole())
+            return await answer_chat(request, context, chat, stream=body.stream, frames=frames, whole=whole)
 
     return router
-
-
-async def _frames(events: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes, None]:
-    async for event in events:
-        yield frame(event, event["type"])
 
 
 def _head(body: ResponsesRequest, model: str) -> dict[str, Any]:

@@ -13,7 +13,9 @@ class Limits:
     """How much one request may hold; beyond it stands an error of the client, before anything is computed."""
 
     body_bytes: int = 32 * 2**20
+    head_s: float = 20.0  # until the whole head of a request must be here
     body_s: float = 60.0  # until the whole body must be here
+    write_s: float = 60.0  # in which a client must take some of what was written
     headers: int = 100
     header_bytes: int = 64 * 2**10
     messages: int = 10_000  # the context of K2.6 holds no more
@@ -29,6 +31,7 @@ class ServerOptions:
 
     model_names: tuple[str, ...]  # the first is the model's name in replies, the others are taken too
     api_keys: tuple[str, ...] = ()  # none: every client may come
+    hosts: tuple[str, ...] = ()  # names by which clients may address it, beside IP addresses; none: any
     cors_origins: tuple[str, ...] = ()  # origins of pages that may call from a browser; "*" for all
     strict_moonshot: bool = False  # refuse what the official API refuses
     keep_alive_s: float = 15.0  # a comment in a silent stream; 0 for none

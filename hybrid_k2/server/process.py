@@ -6,15 +6,19 @@ import contextlib
 import logging
 import signal
 import threading
+from asyncio import Protocol
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from hybrid_k2.server.backend import Backend, Served
+from hybrid_k2.server.connection import Connection
 from hybrid_k2.server.listen import Listener
 from hybrid_k2.server.options import Limits
 
@@ -67,7 +71,7 @@ class Process:
     def _config(self) -> uvicorn.Config:
         return uvicorn.Config(
             self.app,
-            http="h11",
+            http=cast(type[Protocol], partial(Connection, limits=self.limits)),
             ws="none",
             lifespan="off",
             loop="asyncio",
@@ -125,7 +129,9 @@ class _Server(uvicorn.Server):
         """Let the service end its requests, then let the server go; until then new requests get a 503."""
         log.info("draining: requests that run may end within %g s", self._drain_s)
         served = self._backend.served
-        if served is not None and not served.service.drain(self._drain_s):
-            log.warning("requests that did not end within %g s are cancelled", self._drain_s)
-            served.service.close()
-        self.should_exit = True
+        try:
+            if served is not None and not served.service.drain(self._drain_s):
+                log.warning("requests that did not end within %g s are cancelled", self._drain_s)
+                served.service.close()
+        finally:
+            self.should_exit = True

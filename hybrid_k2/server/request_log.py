@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -12,13 +13,14 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hybrid_k2.server.errors import CLIENT_GONE, ApiError, error_response
+from hybrid_k2.server.errors import CLIENT_GONE, ApiError, error_response, is_anthropic, shutting_down
 from hybrid_k2.server.metrics import Metrics
 from hybrid_k2.server.run import ClientGoneError
 
 log = logging.getLogger("hybrid_k2.server")
 
 HEADER = "x-request-id"
+_ANTHROPIC_HEADER = b"request-id"  # where clients of this dialect look for it
 _ACCEPTED_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _QUIET_PATHS = frozenset({"/health", "/metrics"})  # asked for every few seconds
 
@@ -39,6 +41,7 @@ class RequestLog:
             return
         started = time.perf_counter()
         request_id = _request_id(scope)
+        names = [HEADER.encode(), *([_ANTHROPIC_HEADER] if is_anthropic(scope["path"]) else [])]
         facts: dict[str, Any] = {}
         scope["state"] = {**scope.get("state", {}), "request_id": request_id, "log": facts}
         status = 0
@@ -47,13 +50,18 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (HEADER.encode(), request_id.encode())]}
+                named = [(name, request_id.encode()) for name in names]
+                message = {**message, "headers": [*message["headers"], *named]}
             await send(message)
 
         try:
             await self._app(scope, receive, send_named)
         except ClientGoneError:
             facts["client_gone"] = True
+        except asyncio.CancelledError:  # the server has waited long enough
+            facts["error"] = "it had not ended when the server did"
+            if not status:
+                await error_response(shutting_down(), scope["path"], request_id)(scope, receive, send_named)
         except Exception:
             log.exception("request %s failed: this is a bug of hybrid-k2", request_id)
             if not status:

@@ -9,16 +9,20 @@ from typing import Any
 from hybrid_k2.engine.reply import Reply, TokenLogprob
 from hybrid_k2.engine.service_types import Finished, Piece
 from hybrid_k2.protocol import Event
+from hybrid_k2.server.errors import ApiError
 from hybrid_k2.server.openai_usage import chat_logprobs, new_id
 from hybrid_k2.server.run import Run
 
 _Event = dict[str, Any]
 
 
-async def response_events(head: dict[str, Any], run: Run, with_logprobs: bool) -> AsyncIterator[_Event]:
+async def response_events(
+    head: dict[str, Any], run: Run, with_logprobs: bool, failing: bool = False
+) -> AsyncIterator[_Event]:
     """Yield the events of a stream; the last one has the response as it is without a stream.
 
-    `head`: the response's fields but for its output. Raises: ApiError when the service fails.
+    `head`: the response's fields but for its output. `failing`: the failure of the service is an event, too.
+    Raises: ApiError when the service fails, without `failing`.
     """
     items = _Items(with_logprobs)
     number = 0
@@ -31,15 +35,21 @@ async def response_events(head: dict[str, Any], run: Run, with_logprobs: bool) -
     begun = {**head, "status": "in_progress", "output": [], "usage": None}
     yield numbered("created", response=begun)
     yield numbered("in_progress", response=begun)
-    async for event in run.events():
-        if isinstance(event, Piece):
-            for kind, fields in items.piece(event.event, event.tokens):
-                yield numbered(kind, **fields)
-        elif isinstance(event, Finished):
-            for kind, fields in items.end(complete=event.reply.finish_reason != "length"):
-                yield numbered(kind, **fields)
-            whole = {**head, **_outcome(event.reply), "output": items.done, "usage": _usage(event.reply)}
-            yield numbered(whole["status"], response=whole)
+    try:
+        async for event in run.events():
+            if isinstance(event, Piece):
+                for kind, fields in items.piece(event.event, event.tokens):
+                    yield numbered(kind, **fields)
+            elif isinstance(event, Finished):
+                for kind, fields in items.end(complete=event.reply.finish_reason != "length"):
+                    yield numbered(kind, **fields)
+                whole = {**head, **_outcome(event.reply), "output": items.done, "usage": _usage(event.reply)}
+                yield numbered(whole["status"], response=whole)
+    except ApiError as error:
+        if not failing:
+            raise
+        failure = {"code": "server_error", "message": error.message}
+        yield numbered("failed", response={**begun, "status": "failed", "output": items.done, "error": failure})
 
 
 @dataclass

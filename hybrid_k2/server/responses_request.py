@@ -66,6 +66,9 @@ class ResponsesRequest(Body):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    # What would be kept between requests.
+    previous_response_id: str | None = None
+    conversation: Any = None
     # Fields with one value that this server can give.
     store: bool = False
     background: bool = False
@@ -74,6 +77,11 @@ class ResponsesRequest(Body):
 
     def check_fixed(self) -> None:
         """Refuse what this server does not do. Raises: ApiError."""
+        for name in ("previous_response_id", "conversation"):
+            if getattr(self, name) is not None:
+                raise bad_request(
+                    name, "expected none: this server keeps nothing; send the whole conversation as input"
+                )
         if self.store:
             raise bad_request("store", "expected false: this server keeps no responses, got true")
         if self.background:
@@ -88,7 +96,7 @@ class ResponsesRequest(Body):
 
     def read_thinking(self) -> Thinking:
         """Return whether the model thinks. Raises: ApiError."""
-        reasoning = self.reasoning or {}
+        reasoning = {} if self.reasoning is None else self.reasoning
         if not isinstance(reasoning, Mapping):
             raise bad_request("reasoning", f"expected an object, got {shown(reasoning)}")
         for name, value in reasoning.items():
@@ -113,7 +121,7 @@ class ResponsesRequest(Body):
 
     def response_format(self) -> Any:
         """Return the `response_format` of a chat. Raises: ApiError."""
-        text = self.text or {}
+        text = {} if self.text is None else self.text
         if not isinstance(text, Mapping):
             raise bad_request("text", f"expected an object, got {shown(text)}")
         for name, value in text.items():
@@ -170,7 +178,7 @@ def _read_item(item: Any, place: str) -> dict[str, Any]:
     if not isinstance(item, Mapping):
         raise bad_request(place, f"expected an object, got {shown(item)}")
     kind = item.get("type", "message")
-    if kind not in _ITEM_FIELDS:
+    if not isinstance(kind, str) or kind not in _ITEM_FIELDS:
         raise bad_request(f"{place}.type", f"expected one of {', '.join(_ITEM_FIELDS)}, got {shown(kind)}")
     for name, value in item.items():
         if name not in _EVERY_ITEM | _ITEM_FIELDS[kind] and value is not None:

@@ -12,8 +12,8 @@ from starlette.types import Receive
 
 from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.service_types import Failed, Finished, Piece, Progress, ServiceEvent, ServiceRequest
-from hybrid_k2.errors import HybridK2Error
-from hybrid_k2.server.errors import ApiError, api_error
+from hybrid_k2.errors import HybridK2Error, RequestError
+from hybrid_k2.server.errors import api_error, shutting_down
 from hybrid_k2.server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Run:
             work.add_done_callback(_cancel_ticket)
             raise
         except HybridK2Error as error:
-            self._log["error"] = error.message
+            self._note(error)
             refused = api_error(error)
             self._metrics.refused(refused)
             raise refused from error
@@ -71,7 +71,7 @@ class Run:
             while left:
                 event = await self._events.get()
                 if isinstance(event, Failed):
-                    self._log["error"] = event.error.message
+                    self._note(event.error)
                     raise api_error(event.error) from event.error
                 if isinstance(event, Piece):
                     self._observe_piece(event.choice)
@@ -79,7 +79,7 @@ class Run:
                     left -= 1
                     self._observe_end(event.reply)
                     if event.reply.finish_reason == "cancelled":
-                        raise ApiError(503, "the server is shutting down", code="draining")
+                        raise shutting_down()
                 yield event
         finally:
             self.cancel()
@@ -96,6 +96,11 @@ class Run:
         """Free what the request holds in the service; after its end this does nothing."""
         if self._ticket is not None:
             self._ticket.cancel()
+
+    def _note(self, error: HybridK2Error) -> None:
+        """Let the log have the engine's own words, which the client does not get; those about a request quote it."""
+        if not isinstance(error, RequestError):
+            self._log["error"] = error.message
 
     def _submit(self, build: Callable[[], ServiceRequest]) -> Ticket:
         request = build()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from hybrid_k2.engine.grammar import Grammar
 from hybrid_k2.engine.params import MAX_STOP_STRINGS, SamplingParams
@@ -22,6 +23,17 @@ StopStrings = Annotated[
 ]
 
 
+MAX_TOKEN_IDS = 4096  # of one parameter
+
+
+def _check_size(value: Any) -> Any:
+    """Refuse what is too long before its parts are looked at. Raises: PydanticCustomError."""
+    if isinstance(value, (list, dict)) and len(value) > MAX_TOKEN_IDS:
+        raise PydanticCustomError("too_long", f"expected at most {MAX_TOKEN_IDS} tokens")
+    return value
+
+
+Bounded = BeforeValidator(_check_size)
 CacheSalt = Annotated[str, Field(max_length=128)]
 
 
@@ -51,12 +63,12 @@ class SamplingFields(Body):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: StopStrings = None
-    stop_token_ids: list[int] | None = None
-    logit_bias: dict[str, float] | None = None
+    stop_token_ids: Annotated[list[int] | None, Bounded] = None
+    logit_bias: Annotated[dict[str, float] | None, Bounded] = None
     include_stop_str_in_output: bool = False
     min_tokens: int = 0
     ignore_eos: bool = False
-    n: int = Field(default=1)
+    n: int = 1
 
     def params(
         self,
@@ -69,7 +81,6 @@ class SamplingFields(Body):
         """Return the engine's parameters. Raises: RequestError, ApiError."""
         if not isinstance(self.stop, (str, list, type(None))):
             raise bad_request("stop", f"expected a string or a list of strings, got {shown(self.stop)}")
-        bias = _token_bias(self.logit_bias or {}) | dict.fromkeys(forbidden_ids, -100.0)
         return SamplingParams(
             temperature=self.temperature,
             top_p=self.top_p,
@@ -82,7 +93,8 @@ class SamplingFields(Body):
             stop=() if self.stop is None else self.stop,
             stop_token_ids=self.stop_token_ids or (),
             include_stop=self.include_stop_str_in_output,
-            logit_bias=bias,
+            logit_bias=_token_bias(self.logit_bias or {}),
+            forbidden_token_ids=tuple(forbidden_ids),
             min_tokens=self.min_tokens,
             max_tokens=max_tokens,
             ignore_eos=self.ignore_eos,

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from hybrid_k2.server.errors import ApiError, error_object, is_anthropic, json_bytes
+from hybrid_k2.server.errors import ApiError, error_object, is_anthropic, json_bytes, logged
 from hybrid_k2.server.run import ClientGoneError, disconnected, first_of
 
 DONE = b"data: [DONE]\n\n"
@@ -53,7 +53,8 @@ class SseResponse(Response):
         except ApiError as error:
             anthropic = is_anthropic(scope["path"])
             data = error_object(error, anthropic, scope.get("state", {}).get("request_id", ""))
-            scope.setdefault("state", {}).setdefault("log", {}).setdefault("error", error.message)
+            facts = scope.setdefault("state", {}).setdefault("log", {})
+            facts.update({**logged(error), **facts})
             part = frame(data, "error" if anthropic else "")
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -302,9 +302,30 @@ def test_no_tools_no_calls(client: Client, service: ScriptedService, tokenizer: 
     for more in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
         assert client.post(PATH, {**HELLO, **more}).status_code == 200
         request = service.requests[-1]
-        assert not request.tools
+        assert request.tools == more.get("tools"), "the prompt stays that of the turns before"
         for name in ("<|tool_calls_section_begin|>", "<|tool_call_begin|>"):
-            assert request.params.logit_bias[tokenizer.token_id(name)] == -100
+            assert tokenizer.token_id(name) in request.params.forbidden_token_ids
+
+
+@pytest.mark.parametrize(
+    ("choice", "binds", "calls", "required"),
+    [
+        ("auto", "content", True, False),
+        ("none", "content", False, False),
+        ("required", "calls", True, True),
+        ({"type": "function", "function": {"name": "get_weather"}}, "calls", True, True),
+    ],
+)
+def test_a_response_format_beside_tools(
+    client: Client, service: ScriptedService, tokenizer: Tokenizer, choice: Any, binds: str, calls: bool, required: bool
+) -> None:
+    service.scripts = [Script(one_by_one(tokenizer, THOUGHT))]
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    asked = {**HELLO, "tools": [WEATHER], "tool_choice": choice, "response_format": wanted}
+    assert client.post(PATH, asked).status_code == 200
+    grammar = service.requests[0].params.grammar
+    assert grammar is not None
+    assert (grammar.binds, grammar.calls, grammar.required) == (binds, calls, required)
 
 
 def test_control_tokens_in_a_message_are_text(client: Client, service: ScriptedService, tokenizer: Tokenizer) -> None:

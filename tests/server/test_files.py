@@ -105,6 +105,15 @@ def test_a_form_of_many_lines_or_parts_takes_no_time() -> None:
     assert time.process_time() - before < 1, "a parser that looks at each line takes many seconds"
 
 
+@pytest.mark.parametrize(
+    "value", ["(" * 4000, '"' * 4000, "a*0=b;" * 600, "=?utf-8?q?a?= " * 280, '(name="file")', "\0"]
+)
+def test_headers_of_a_form_that_try_its_parser(value: str) -> None:
+    form = f"--b\r\ncontent-disposition: form-data; {value}\r\n\r\nhello\r\n--b--\r\n".encode()
+    with pytest.raises(ApiError, match="file: expected"):
+        read_upload("multipart/form-data; boundary=b", form)
+
+
 def test_bent_forms_are_refused() -> None:
     kind = "multipart/form-data; boundary=b"
     good = b'--b\r\ncontent-disposition: form-data; name="file"; filename="x"\r\n\r\nhello\r\n--b--\r\n'

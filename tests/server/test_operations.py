@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hybrid_k2.engine.service_types import QueueFullError
-from hybrid_k2.errors import ConfigError
+from hybrid_k2.engine.service_types import QueueFullError, ServiceClosingError
+from hybrid_k2.errors import ConfigError, ContextLengthError, RequestError
 from hybrid_k2.protocol import encode_prompt
 from hybrid_k2.server.options import ServerOptions
 from hybrid_k2.server.request_log import JsonLines, TextLines
 from tests.conftest import REPO
-from tests.server.conftest import Client
+from tests.server.conftest import Client, run
 from tests.server.scripted import Script, ScriptedService
 from tests.server.test_chat import HELLO, PATH, THOUGHT, WEATHER, one_by_one
 
@@ -114,6 +116,11 @@ def test_health_while_loading_serving_and_draining(make_client: MakeClient) -> N
     assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
 
 
+def test_health_can_be_asked_for_without_a_body(client: Client) -> None:
+    response = client.request("HEAD", "/health")
+    assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
+
+
 def test_metrics(client: Client, service: ScriptedService, tokenizer: Any) -> None:
     service.scripts = [Script(one_by_one(tokenizer, THOUGHT)) for _ in range(2)]
     client.post(PATH, HELLO)
@@ -157,6 +164,9 @@ def test_counting_tokens(client: Client, service: ScriptedService, tokenizer: An
 
 
 def test_request_ids(client: Client) -> None:
+    named = client.post("/v1/messages", {}).headers
+    assert named["request-id"] == named["x-request-id"]
+    assert "request-id" not in client.get("/health").headers
     assert client.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
     for bad in ("two words", "x" * 200, 'a"b'):
         assert client.get("/health", headers={"x-request-id": bad}).headers["x-request-id"].startswith("req_")
@@ -204,6 +214,107 @@ def test_the_log_says_how_it_went_and_not_what_was_said(
     assert line["completion_tokens"] > 3
     assert "r1" in TextLines().format(record)
     assert "secret" not in json.dumps(line) + TextLines().format(record)
+
+
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        ({"messages": "a secret"}, {"code": "invalid_value", "param": "messages"}),
+        ({"messages": [{"role": "a secret"}]}, {"param": "messages[0].role"}),
+        ({"a secret": 1}, {"code": "unknown_parameter"}),
+        ({"response_format": {"type": "a secret"}}, {"param": "response_format.type"}),
+        ({"tools": [WEATHER], "response_format": "a secret"}, {"param": "response_format.type"}),
+        ({"logit_bias": {"a secret": 1}}, {"param": "logit_bias"}),
+    ],
+)
+def test_the_log_does_not_quote_a_wrong_request(
+    client: Client, caplog: pytest.LogCaptureFixture, change: dict[str, Any], facts: dict[str, str]
+) -> None:
+    with caplog.at_level(logging.INFO, "hybrid_k2.server"):
+        response = client.post(PATH, {**HELLO, **change})
+    (record,) = [record for record in caplog.records if record.name == "hybrid_k2.server"]
+    line = json.loads(JsonLines().format(record))
+    assert line["status"] == response.status_code
+    assert facts.items() <= line.items()
+    assert "secret" not in json.dumps(line)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_log_does_not_quote_what_the_engine_says_of_a_request(
+    client: Client, service: ScriptedService, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    wrong = RequestError("prompt: expected another, got 'a secret'")
+    service.scripts = [Script(refusal=wrong), Script(error=wrong)]
+    with caplog.at_level(logging.INFO, "hybrid_k2.server"):
+        for _ in range(2):
+            assert "a secret" in client.post(PATH, {**HELLO, "stream": stream}).text, "the client reads it"
+    assert "secret" not in "".join(JsonLines().format(record) for record in caplog.records)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_meets_the_drain_is_told_so(client: Client, service: ScriptedService, stream: bool) -> None:
+    """The server was ready when the request came, and its service no more when the prompt was encoded."""
+    service.scripts = [Script(refusal=ServiceClosingError("service: it is shutting down"))]
+    response = client.post(PATH, {**HELLO, "stream": stream})
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
+    assert response.headers["retry-after"]
+
+
+def test_a_reply_that_the_drain_cancels_is_told_so(client: Client, service: ScriptedService, tokenizer: Any) -> None:
+    service.scripts = [Script(one_by_one(tokenizer, THOUGHT), finish_reason="cancelled")]
+    response = client.post(PATH, HELLO)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
+    assert response.headers["retry-after"]
+
+
+def test_a_request_that_outlives_the_server_is_told_so(client: Client) -> None:
+    """Its body has not come when the server stops to wait."""
+
+    async def cut_off() -> httpx.Response:
+        waiting = asyncio.Event()
+
+        async def parts() -> AsyncIterator[bytes]:
+            yield b"{"
+            waiting.set()
+            await asyncio.sleep(60)
+
+        transport = httpx.ASGITransport(client.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+            call = asyncio.ensure_future(http.post(PATH, content=parts()))
+            await waiting.wait()
+            call.cancel()  # as uvicorn does
+            return await call
+
+    response = run(cut_off())
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
+    assert response.headers["retry-after"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (PATH, HELLO, "messages"),
+        ("/v1/messages", {**HELLO, "max_tokens": 5}, None),
+        ("/v1/responses", {"input": "a"}, "input"),
+        ("/v1/completions", {"prompt": "a"}, "prompt"),
+    ],
+)
+def test_a_prompt_beyond_the_context_has_a_code(
+    client: Client, service: ScriptedService, path: str, body: dict[str, Any], param: str | None
+) -> None:
+    service.scripts = [Script(refusal=ContextLengthError("prompt: expected at most 9 tokens, got 10"))]
+    response = client.post(path, body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    if param is None:
+        assert error["message"].startswith("messages: expected at most 9 tokens")
+    else:
+        assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+        assert error["message"].startswith(param)
+
+
+def test_a_slash_too_much_is_no_redirect(client: Client) -> None:
+    assert client.post(f"{PATH}/", HELLO).status_code == 404
 
 
 def test_a_bug_is_a_500_that_the_log_explains(

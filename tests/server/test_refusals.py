@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections.abc import Callable
@@ -72,6 +73,8 @@ def schema_format(**fields: Any) -> dict[str, Any]:
         ({"stop": [""]}, "stop"),
         ({"stop": {"a": 1}}, "stop"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": [1] * 4097}, "stop_token_ids"),
+        ({"logit_bias": {str(token): "x" for token in range(4097)}}, "logit_bias"),
         ({"logit_bias": {"five": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
         ({"logit_bias": {"5": "x"}}, "logit_bias.5"),
@@ -247,6 +250,27 @@ def test_a_body_without_a_length_is_bounded_too(make_client: Callable[..., Clien
             yield b"x" * 100
 
     assert client.request("POST", PATH, content=parts()).status_code == 413
+
+
+def test_two_lengths_of_a_body_are_one_too_many(client: Client) -> None:
+    body = json.dumps(HELLO).encode()
+    headers = {"transfer-encoding": "chunked", "content-length": str(len(body))}
+    response = client.request("POST", PATH, content=body, headers=headers)
+    assert response.status_code == 400
+    assert "got both" in response.json()["error"]["message"]
+    assert response.headers["connection"] == "close"
+
+
+def test_a_packed_body_is_refused(client: Client) -> None:
+    body = gzip.compress(json.dumps(HELLO).encode())
+    response = client.request("POST", PATH, content=body, headers={"content-encoding": "gzip"})
+    assert response.status_code == 415
+    assert response.json()["error"]["message"].startswith("content-encoding: ")
+
+
+def test_headers_are_bounded_together(client: Client) -> None:
+    headers = {f"x-{n}": "y" * 1000 for n in range(70)}
+    assert client.get("/health", headers=headers).status_code == 431
 
 
 def test_a_slow_body_times_out(make_client: Callable[..., Client]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hybrid_k2.errors import EngineError
 from hybrid_k2.protocol import Tokenizer
 from tests.server.conftest import Client
 from tests.server.scripted import Script, ScriptedService
@@ -109,6 +110,25 @@ def test_a_response_that_is_cut_short(client: Client, service: ScriptedService, 
     assert (body["status"], body["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
     assert body["output"][-1]["status"] == "incomplete"
     assert events(client, HELLO)[-1]["type"] == "response.incomplete"
+
+
+def test_a_failure_in_mid_stream_is_the_last_event(
+    client: Client, service: ScriptedService, tokenizer: Tokenizer
+) -> None:
+    script = Script(one_by_one(tokenizer, CALL)[:2], error=EngineError("/secret/path is gone"))
+    service.scripts = [script, script]
+    *_, last = events(client, HELLO)
+    assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
+    assert last["response"]["error"]["code"] == "server_error"
+    assert "secret" not in json.dumps(last)
+    assert client.post(PATH, HELLO).status_code == 500
+
+
+@pytest.mark.parametrize("name", ["previous_response_id", "conversation"])
+def test_what_was_stored_elsewhere_is_not_here(client: Client, name: str) -> None:
+    response = client.post(PATH, {**HELLO, name: "resp_1"})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+    assert "send the whole conversation as input" in response.json()["error"]["message"]
 
 
 def test_effort_none_does_not_think(client: Client, service: ScriptedService, tokenizer: Tokenizer) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.cli.conftest import Done
+from tests.cli.conftest import ONE_THREAD, Done
 from tests.cli.conftest import call as call  # noqa: PLC0414  (a fixture)
 from tests.server.processes import serving
 from tests.server.test_chat import PATH
@@ -25,8 +25,10 @@ Call = Callable[..., Done]
 
 
 def test_it_listens_before_the_model_is_there_and_drains(tmp_path: Path) -> None:
-    with serving(tmp_path, "--log-format", "json", "--drain-timeout", "60") as server:
+    with serving(tmp_path, "--log-format", "json", "--allowed-host", "gpu-box") as server:
         url = server.url
+        for host, status in (("gpu-box:80", {200, 503}), ("localhost", {200, 503}), ("evil.example", {403})):
+            assert httpx.get(f"{url}/health", headers={"host": host}, timeout=30).status_code in status
         states = {httpx.get(f"{url}/health", timeout=30).json()["status"]}
         server.wait_ready()
         assert states <= {"loading", "ok"}
@@ -117,12 +119,27 @@ def test_without_its_packages_it_says_which(call: Call, monkeypatch: pytest.Monk
     assert "hybrid-k2[serve]" in done.err
 
 
+def test_grammars_are_prepared_before_requests_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    from hybrid_k2.cli.serve import _load
+    from hybrid_k2.cli.terminal import Output
+    from hybrid_k2.engine import Engine
+    from hybrid_k2.engine.service_types import ServiceOptions
+
+    served = _load("demo", ONE_THREAD[1], ServiceOptions(), Output(sys.stderr), lambda done, total: None)
+    try:
+        assert isinstance(served.model, Engine)
+        assert "guide_vocabulary" in vars(served.model.loaded), "it is kept once it was made"
+    finally:
+        served.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["--ssl-certfile", "x"], 1, "--ssl-keyfile"),
         (["--ssl-certfile", "x", "--ssl-keyfile", "y"], 1, "PEM"),
         (["--host", "no.such.host.invalid"], 1, "--host"),
+        (["--host", "a..b"], 1, "--host"),
         (["--port", "70000"], 2, "--port"),
         (["--uds", "/no/such/folder/socket"], 1, "--uds"),
         (["--api-key-file", "/no/such/file"], 1, "/no/such/file"),
@@ -131,6 +148,8 @@ def test_without_its_packages_it_says_which(call: Call, monkeypatch: pytest.Monk
         (["--cache-ram", "much"], 1, "--cache-ram"),
         (["--max-body", "0"], 1, "--max-body"),
         (["--log-format", "xml"], 2, "--log-format"),
+        (["--keep-alive", "nan"], 2, "86400"),
+        (["--drain-timeout", "inf"], 2, "86400"),
         (["--config", "/no/such/file"], 1, "/no/such/file"),
     ],
 )
@@ -174,10 +193,10 @@ def test_a_body_that_never_comes_does_not_stop_others(tmp_path: Path) -> None:
         server.wait_ready()
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as slow:
-            slow.sendall(f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{".encode())
+            slow.sendall(f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{{".encode())
             assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
         with socket.create_connection((host, int(port))) as flood:
-            flood.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx-long: " + b"y" * 200_000 + b"\r\n\r\n")
+            flood.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nx-long: " + b"y" * 200_000 + b"\r\n\r\n")
             assert b" 4" in flood.recv(200)[:12]
         assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
 
@@ -205,7 +224,9 @@ def test_clients_that_leave_free_their_place(tmp_path: Path) -> None:
         host, port = server.url.removeprefix("http://").split(":")
         body = json.dumps({**LONG, "stream": False})
         with socket.create_connection((host, int(port))) as client:
-            client.sendall(f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
+            client.sendall(
+                f"POST {PATH} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
+            )
             wait_for(1)
         wait_for(0)
         server.said("status=499")

@@ -16,7 +16,15 @@ import pytest
 import hybrid_k2
 from hybrid_k2.demo import demo_path
 from hybrid_k2.engine import Engine, FinishEvent, SamplingParams
-from hybrid_k2.errors import CheckpointError, ConfigError, EngineError, MemoryBudgetError, RequestError, RulesError
+from hybrid_k2.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextLengthError,
+    EngineError,
+    MemoryBudgetError,
+    RequestError,
+    RulesError,
+)
 from tests.conftest import REPO
 from tests.engines import GREEDY, free_pages, generated, host_rules, random_engine
 from tests.generators import write_checkpoint, write_tokenizer
@@ -213,7 +221,7 @@ def test_sizes_are_named_when_a_request_is_too_long(engine: Engine) -> None:
     ) as caught:
         engine.generate([1] * 257)
     assert "kv_cache" in (caught.value.hint or "")
-    with pytest.raises(RequestError, match=r"at most 256 tokens \(the size of the KV cache\), got 257"):
+    with pytest.raises(ContextLengthError, match=r"at most 256 tokens \(the size of the KV cache\), got 257"):
         engine.logits([1] * 257)
     with pytest.raises(RequestError, match=r"within 256 tokens .* got a prompt of 250 and max_tokens = 7"):
         engine.generate([1] * 250, params=SamplingParams(max_tokens=7))
@@ -225,9 +233,9 @@ def test_sizes_are_named_when_a_request_is_too_long(engine: Engine) -> None:
 def test_the_models_context_is_the_other_limit(tmp_path: Path) -> None:
     with random_engine(tmp_path, rules={"tokens": 40}, max_position_embeddings=40) as engine:
         assert engine.context_tokens == 40
-        with pytest.raises(RequestError, match=r"at most 40 tokens \(the model's context\), got 41"):
+        with pytest.raises(ContextLengthError, match=r"at most 40 tokens \(the model's context\), got 41"):
             engine.generate([1] * 41)
-        with pytest.raises(RequestError, match=r"within 40 tokens \(the model's context\)"):
+        with pytest.raises(ContextLengthError, match=r"within 40 tokens \(the model's context\)"):
             engine.generate([1] * 40)
 
 

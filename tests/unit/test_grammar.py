@@ -85,6 +85,34 @@ def test_large_and_open_schemas_are_taken(schema: Any) -> None:
     assert Grammar.json_schema(schema).binds == "content"
 
 
+@pytest.mark.parametrize("before", ["", "x", "xx"])
+def test_what_makes_the_library_panic_is_the_error_of_one_request(before: str) -> None:
+    """A panic is no `Exception`: it would end the thread that serves all others."""
+    wrong = {"minimum": before + "é" * 200}  # llguidance 1.9.1 cuts it in the middle of a character
+    with pytest.raises(RequestError, match="schema: expected"):
+        Grammar.json_schema(wrong)
+    source = Grammar.tools([tool("a", wrong)]).source  # is left to the model
+    assert "é" not in source
+
+
+@pytest.mark.parametrize("step", ["compute_bitmask", "consume_token"])
+def test_a_panic_in_a_reply_is_the_error_of_one_request(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    class PanicException(BaseException):
+        pass
+
+    class Matcher:
+        def __getattr__(self, name: str) -> Any:
+            if name == step:
+                raise PanicException("index out of bounds")
+            return getattr(matcher, name)
+
+    one = guide(Grammar.json_object())
+    matcher = one._matcher
+    monkeypatch.setattr(one, "_matcher", Matcher())
+    with pytest.raises(RequestError, match="grammar: expected what llguidance can read"):
+        advanced(one, "{")
+
+
 def test_the_most_properties_that_an_object_may_have_can_be_followed() -> None:
     one, chance = guide(Grammar.json_schema(properties(MAX_MEMBERS))), random.Random()
     for name in ("p0", f"p{MAX_MEMBERS - 1}"):

@@ -122,6 +122,44 @@ def test_auto_binds_the_calls_of_a_model_that_would_call_another_tool(demo: Engi
     assert "functions" not in reply.content
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+def test_calls_or_a_content_that_fits(demo: Engine, thinking: bool) -> None:
+    grammar = Grammar.json_schema(SCHEMA).or_calls(TOOLS)
+    for seed in range(4):
+        params = SamplingParams(seed=seed, max_tokens=400, grammar=grammar)
+        reply = demo.chat(QUESTION, tools=TOOLS, thinking=thinking, params=params)
+        assert bool(reply.content) is not bool(reply.tool_calls)
+        if reply.content:
+            assert json.loads(reply.content).keys() == SCHEMA["properties"].keys()  # type: ignore[attr-defined]
+        for call in reply.tool_calls:
+            assert json.loads(call.arguments)["way"] in ("up", "down")
+    with pytest.raises(RequestError, match="grammar: expected one for content with a prompt"):
+        demo.generate("x", params=SamplingParams(grammar=grammar))
+
+
+def test_a_token_that_is_forbidden_never_comes(demo: Engine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=40)
+    free = demo.chat(QUESTION, params=params)
+    bias = dict.fromkeys(free.token_ids, 100.0)  # no bias can bring them back
+    other = demo.chat(QUESTION, params=replace(params, forbidden_token_ids=free.token_ids, logit_bias=bias))
+    assert not set(other.token_ids) & set(free.token_ids)
+    with pytest.raises(RequestError, match="forbidden_token_ids: expected token ids from 0 to"):
+        demo.chat(QUESTION, params=SamplingParams(forbidden_token_ids=[10**6]))
+
+
+def test_forbidden_tokens_beside_a_grammar_and_least_tokens(demo: Engine) -> None:
+    one, two = (demo.tokenizer.encode(text)[0] for text in "12")
+    params = SamplingParams(temperature=0, max_tokens=9, grammar=Grammar.json_schema({"enum": [1, 2]}))
+    for forbidden, content in ((one, "2"), (two, "1")):
+        reply = demo.chat(QUESTION, thinking=False, params=replace(params, forbidden_token_ids=[forbidden]))
+        assert reply.content == content
+    with pytest.raises(RequestError, match="forbidden_token_ids: expected a token that may come"):
+        demo.chat(QUESTION, thinking=False, params=replace(params, forbidden_token_ids=[one, two]))
+    reply = demo.chat(QUESTION, params=SamplingParams(min_tokens=7, max_tokens=7, forbidden_token_ids=[one]))
+    assert len(reply.token_ids) == 7
+    assert one not in reply.token_ids
+
+
 def test_least_tokens_give_way_where_the_grammar_is_at_its_end(demo: Engine) -> None:
     grammar = Grammar.json_schema({"const": 7})
     params = SamplingParams(temperature=0, min_tokens=30, max_tokens=50, grammar=grammar)

@@ -283,6 +283,33 @@ def test_without_parallel_there_is_one_call_in_the_reply() -> None:
     assert vocabulary().end_ids < allowed(one)
 
 
+@pytest.mark.parametrize("before", ["", "hm</think>", "hm"])
+def test_calls_may_come_in_place_of_the_content(before: str) -> None:
+    grammar = Grammar.json_schema({"enum": ["a", 1]}).or_calls(TWO)
+    end = vocabulary().end_ids
+    one = advanced(guide(grammar, thinking=bool(before)), f"{before}{SECTION_BEGIN}{OSLO}{called('clock', '{}', 1)}")
+    assert not allowed(one) & end
+    advanced(one, SECTION_END)
+    assert allowed(one) == end
+    if before != "hm":
+        one = advanced(guide(grammar, thinking=bool(before)), before)
+        assert not allowed(one) & end
+        assert encoded("[")[0] not in allowed(one)
+        assert allowed(advanced(one, '"a"')) >= end
+        assert encoded(SECTION_BEGIN)[0] not in allowed(one)
+
+
+def test_calls_in_place_of_the_content_may_be_one_alone() -> None:
+    grammar = Grammar.json_object().or_calls(TWO, parallel=False)
+    one = advanced(guide(grammar), SECTION_BEGIN + OSLO)
+    assert allowed(one) == set(encoded(SECTION_END))
+
+
+def test_calls_in_place_of_the_content_need_tools() -> None:
+    with pytest.raises(RequestError, match="tools: expected at least one function"):
+        Grammar.json_object().or_calls([])
+
+
 @pytest.mark.parametrize("marker", [SECTION_END, CALL_BEGIN, ARGUMENT_BEGIN, CALL_END])
 @pytest.mark.parametrize(
     "written", ["", "hm", "</think>", "</think>text", f"</think>{SECTION_BEGIN}{OSLO}{SECTION_END}"]

@@ -50,6 +50,7 @@ WRONG = [
     ("logprobs", -1),
     ("logprobs", MAX_LOGPROBS + 1),
     ("logprobs", True),
+    ("forbidden_token_ids", [-1]),
     ("min_tokens", -1),
     ("min_tokens", None),
     ("min_tokens", 1.5),

@@ -15,7 +15,14 @@ import torch
 
 from hybrid_k2.engine import Engine, Reply, SamplingParams, loading
 from hybrid_k2.engine.service import Service
-from hybrid_k2.engine.service_types import Finished, Piece, QueueFullError, ServiceOptions, ServiceRequest
+from hybrid_k2.engine.service_types import (
+    Finished,
+    Piece,
+    QueueFullError,
+    ServiceClosingError,
+    ServiceOptions,
+    ServiceRequest,
+)
 from hybrid_k2.errors import ConfigError, EngineError, RequestError
 from tests.engines import free_pages, generated, random_engine
 from tests.services import Client
@@ -410,7 +417,7 @@ def test_drain_waits_and_takes_nothing_new(engine: Engine) -> None:
     with serve(engine) as service:
         client = Client(service, [1, 2, 3], replace(PARAMS, max_tokens=200))
         assert not service.drain(0)
-        with pytest.raises(EngineError, match="shutting down"):
+        with pytest.raises(ServiceClosingError, match="shutting down"):
             service.submit(ServiceRequest(prompt=[1]), lambda event: None)
         assert service.drain(60)
         assert client.reply.finish_reason == "length"
@@ -425,7 +432,7 @@ def test_close_cancels_and_lets_go_of_the_engine(engine: Engine) -> None:
     service.close()
     assert [reply.finish_reason for client in clients for reply in client.replies] == ["cancelled"] * 6
     assert generated(engine, [1], max_tokens=1).finish_reason == "length"
-    with pytest.raises(EngineError, match="shutting down"):
+    with pytest.raises(ServiceClosingError, match="shutting down"):
         service.submit(ServiceRequest(prompt=[1]), lambda event: None)
 
 

@@ -1,0 +1,186 @@
+"""A client that sends or takes too slowly loses its connection, and nobody else's."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from hybrid_k2.server.connection import Connection
+from hybrid_k2.server.options import Limits
+
+GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+WAIT_S = 60.0  # of a busy machine
+SHORT_S = 0.3
+
+
+class App:
+    """Answer 200 at once, without a look at the body; `/large` has more bytes than any buffer takes."""
+
+    def __init__(self) -> None:
+        self.gone = threading.Event()  # a client went in the middle of /large
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % self.size(scope))]}
+        )
+        left = self.size(scope)
+        while left:
+            await send({"type": "http.response.body", "body": bytes(min(left, 2**16)), "more_body": True})
+            left -= min(left, 2**16)
+        await send({"type": "http.response.body", "body": b""})
+        message: dict[str, Any] = {"type": ""}
+        while scope["path"] == "/large" and message["type"] != "http.disconnect":
+            message = cast(dict[str, Any], await receive())
+        if scope["path"] == "/large":
+            self.gone.set()
+
+    @staticmethod
+    def size(scope: Scope) -> int:
+        return 2**26 if scope["path"] == "/large" else 0
+
+
+@contextmanager
+def serving(app: Any, **limits: float) -> Iterator[int]:
+    """Run a server on a thread and give its port."""
+    bound = Limits(**cast(Any, limits))
+    config = uvicorn.Config(
+        app,
+        http=cast(Any, partial(Connection, limits=bound)),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        h11_max_incomplete_event_size=bound.header_bytes,
+    )
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(WAIT_S)
+
+
+def connect(port: int) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port))
+    client.settimeout(WAIT_S)
+    return client
+
+
+def answer(client: socket.socket) -> bytes:
+    """Read the head of a response that has no body."""
+    got = b""
+    while b"\r\n\r\n" not in got:
+        piece = client.recv(1000)
+        assert piece, got
+        got += piece
+    return got
+
+
+def drip(client: socket.socket, piece: bytes) -> None:
+    """Send a little now and then."""
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        client.sendall(piece)
+        time.sleep(0.05)
+
+
+def closed(client: socket.socket) -> bool:
+    """Wait for the end of a connection on which nothing more comes."""
+    try:
+        return client.recv(1000) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_a_client_that_says_nothing() -> None:
+    with serving(App(), head_s=SHORT_S) as port, connect(port) as client:
+        began = time.monotonic()
+        assert closed(client)
+        assert time.monotonic() - began > SHORT_S / 2
+
+
+def test_more_bytes_of_a_head_give_no_more_time() -> None:
+    with serving(App(), head_s=SHORT_S) as port, connect(port) as client:
+        client.sendall(b"GET / HTTP/1.1\r\n")
+        with pytest.raises(ConnectionError):
+            drip(client, b"x: y\r\n")
+
+
+def test_a_head_that_comes_in_pieces_is_answered_and_the_next_one_has_its_own_time() -> None:
+    with serving(App(), head_s=1.0) as port, connect(port) as client:
+        client.sendall(GET[:9])
+        time.sleep(0.1)
+        client.sendall(GET[9:])
+        assert answer(client).startswith(b"HTTP/1.1 200")
+        time.sleep(1.2)  # idle connections are another matter
+        client.sendall(GET)
+        assert answer(client).startswith(b"HTTP/1.1 200")
+        client.sendall(GET[:9])
+        assert closed(client)
+
+
+def test_the_rest_of_a_request_that_has_its_answer() -> None:
+    with serving(App(), body_s=SHORT_S) as port, connect(port) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
+        assert answer(client).startswith(b"HTTP/1.1 200")
+        with pytest.raises(ConnectionError):
+            drip(client, b"x")
+
+
+def test_a_client_that_takes_nothing() -> None:
+    app = App()
+    with serving(app, write_s=SHORT_S) as port, connect(port) as client:
+        client.sendall(GET.replace(b"/ ", b"/large ", 1))
+        assert app.gone.wait(WAIT_S)
+
+
+def test_a_client_that_takes_little_at_a_time_gets_all() -> None:
+    with serving(App(), write_s=0.5) as port, connect(port) as client:
+        client.sendall(GET.replace(b"/ ", b"/large ", 1))
+        got = 0
+        for _ in range(8):  # longer than write_s in all
+            time.sleep(0.15)
+            got += len(client.recv(2**22))
+        while got < 2**26 and (piece := client.recv(2**22)):
+            got += len(piece)
+    assert got > 2**26
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "words"),
+    [
+        (lambda: b"\x16\x03\x01 no HTTP\r\n\r\n", 400, "valid HTTP"),
+        (lambda: b"GET / HTTP/1.1\r\nhost: x\r\nx-long: " + b"y" * 100_000, 431, "65536 bytes"),
+        (lambda: b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip\r\n\r\n", 501, "valid HTTP"),
+    ],
+)
+def test_what_is_no_request_is_a_json_error(head: Callable[[], bytes], status: int, words: str) -> None:
+    with serving(App()) as port, connect(port) as client:
+        client.sendall(head())
+        got = b""
+        while piece := client.recv(2000):
+            got += piece
+    start, _, body = got.partition(b"\r\n\r\n")
+    assert start.startswith(b"HTTP/1.1 %d" % status)
+    assert words in json.loads(body)["error"]["message"]
+
+
+def test_a_bad_chunk_after_the_answer_only_ends_the_connection(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(App()) as port, connect(port) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        answer(client)
+        client.sendall(b"no chunk\r\n")
+        assert closed(client)
+    assert "Fatal error" not in caplog.text
