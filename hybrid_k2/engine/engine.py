@@ -21,9 +21,9 @@ from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.prefix import PrefixCache
 from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.request import chat_sequence, check_ids, check_prompt_fits, text_sequence
-from hybrid_k2.engine.sequence import TokenSequence
+from hybrid_k2.engine.sequence import TokenSequence, cut
 from hybrid_k2.errors import EngineError, MemoryBudgetError, RequestError, shown
-from hybrid_k2.model.batch import Batch, Chunk
+from hybrid_k2.model.batch import Batch
 from hybrid_k2.model.latent_cache import LatentCache
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Engine:
         _ = self.loaded.guide_vocabulary
 
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
-        """Return the logits after each of the tokens.
+        """Return the logits after each of the tokens; they are cut into chunks as a prompt is.
 
         Takes 4 * vocab_size bytes for each token, and as much again for the tokens of one prefill chunk.
         Shapes: token_ids: [T] -> [T, vocab_size].
@@ -130,10 +130,12 @@ class Engine:
             logits = np.empty((len(ids), self.config.vocab_size), np.float32)
             pages = self._prefix.allocate(self._cache.pages_for(len(ids)))
             try:
-                for start in range(0, len(ids), self.plan.chunk_tokens):
-                    chunk = Chunk(ids[start : start + self.plan.chunk_tokens], start, pages)
-                    part = self.loaded.text.forward(Batch.build([chunk], all_logits=True), self._cache)
-                    logits[start : start + len(part)] = part.cpu().numpy()
+                done = 0
+                while done < len(ids):
+                    chunks = cut(ids, done, len(ids), self.loaded.block_tokens, self.plan.chunk_tokens, pages)
+                    part = self.loaded.text.forward(Batch.build(chunks, all_logits=True), self._cache)
+                    logits[done : done + len(part)] = part.cpu().numpy()
+                    done += len(part)
             finally:
                 self._cache.pool.free(pages)
         return logits

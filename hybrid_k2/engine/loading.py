@@ -38,8 +38,8 @@ from hybrid_k2.placement import (
 from hybrid_k2.protocol import Tokenizer
 
 DEMO = "demo"  # names the built-in checkpoint; a folder of that name is "./demo"
-# Attention to a block has bits of its own: smaller blocks make for finer reuse, larger ones for less arithmetic. With
-# K2.6's sizes and long contexts, 256 tokens take three quarters of what they take one by one.
+# Where attention to a block has bits of its own: smaller blocks make for finer reuse, larger ones for less arithmetic.
+# With K2.6's sizes and long contexts, 256 tokens take three quarters of what they take one by one.
 BLOCK_TOKENS = 256
 OnPlan = Callable[[Plan], None]
 
@@ -60,10 +60,13 @@ class LoadedModel:
         """The longest prompt and reply together."""
         return min(self.config.max_position_embeddings, self.plan.kv_cache.tokens)
 
-    @property
+    @cached_property
     def block_tokens(self) -> int:
-        """Prompts are computed in blocks that begin at multiples of this, so that a text does not depend on chunks."""
-        return min(BLOCK_TOKENS, self.plan.chunk_tokens)
+        """Prompts are computed in blocks that begin at multiples of this, so that a text does not depend on chunks.
+
+        1 where a token has the same bits in any chunk.
+        """
+        return 1 if self.text.any_cut else min(BLOCK_TOKENS, self.plan.chunk_tokens)
 
     @cached_property
     def guide_vocabulary(self) -> GuideVocabulary:

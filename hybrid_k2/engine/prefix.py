@@ -223,9 +223,7 @@ class PrefixCache:
         """Return the nodes of the longest common prefix, the tokens to reuse, and how many are repeatable blocks."""
         path, common, repeatable = self._find(sequence)
         if sequence.repeats:
-            # Blocks that reach into its reply have other bits than its own tokens had, one by one.
-            block = sequence.block_tokens
-            return path, min(repeatable, sequence.prompt_tokens // block * block), repeatable
+            return path, min(repeatable, sequence.repeats_until), repeatable
         return path, common, repeatable
 
     def _find(self, sequence: TokenSequence) -> tuple[list[Node], int, int]:

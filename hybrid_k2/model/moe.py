@@ -12,7 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hybrid_k2.dense import HostMatrix
 from hybrid_k2.experts import ExpertsBackend
+from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.model.layers import SwiGlu, linear_all, native_of_one_kind
 from hybrid_k2.model.router import Router, Routing
 
@@ -24,6 +26,12 @@ class Moe:
     router: Router
     experts: ExpertsBackend
     shared: SwiGlu
+
+    @property
+    def any_batch(self) -> bool:
+        """Whether a row has the same bits whatever other rows there are."""
+        native = isinstance(self.experts, NativeExperts) and isinstance(self.router.weight, HostMatrix)
+        return native and self.shared.any_batch
 
     def begin(self, x: Tensor) -> tuple[Routing, Callable[[], Tensor]]:
         """Route rows, and return what computes their shared expert.

@@ -66,6 +66,11 @@ class TextModel:
         self._closed = False
 
     @property
+    def any_cut(self) -> bool:
+        """Whether a token's latents have the same bits however its sequence is cut into chunks, in any company."""
+        return all(layer.attention.any_cut and layer.mlp.any_batch for layer in self.layers)
+
+    @property
     def trace(self) -> Trace | None:
         """Where the times of operations go."""
         return self.accelerator.trace

@@ -77,7 +77,7 @@ class World:
             return False
         sequence.pages.extend(self.prefix.allocate(missing))
         for chunk in chunks:
-            whole = sequence.repeatable == chunk.cached and len(chunk.token_ids) == sequence.block_tokens
+            whole = sequence.repeatable == chunk.cached and len(chunk.token_ids) % sequence.block_tokens == 0
             for place in range(chunk.cached, chunk.cached + len(chunk.token_ids)):
                 fraction = 0.0 if whole else self.chance.randrange(1, 64) / 64
                 self.write(sequence, place, self.name(sequence, place) + fraction)

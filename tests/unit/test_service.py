@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from hybrid_k2.engine import Engine, Reply, SamplingParams, loading
+from hybrid_k2.engine import Engine, Reply, SamplingParams
 from hybrid_k2.engine.service import Service
 from hybrid_k2.engine.service_types import Finished, Piece, QueueFullError, ServiceOptions, ServiceRequest
 from hybrid_k2.errors import ConfigError, EngineError, RequestError
-from tests.engines import free_pages, generated, random_engine
+from tests.engines import free_pages, generated, native_engine
 from tests.services import Client
 
-BLOCK, CHUNK, PAGES = 16, 48, 10
+CHUNK, PAGES = 48, 10
 ODD = 501  # a token that no prompt has by chance, and no reply
 # Log probabilities show a logit that differs in its last bit.
 PARAMS = SamplingParams(
@@ -30,21 +30,16 @@ PARAMS = SamplingParams(
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """Native kernels, which give a token the same bits in any batch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "BLOCK_TOKENS", BLOCK)
-        rules = {"dtype": "bf16", "numerics": "exact", "chunk_tokens": CHUNK, "tokens": PAGES * 64}
-        blocks = {"q_lora_rank": 64, "qk_rope_head_dim": 32}  # sizes that the native kernels have
-        with random_engine(Path(tmp_path_factory.mktemp("model")), rules=rules, packed=True, **blocks) as one:
-            yield one
+    with native_engine(Path(tmp_path_factory.mktemp("model")), chunk_tokens=CHUNK, tokens=PAGES * 64) as one:
+        assert one.loaded.block_tokens == 1
+        yield one
 
 
 @pytest.fixture(autouse=True)
 def all_pages_come_back(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "engine" in request.fixturenames:
-        engine = request.getfixturevalue("engine")
-        assert free_pages(engine) == PAGES
+        assert free_pages(request.getfixturevalue("engine")) == PAGES
 
 
 def alone(engine: Engine, prompt: list[int], params: SamplingParams) -> Reply:
@@ -159,13 +154,13 @@ def test_a_long_prompt_does_not_stop_replies(engine: Engine) -> None:
         first.wait()
     beside = [tokens for tokens, sequences in sizes if sequences == 2 and tokens]
     assert len(beside) > 10
-    assert max(beside) <= BLOCK
+    assert max(beside) == 19
 
 
 def test_prompts_take_turns(engine: Engine) -> None:
     """A short prompt behind a long one does not wait for all of it."""
     chance = random.Random()
-    with serve(engine, step_tokens=BLOCK) as service:
+    with serve(engine, step_tokens=16) as service:
         order: list[str] = []
         long = Client(service, random_ids(chance, 400), on_event=lambda *_: order.append("long"), params=PARAMS)
         while len(long.progress) < 2:
@@ -449,7 +444,7 @@ def test_the_cache_on_disk_serves_the_next_start(engine: Engine, tmp_path: Path)
     with serve(engine, **options) as service:
         assert service.stats().ram_pages_kept > 0
         again = Client(service, prompt, PARAMS).reply
-        assert again.usage.cached_tokens == 192
+        assert again.usage.cached_tokens == 199
         assert same(again, expected)
 
 
@@ -457,7 +452,7 @@ def test_salts_keep_keys_apart(engine: Engine) -> None:
     prompt = random_ids(random.Random(), 200)
     with serve(engine) as service:
         cached = [Client(service, prompt, PARAMS, cache_salt=salt).reply.usage.cached_tokens for salt in "aabb"]
-    assert cached == [0, 192, 0, 192]
+    assert cached == [0, 199, 0, 199]
 
 
 @pytest.mark.parametrize("rules", ["host", "twin"])
