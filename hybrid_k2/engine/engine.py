@@ -20,7 +20,7 @@ from hybrid_k2.engine.loading import LoadedModel, OnPlan, load_model
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.prefix import PrefixCache
 from hybrid_k2.engine.reply import Reply
-from hybrid_k2.engine.request import chat_sequence, check_ids, check_prompt_fits, text_sequence
+from hybrid_k2.engine.request import chat_sequences, check_ids, check_prompt_fits, text_sequences
 from hybrid_k2.engine.sequence import TokenSequence, cut
 from hybrid_k2.errors import EngineError, MemoryBudgetError, RequestError, shown
 from hybrid_k2.model.batch import Batch
@@ -159,7 +159,7 @@ class Engine:
         Raises: RequestError at once for a request that is wrong; while iterating, RequestError if another request
         runs, EngineError.
         """
-        sequence = self.sequence(
+        (sequence,) = self.sequences(
             prompt,
             messages=messages,
             tools=tools,
@@ -171,7 +171,7 @@ class Engine:
         self._generations.add(generation)
         return generation
 
-    def sequence(
+    def sequences(
         self,
         prompt: str | Sequence[int] | None,
         *,
@@ -180,8 +180,12 @@ class Engine:
         thinking: bool,
         preserve_thinking: bool,
         params: SamplingParams | None,
-    ) -> TokenSequence:
-        """Check a request and prepare it; any thread, any time. Raises: RequestError, EngineError if closed."""
+        n: int = 1,
+    ) -> list[TokenSequence]:
+        """Check a request and prepare `n` replies to it; choice i of a request with a seed has seed + i.
+
+        Any thread, any time. Raises: RequestError, EngineError if closed.
+        """
         self._check_open()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -190,11 +194,11 @@ class Engine:
             if not isinstance(flag, bool):
                 raise RequestError(f"{name}: expected True or False, got {shown(flag)}")
         if messages is not None and prompt is None:
-            return chat_sequence(self.loaded, messages, tools, thinking, preserve_thinking, params)
+            return chat_sequences(self.loaded, messages, tools, thinking, preserve_thinking, params, n)
         if prompt is not None and messages is None:
             if tools or preserve_thinking:
                 raise RequestError("generate: expected tools and preserve_thinking with messages only, got a prompt")
-            return text_sequence(self.loaded, prompt, thinking, params)
+            return text_sequences(self.loaded, prompt, thinking, params, n)
         raise RequestError(f"generate: expected prompt or messages, got {'neither' if prompt is None else 'both'}")
 
     def chat(

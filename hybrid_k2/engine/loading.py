@@ -64,9 +64,11 @@ class LoadedModel:
     def block_tokens(self) -> int:
         """Prompts are computed in blocks that begin at multiples of this, so that a text does not depend on chunks.
 
-        1 where a token has the same bits in any chunk.
+        1 where a token has the same bits in any chunk. Elsewhere at most half of a step, so that sequences which decode
+        have room beside one.
         """
-        return 1 if self.text.any_cut else min(BLOCK_TOKENS, self.plan.chunk_tokens)
+        chunk = self.plan.chunk_tokens
+        return 1 if self.text.any_cut else min(BLOCK_TOKENS, chunk // 2 if chunk > 3 else chunk)
 
     @cached_property
     def guide_vocabulary(self) -> GuideVocabulary:

@@ -96,6 +96,7 @@ class PrefixCache:
         self._resident: OrderedDict[Node, None] = OrderedDict()
         self._stored: OrderedDict[Node, None] = OrderedDict()
         self.ram_pages = 0  # that the second level has room for
+        self.changes = 0  # how often it may have come to know a prefix, or got room
         self.set_ram(ram_bytes)
 
     def set_ram(self, ram_bytes: int) -> None:
@@ -171,6 +172,7 @@ class PrefixCache:
 
     def take_back(self, sequence: TokenSequence) -> None:
         """Free the pages of a sequence without keeping what they hold."""
+        self.changes += 1
         self._cache.pool.free(sequence.pages)
         sequence.pages = []
         sequence.cached = sequence.repeatable = 0
@@ -292,10 +294,14 @@ class PrefixCache:
 
     def _insert(self, sequence: TokenSequence, count: int) -> None:
         """Put the first `count` tokens of a sequence in the tree; nodes that are there stay, unless it has better."""
+        self.changes += 1
         node, path = self._root(sequence.salt), list[Node]()
         for place, part in enumerate(self._parts(sequence.tokens[:count])):
             repeatable = sequence.repeatable - place * self._page_tokens
-            node = self._place(node, part, max(0, min(repeatable, len(part))), sequence.pages[place])
+            repeatable = max(0, min(repeatable, len(part)))
+            node = self._place(node, part, repeatable, sequence.pages[place])
+            if node.tokens == part and repeatable == node.repeatable == len(part):  # the same bits
+                self._share_instead(sequence, place, node)
             path.append(node)
         self._touch(path)
         self._trim()
@@ -316,6 +322,14 @@ class PrefixCache:
             self._make_resident(node, page)
             node.repeatable = repeatable
         return node
+
+    def _share_instead(self, sequence: TokenSequence, place: int, node: Node) -> None:
+        """Let a sequence that computed what others had computed meanwhile use their page, and free its own."""
+        own = sequence.pages[place]
+        if node.page is not None and node.page != own:
+            self._cache.pool.share([node.page])
+            self._cache.pool.free([own])
+            sequence.pages[place] = node.page
 
     def _touch(self, path: Sequence[Node]) -> None:
         for node in reversed(path):

@@ -92,6 +92,10 @@ class TokenSequence:
         """Log probabilities of the reply's tokens so far; None if the request did not ask for them."""
         return tuple(self._logprobs) if self._logprob_reader is not None else None
 
+    def logprobs_after(self, count: int) -> tuple[TokenLogprob, ...]:
+        """Log probabilities of the reply's tokens behind the first so many."""
+        return tuple(self._logprobs[count:])
+
     @property
     def decoding(self) -> bool:
         """Whether the prompt is done and the next step is one token."""
