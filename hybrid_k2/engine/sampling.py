@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _SMALLEST = 16.0**-8  # below this share of the likeliest token, the bands of top-p are one
 _BLOCK = 512  # about the square root of the vocabulary: as many blocks as tokens in one
+_FEW = 4096  # so many numbers are sorted and added up faster than they are divided into bands or blocks
 
 
 class NotFiniteError(EngineError):
@@ -140,7 +141,7 @@ def _top_p_floor(weights: Logits, top_p: float) -> float:
     Goes down in bands of a factor 16 and sorts only the band in which the share is reached: sorting is what costs.
     """
     missing = top_p * float(weights.sum(dtype=np.float64))
-    ceiling, floor = np.inf, 1 / 16
+    ceiling, floor = np.inf, 0.0 if len(weights) <= _FEW else 1 / 16
     while True:
         band = weights[(weights >= floor) & (weights < ceiling)]
         mass = float(band.sum(dtype=np.float64))
@@ -158,6 +159,8 @@ def _first_beyond(weights: Logits, target: float, side: Literal["left", "right"]
     Blocks first, then inside one block: a running sum over the whole vocabulary costs ten times as much. Rounding may
     leave every sum below the target; then it is the last index that adds anything.
     """
+    if len(weights) <= _FEW:
+        return _first_index(np.cumsum(weights, dtype=np.float64), target, side)
     sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64))
     block = _first_index(sums, target, side)
     start = block * _BLOCK
