@@ -10,15 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from hybrid_k2.engine import Engine, Reply, SamplingParams
+from hybrid_k2.engine import Engine, Reply, SamplingParams, request
+from hybrid_k2.engine.sampling import Sampler
 from hybrid_k2.engine.service import Service
 from hybrid_k2.engine.service_types import Finished, Piece, QueueFullError, ServiceOptions, ServiceRequest
 from hybrid_k2.errors import ConfigError, EngineError, RequestError
 from tests.engines import free_pages, generated, native_engine
-from tests.services import Client
+from tests.services import TIMEOUT_S, Client
 
 CHUNK, PAGES = 48, 10
 ODD = 501  # a token that no prompt has by chance, and no reply
@@ -398,7 +400,136 @@ def test_an_error_in_the_service_itself_ends_it_with_an_answer(engine: Engine, m
             service.submit(ServiceRequest(prompt=[1]), lambda event: None)
 
 
+def test_a_parser_that_fails_at_a_cancel_ends_its_request_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(engine) as service:
+        bad = Client(service, [1, 2, 3], replace(PARAMS, max_tokens=500), n=2)
+        good = Client(service, [4, 5, 6], replace(PARAMS, max_tokens=60))
+        while not bad.pieces(1):
+            time.sleep(0.001)
+        for job in [*service._tickets]:
+            if job.sequence.prompt_tokens == 3 and job.sequence.tokens[0] == 1:
+                monkeypatch.setattr(job.sequence.output, "finish", lambda: 1 / 0)
+        bad.ticket.cancel()
+        assert "ZeroDivisionError" in str(bad.error)
+        assert good.reply.finish_reason == "length"
+        assert service.stats().failed == 1
+
+
+def test_only_logits_that_are_not_finite_empty_the_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a request brought upon itself costs nobody else the latents of his prompt."""
+    prompt = random_ids(random.Random(), 200)
+    with serve(engine) as service:
+        assert Client(service, prompt, PARAMS).reply.finish_reason == "length"
+        monkeypatch.setattr(Sampler, "sample", lambda *_: 1 / 0)
+        assert "ZeroDivisionError" in str(Client(service, [1, 2], PARAMS).error)
+        monkeypatch.undo()
+        assert Client(service, prompt, PARAMS).reply.usage.cached_tokens == 199
+
+
+# Who calls does not wait
+
+
+def test_nobody_waits_for_a_step_or_for_pages_that_are_copied(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(engine) as service:
+        going, go = threading.Event(), threading.Event()
+        next_step = service._scheduler.next_step
+
+        def slow() -> Any:
+            going.set()
+            assert go.wait(60)
+            return next_step()
+
+        monkeypatch.setattr(service._scheduler, "next_step", slow)
+        client = Client(service, [1, 2, 3], PARAMS)
+        assert going.wait(60)
+        done = threading.Event()
+
+        def call() -> None:
+            client.ticket.cancel()
+            assert service.stats().waiting == 1
+            Client(service, [1, 2, 3], PARAMS).ticket.cancel()
+            done.set()
+
+        caller = threading.Thread(target=call)
+        caller.start()
+        assert done.wait(30)
+        go.set()
+        caller.join()
+        assert service.drain(60)
+        assert service.stats().cancelled >= 1
+
+
+def test_a_prompt_is_checked_once_for_all_choices(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+    check_ids = request.check_ids
+    monkeypatch.setattr(request, "check_ids", lambda ids, size: checked.append(1) or check_ids(ids, size))
+    with serve(engine) as service:
+        seeds = [reply.seed for reply in Client(service, [1, 2, 3], replace(PARAMS, seed=2**63 - 2), n=4).replies]
+    assert len(checked) == 1
+    assert seeds == [2**63 - 2, 2**63 - 1, -(2**63), -(2**63) + 1]
+
+
+def test_a_full_queue_refuses_before_it_reads_the_prompt(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(engine, max_running=1, max_waiting=0) as service:
+        running = Client(service, [1], replace(PARAMS, max_tokens=500))
+        monkeypatch.setattr(engine, "sequences", lambda *_, **__: 1 / 0)
+        with pytest.raises(QueueFullError):
+            service.submit(ServiceRequest(prompt=[1]), lambda event: None)
+        running.ticket.cancel()
+
+
+def test_a_request_that_waits_takes_no_memory_of_the_vocabulary(engine: Engine) -> None:
+    (sequence,) = engine.sequences(
+        [1], messages=None, tools=None, thinking=True, preserve_thinking=False, params=SamplingParams()
+    )
+    assert not any(isinstance(value, np.ndarray) and value.size > 1 for value in vars(sequence.sampler).values())
+
+
+def test_many_callers_at_once_break_nothing(engine: Engine) -> None:
+    """Submit, cancel, ask for the counts and leave, from many threads; then everything is free."""
+    with serve(engine, max_running=4, max_waiting=1000) as service:
+
+        def call(number: int) -> None:
+            chance = random.Random(number)
+            for _ in range(12):
+                params = replace(PARAMS, max_tokens=chance.randrange(1, 20))
+                client = Client(
+                    service, random_ids(chance, chance.randrange(60) + 1), params, n=chance.choice([1, 1, 3])
+                )
+                service.stats()
+                if chance.random() < 0.5:
+                    client.ticket.cancel()
+                client.wait()
+
+        callers = [threading.Thread(target=call, args=(number,)) for number in range(6)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(TIMEOUT_S)
+        stats = service.stats()
+        assert (stats.running, stats.waiting, stats.kv_pages_used, stats.failed) == (0, 0, 0, 0)
+        assert stats.requests == 72
+        assert not service._tickets
+        assert not service._scheduler.queue._served
+
+
 # The end
+
+
+def test_its_own_thread_cannot_close_it(engine: Engine) -> None:
+    errors: list[EngineError] = []
+
+    def close(client: Client, event: object) -> None:
+        try:
+            service.close()
+        except EngineError as error:
+            errors.append(error)
+
+    with serve(engine) as service:
+        assert Client(service, [1, 2], replace(PARAMS, max_tokens=1), on_event=close).reply.finish_reason == "length"
+    assert "expected another thread to close it" in str(errors[0])
 
 
 def test_drain_waits_and_takes_nothing_new(engine: Engine) -> None:
