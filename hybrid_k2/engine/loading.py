@@ -67,8 +67,9 @@ class LoadedModel:
         1 where a token has the same bits in any chunk. Elsewhere at most half of a step, so that sequences which decode
         have room beside one.
         """
-        chunk = self.plan.chunk_tokens
-        return 1 if self.text.any_cut else min(BLOCK_TOKENS, chunk // 2 if chunk > 3 else chunk)
+        plan, chunk = self.plan, self.plan.chunk_tokens
+        on_host = plan.stream == "off" and not any(row.hottest for row in plan.rows)  # all of the routed experts
+        return 1 if on_host and self.text.any_cut else min(BLOCK_TOKENS, chunk // 2 if chunk > 3 else chunk)
 
     @cached_property
     def guide_vocabulary(self) -> GuideVocabulary:

@@ -495,9 +495,8 @@ def test_many_callers_at_once_break_nothing(engine: Engine) -> None:
             chance = random.Random(number)
             for _ in range(12):
                 params = replace(PARAMS, max_tokens=chance.randrange(1, 20))
-                client = Client(
-                    service, random_ids(chance, chance.randrange(60) + 1), params, n=chance.choice([1, 1, 3])
-                )
+                prompt = random_ids(chance, chance.randrange(1, 60))
+                client = Client(service, prompt, params, n=chance.choice([1, 1, 3]))
                 service.stats()
                 if chance.random() < 0.5:
                     client.ticket.cancel()
