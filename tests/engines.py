@@ -35,6 +35,12 @@ def random_engine(folder: Path, *, rules: dict[str, Any] | None = None, **overri
     return Engine.load(write_checkpoint(folder, **(small | overrides)), host_rules(**(rules or {})))
 
 
+def native_engine(folder: Path, **rules: Any) -> Engine:
+    """Load a model on native kernels, which give a token the same bits in any batch and in any chunk."""
+    sizes = {"q_lora_rank": 64, "qk_rope_head_dim": 32}  # that the kernels have
+    return random_engine(folder, rules={"dtype": "bf16", "numerics": "exact", **rules}, packed=True, **sizes)
+
+
 def generated(engine: Engine, prompt: list[int], params: SamplingParams = GREEDY, **changes: Any) -> Reply:
     """Run a prompt to its end and return the reply."""
     with engine.generate(prompt, params=replace(params, **changes)) as generation:

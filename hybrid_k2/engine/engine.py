@@ -20,11 +20,11 @@ from hybrid_k2.engine.loading import LoadedModel, OnPlan, load_model
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.prefix import PrefixCache
 from hybrid_k2.engine.reply import Reply
-from hybrid_k2.engine.request import chat_sequence, check_ids, check_prompt_fits, text_sequence
-from hybrid_k2.engine.sequence import TokenSequence
+from hybrid_k2.engine.request import chat_sequences, check_ids, check_prompt_fits, text_sequences
+from hybrid_k2.engine.sequence import TokenSequence, cut
 from hybrid_k2.errors import EngineError, MemoryBudgetError, RequestError, shown
 from hybrid_k2.experts.usage import remember_usage
-from hybrid_k2.model.batch import Batch, Chunk
+from hybrid_k2.model.batch import Batch
 from hybrid_k2.model.latent_cache import LatentCache
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Engine:
         _ = self.loaded.guide_vocabulary
 
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
-        """Return the logits after each of the tokens.
+        """Return the logits after each of the tokens; they are cut into chunks as a prompt is.
 
         Takes 4 * vocab_size bytes for each token, and as much again for the tokens of one prefill chunk.
         Shapes: token_ids: [T] -> [T, vocab_size].
@@ -131,10 +131,12 @@ class Engine:
             logits = np.empty((len(ids), self.config.vocab_size), np.float32)
             pages = self._prefix.allocate(self._cache.pages_for(len(ids)))
             try:
-                for start in range(0, len(ids), self.plan.chunk_tokens):
-                    chunk = Chunk(ids[start : start + self.plan.chunk_tokens], start, pages)
-                    part = self.loaded.text.forward(Batch.build([chunk], all_logits=True), self._cache)
-                    logits[start : start + len(part)] = part.cpu().numpy()
+                done = 0
+                while done < len(ids):
+                    chunks = cut(ids, done, len(ids), self.loaded.block_tokens, self.plan.chunk_tokens, pages)
+                    part = self.loaded.text.forward(Batch.build(chunks, all_logits=True), self._cache)
+                    logits[done : done + len(part)] = part.cpu().numpy()
+                    done += len(part)
             finally:
                 self._cache.pool.free(pages)
         return logits
@@ -158,7 +160,7 @@ class Engine:
         Raises: RequestError at once for a request that is wrong; while iterating, RequestError if another request
         runs, EngineError.
         """
-        sequence = self.sequence(
+        (sequence,) = self.sequences(
             prompt,
             messages=messages,
             tools=tools,
@@ -170,7 +172,7 @@ class Engine:
         self._generations.add(generation)
         return generation
 
-    def sequence(
+    def sequences(
         self,
         prompt: str | Sequence[int] | None,
         *,
@@ -179,8 +181,12 @@ class Engine:
         thinking: bool,
         preserve_thinking: bool,
         params: SamplingParams | None,
-    ) -> TokenSequence:
-        """Check a request and prepare it; any thread, any time. Raises: RequestError, EngineError if closed."""
+        n: int = 1,
+    ) -> list[TokenSequence]:
+        """Check a request and prepare `n` replies to it; choice i of a request with a seed has seed + i.
+
+        Any thread, any time. Raises: RequestError, EngineError if closed.
+        """
         self._check_open()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -189,11 +195,11 @@ class Engine:
             if not isinstance(flag, bool):
                 raise RequestError(f"{name}: expected True or False, got {shown(flag)}")
         if messages is not None and prompt is None:
-            return chat_sequence(self.loaded, messages, tools, thinking, preserve_thinking, params)
+            return chat_sequences(self.loaded, messages, tools, thinking, preserve_thinking, params, n)
         if prompt is not None and messages is None:
             if tools or preserve_thinking:
                 raise RequestError("generate: expected tools and preserve_thinking with messages only, got a prompt")
-            return text_sequence(self.loaded, prompt, thinking, params)
+            return text_sequences(self.loaded, prompt, thinking, params, n)
         raise RequestError(f"generate: expected prompt or messages, got {'neither' if prompt is None else 'both'}")
 
     def chat(

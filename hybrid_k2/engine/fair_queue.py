@@ -26,12 +26,14 @@ class FairQueue(Generic[T]):
     """Hold waiting items by key, in order of arrival within a key.
 
     A key's counter is what it was charged. One that comes, or comes back after a pause, starts at the lowest counter of
-    the others: time in which it asked for nothing is no credit. Counters of keys that are `gone` are dropped.
+    those that are there, if its own was not higher: time in which it asked for nothing is no credit, and to ask for one
+    thing after the other does not wipe out what was taken. When nobody is there, all counters are forgotten.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[str, deque[T]] = {}
-        self._served: dict[str, int] = {}
+        self._served: dict[str, int] = {}  # of keys that wait or run
+        self._left: dict[str, int] = {}  # of others that have taken more than one who is there
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -67,13 +69,16 @@ class FairQueue(Generic[T]):
         self._served[key] = self._served.get(key, 0) + tokens
 
     def gone(self, key: str) -> None:
-        """Forget the counter of a key that neither waits nor runs."""
-        if key not in self._waiting:
-            self._served.pop(key, None)
+        """Take note that a key neither waits nor runs."""
+        if key in self._waiting or key not in self._served:
+            return
+        self._left[key] = self._served.pop(key)
+        lowest = min(self._served.values(), default=None)
+        self._left = {} if lowest is None else {key: taken for key, taken in self._left.items() if taken > lowest}
 
     def _line(self, key: str) -> deque[T]:
-        lowest = min(self._served.values(), default=0)
-        self._served.setdefault(key, lowest)
+        if key not in self._served:
+            self._served[key] = max(min(self._served.values(), default=0), self._left.pop(key, 0))
         return self._waiting.setdefault(key, deque())
 
     def _tidy(self, key: str) -> None:

@@ -41,13 +41,14 @@ class Runner:
 
         The latents are in the cache afterwards, and `chunks_done` may be called. If the step fails, no sequence has
         changed but for pages that it now owns.
-        Shapes: [vocab] fp32 for each, None in the middle of a prompt.
+        Shapes: [vocab] fp32 on the host for each, None in the middle of a prompt.
         Raises: EngineError when the cache has no room or the model fails.
         """
         for sequence, chunks in work:
             missing = self.cache.pages_for(chunks[-1].cached + len(chunks[-1].token_ids)) - len(sequence.pages)
             sequence.pages.extend(self.prefix.allocate(max(0, missing)))
-        logits = iter(self.model.forward(Batch.build([chunk for _, chunks in work for chunk in chunks]), self.cache))
+        batch = Batch.build([chunk for _, chunks in work for chunk in chunks])
+        logits = iter(self.model.forward(batch, self.cache).cpu())  # the rows of all at once
         return [next(logits) if chunks[-1].logits else None for _, chunks in work]
 
     def reply(self, sequence: TokenSequence, *, alone: bool = True) -> Reply:

@@ -38,8 +38,8 @@ from hybrid_k2.placement import (
 from hybrid_k2.protocol import Tokenizer
 
 DEMO = "demo"  # names the built-in checkpoint; a folder of that name is "./demo"
-# Attention to a block has bits of its own: smaller blocks make for finer reuse, larger ones for less arithmetic. With
-# K2.6's sizes and long contexts, 256 tokens take three quarters of what they take one by one.
+# Where attention to a block has bits of its own: smaller blocks make for finer reuse, larger ones for less arithmetic.
+# With K2.6's sizes and long contexts, 256 tokens take three quarters of what they take one by one.
 BLOCK_TOKENS = 256
 OnPlan = Callable[[Plan], None]
 
@@ -60,10 +60,16 @@ class LoadedModel:
         """The longest prompt and reply together."""
         return min(self.config.max_position_embeddings, self.plan.kv_cache.tokens)
 
-    @property
+    @cached_property
     def block_tokens(self) -> int:
-        """Prompts are computed in blocks that begin at multiples of this, so that a text does not depend on chunks."""
-        return min(BLOCK_TOKENS, self.plan.chunk_tokens)
+        """Prompts are computed in blocks that begin at multiples of this, so that a text does not depend on chunks.
+
+        1 where a token has the same bits in any chunk. Elsewhere at most half of a step, so that sequences which decode
+        have room beside one.
+        """
+        plan, chunk = self.plan, self.plan.chunk_tokens
+        on_host = plan.stream == "off" and not any(row.hottest for row in plan.rows)  # all of the routed experts
+        return 1 if on_host and self.text.any_cut else min(BLOCK_TOKENS, chunk // 2 if chunk > 3 else chunk)
 
     @cached_property
     def guide_vocabulary(self) -> GuideVocabulary:

@@ -11,6 +11,7 @@ middle of a page gets a copy.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,11 +39,47 @@ class Node:
     page: int | None = None
     stored: Tensor | None = None
     children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    _order: list[tuple[int, ...]] = field(default_factory=list)  # the children's tokens, sorted
 
     @property
     def resident(self) -> bool:
         """Whether it is in the first level."""
         return self.page is not None
+
+    def add(self, child: Node) -> None:
+        """Put a node below this one; there is none with its tokens."""
+        self.children[child.tokens] = child
+        insort(self._order, child.tokens)
+
+    def remove(self, child: Node) -> None:
+        """Take a node out from below this one."""
+        del self.children[child.tokens]
+        del self._order[bisect_left(self._order, child.tokens)]
+
+    def closest(self, tokens: tuple[int, ...]) -> tuple[Node | None, int]:
+        """Return the child that has most first tokens in common with these, and how many; of equals the better one.
+
+        There may be thousands, all with the same first words: the closest stand next to the tokens in sorted order.
+        """
+        place = bisect_left(self._order, tokens)
+        beside = [self.children[near] for near in self._order[max(0, place - 1) : place + 1]]
+        found = max(beside, key=lambda node: (_common(node.tokens, tokens), node.repeatable), default=None)
+        length = 0 if found is None else _common(found.tokens, tokens)
+        return (found, length) if length else (None, 0)
+
+    def longer(self, tokens: tuple[int, ...]) -> Iterator[Node]:
+        """List the children that begin with these tokens, and go on."""
+        for place in range(bisect_left(self._order, tokens), len(self._order)):
+            if self._order[place][: len(tokens)] != tokens:
+                return
+            yield self.children[self._order[place]]
+
+    def shorter(self, tokens: tuple[int, ...]) -> list[Node]:
+        """List the children that these tokens begin with, and go on."""
+        if not self.children:
+            return []
+        parts = (tokens[:length] for length in range(1, len(tokens)))
+        return [self.children[part] for part in parts if part in self.children]
 
 
 class PrefixCache:
@@ -59,6 +96,7 @@ class PrefixCache:
         self._resident: OrderedDict[Node, None] = OrderedDict()
         self._stored: OrderedDict[Node, None] = OrderedDict()
         self.ram_pages = 0  # that the second level has room for
+        self.changes = 0  # how often it may have come to know a prefix, or got room
         self.set_ram(ram_bytes)
 
     def set_ram(self, ram_bytes: int) -> None:
@@ -134,6 +172,7 @@ class PrefixCache:
 
     def take_back(self, sequence: TokenSequence) -> None:
         """Free the pages of a sequence without keeping what they hold."""
+        self.changes += 1
         self._cache.pool.free(sequence.pages)
         sequence.pages = []
         sequence.cached = sequence.repeatable = 0
@@ -147,12 +186,9 @@ class PrefixCache:
 
     def nodes(self) -> Iterator[tuple[str, Node]]:
         """List all nodes with their salt, the most recently used first, a parent before its children."""
-        salts = {id(root): salt for salt, root in self._roots.items()}
+        salts = {node: salt for salt, root in self._roots.items() for node in _all_below(root)}
         for node in [*reversed(self._resident), *reversed(self._stored)]:
-            root = node
-            while root.parent is not None:
-                root = root.parent
-            yield salts[id(root)], node
+            yield salts[node], node
 
     def content(self, node: Node) -> Tensor:
         """Return the latents of a node. Shapes: -> [layers, page_tokens, latent_dim], on the host."""
@@ -170,7 +206,7 @@ class PrefixCache:
         added = [*islice(nodes, self.ram_pages)]
         for salt, node in added:
             node.parent = node.parent or self._root(salt)
-            node.parent.children[node.tokens] = node
+            node.parent.add(node)
         self._stored.update((node, None) for _, node in reversed(added))
         return len(added)
 
@@ -189,9 +225,7 @@ class PrefixCache:
         """Return the nodes of the longest common prefix, the tokens to reuse, and how many are repeatable blocks."""
         path, common, repeatable = self._find(sequence)
         if sequence.repeats:
-            # Blocks that reach into its reply have other bits than its own tokens had, one by one.
-            block = sequence.block_tokens
-            return path, min(repeatable, sequence.prompt_tokens // block * block), repeatable
+            return path, min(repeatable, sequence.repeats_until), repeatable
         return path, common, repeatable
 
     def _find(self, sequence: TokenSequence) -> tuple[list[Node], int, int]:
@@ -199,10 +233,10 @@ class PrefixCache:
         node = self._roots.get(sequence.salt) or Node((), None)
         path, common, repeatable = list[Node](), 0, 0
         for part in self._parts(sequence.tokens[:-1]):
-            child = node.children.get(part) if len(part) == self._page_tokens else None
-            child = child or max(node.children.values(), key=lambda other: _common(other.tokens, part), default=None)
-            length = _common(child.tokens, part) if child is not None else 0
-            if child is None or not length:
+            child, length = node.children.get(part), len(part)
+            if child is None:
+                child, length = node.closest(part)
+            if child is None:
                 break
             if repeatable == common:
                 repeatable += min(length, child.repeatable)
@@ -260,10 +294,14 @@ class PrefixCache:
 
     def _insert(self, sequence: TokenSequence, count: int) -> None:
         """Put the first `count` tokens of a sequence in the tree; nodes that are there stay, unless it has better."""
+        self.changes += 1
         node, path = self._root(sequence.salt), list[Node]()
         for place, part in enumerate(self._parts(sequence.tokens[:count])):
             repeatable = sequence.repeatable - place * self._page_tokens
-            node = self._place(node, part, max(0, min(repeatable, len(part))), sequence.pages[place])
+            repeatable = max(0, min(repeatable, len(part)))
+            node = self._place(node, part, repeatable, sequence.pages[place])
+            if node.tokens == part and repeatable == node.repeatable == len(part):  # the same bits
+                self._share_instead(sequence, place, node)
             path.append(node)
         self._touch(path)
         self._trim()
@@ -271,19 +309,27 @@ class PrefixCache:
     def _place(self, parent: Node, part: tuple[int, ...], repeatable: int, page: int) -> Node:
         node = parent.children.get(part)
         if node is None and len(part) < self._page_tokens:
-            longer = (other for other in parent.children.values() if other.tokens[: len(part)] == part)
-            node = next((other for other in longer if other.repeatable >= repeatable), None)
+            node = next((other for other in parent.longer(part) if other.repeatable >= repeatable), None)
             if node is not None:
                 return node
         if node is None:
-            for other in [*parent.children.values()]:
-                if part[: len(other.tokens)] == other.tokens and other.repeatable <= repeatable:
+            for other in parent.shorter(part):
+                if other.repeatable <= repeatable:
                     self._drop(other)
-            node = parent.children[part] = Node(part, parent)
+            node = Node(part, parent)
+            parent.add(node)
         if not node.resident or repeatable > node.repeatable:
             self._make_resident(node, page)
             node.repeatable = repeatable
         return node
+
+    def _share_instead(self, sequence: TokenSequence, place: int, node: Node) -> None:
+        """Let a sequence that computed what others had computed meanwhile use their page, and free its own."""
+        own = sequence.pages[place]
+        if node.page is not None and node.page != own:
+            self._cache.pool.share([node.page])
+            self._cache.pool.free([own])
+            sequence.pages[place] = node.page
 
     def _touch(self, path: Sequence[Node]) -> None:
         for node in reversed(path):
@@ -318,15 +364,22 @@ class PrefixCache:
 
     def _drop(self, node: Node) -> None:
         """Remove a node and all below it."""
-        for child in [*node.children.values()]:
-            self._drop(child)
-        self._resident.pop(node, None)
-        self._stored.pop(node, None)
-        if node.page is not None:
-            self._cache.pool.free([node.page])
-        node.page = node.stored = None
+        for gone in [*_all_below(node), node]:
+            self._resident.pop(gone, None)
+            self._stored.pop(gone, None)
+            if gone.page is not None:
+                self._cache.pool.free([gone.page])
+            gone.page = gone.stored = None
         if node.parent is not None:
-            del node.parent.children[node.tokens]
+            node.parent.remove(node)
+
+
+def _all_below(node: Node) -> list[Node]:
+    """List the nodes below one, parents first. A long conversation is a chain that recursion would not survive."""
+    below = [*node.children.values()]
+    for child in below:  # which grows meanwhile
+        below.extend(child.children.values())
+    return below
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:

@@ -41,7 +41,7 @@ def save_prefixes(prefix: PrefixCache, path: Path, fingerprint: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError, MemoryError) as error:  # the disk, a GPU that is gone, a host that is full
         log.warning("%s: the prefix cache could not be saved: %s", path, error)
         with suppress(OSError):
             partial.unlink()
@@ -59,7 +59,7 @@ def restore_prefixes(prefix: PrefixCache, path: Path, fingerprint: str) -> int:
             nodes = _read(file, prefix, fingerprint)
     except FileNotFoundError:
         return 0
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, MemoryError) as error:
         log.warning("%s: the saved prefix cache is not used: %s", path, error)
         return 0
     count = prefix.restore(nodes)

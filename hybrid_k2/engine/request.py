@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -18,43 +20,43 @@ from hybrid_k2.protocol import OutputParser, canonical_history, encode_prompt, e
 from hybrid_k2.protocol.tokens import REPLY_ENDS, SECTION_BEGIN, THINK_END
 
 
-def chat_sequence(
+def chat_sequences(
     loaded: LoadedModel,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,
     thinking: bool,
     preserve_thinking: bool,
     params: SamplingParams,
-) -> TokenSequence:
-    """Prepare the answer to a conversation. Raises: RequestError."""
+    n: int = 1,
+) -> list[TokenSequence]:
+    """Prepare `n` answers to a conversation; choice i of those with a seed has seed + i. Raises: RequestError."""
     messages, call_ids = canonical_history(messages)
     tools = expand_builtins(tools, thinking)
     ids = encode_prompt(loaded.tokenizer, messages, tools, thinking, preserve_thinking)
     if not messages:
         raise RequestError("messages: expected at least one message, got none")
     thinks = reply_thinks(messages, thinking)
-    parser = OutputParser(loaded.tokenizer, tools, thinks, call_ids)
     special = loaded.tokenizer.special
     turn_ends = [special[name] for name in REPLY_ENDS if name in special]
     thinking_ends = [special[name] for name in (THINK_END, SECTION_BEGIN)] if thinks else []
     grammar = params.grammar
     if grammar is not None and grammar.binds == "content" and not reply_thinks(messages):
         raise RequestError("grammar: expected a reply from its beginning, got a partial message to continue")
-    guide = None if grammar is None else Guide(grammar, loaded.guide_vocabulary, thinks)
-    return _sequence(loaded, ids, parser, turn_ends, thinking_ends, thinking, params, guide)
+
+    def parser() -> OutputParser:
+        return OutputParser(loaded.tokenizer, tools, thinks, call_ids)
+
+    return _sequences(loaded, ids, parser, turn_ends, thinking_ends, thinking, thinks, params, n)
 
 
-def text_sequence(
-    loaded: LoadedModel, prompt: str | Sequence[int], thinking: bool, params: SamplingParams
-) -> TokenSequence:
-    """Prepare the continuation of a text or of token ids. Raises: RequestError."""
+def text_sequences(
+    loaded: LoadedModel, prompt: str | Sequence[int], thinking: bool, params: SamplingParams, n: int = 1
+) -> list[TokenSequence]:
+    """Prepare `n` continuations of a text or of token ids, as `chat_sequences` does. Raises: RequestError."""
     ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    grammar, guide = params.grammar, None
-    if grammar is not None:
-        if grammar.calls:
-            raise RequestError("grammar: expected one for content with a prompt, got one for tool calls")
-        guide = Guide(grammar, loaded.guide_vocabulary, thinking=False)
-    return _sequence(loaded, ids, PlainText(loaded.tokenizer), [], [], thinking, params, guide)
+    if params.grammar is not None and params.grammar.calls:
+        raise RequestError("grammar: expected one for content with a prompt, got one for tool calls")
+    return _sequences(loaded, ids, partial(PlainText, loaded.tokenizer), [], [], thinking, False, params, n)
 
 
 def check_ids(token_ids: Iterable[Any], vocab_size: int) -> list[int]:
@@ -90,34 +92,52 @@ def check_prompt_fits(prompt_tokens: int, loaded: LoadedModel) -> None:
 _LARGER_CACHE = "give kv_cache more tokens in the placement rules, e.g. kv_cache: {tokens: 131072}"
 
 
-def _sequence(
+def _sequences(
     loaded: LoadedModel,
     ids: Sequence[int],
-    parser: Parser,
+    parser: Callable[[], Parser],
     turn_ends: Sequence[int],
     thinking_ends: Sequence[int],
     thinking: bool,
+    thinks: bool,
     params: SamplingParams,
-    guide: Guide | None,
-) -> TokenSequence:
+    n: int,
+) -> list[TokenSequence]:
+    """Check the request once and prepare each choice.
+
+    `thinking` chooses the default temperature; `thinks`: the reply begins with thinking.
+    """
     vocab_size = loaded.config.vocab_size
     ids = check_ids(ids, vocab_size)
     params.check_vocabulary(vocab_size)
     params = params.over(SamplingParams.defaults(thinking, loaded.generation_config))
-    return TokenSequence(
-        ids,
-        params,
-        _max_tokens(params, len(ids), loaded),
-        Sampler(params, vocab_size, ids),
-        Output(parser, params.stop, params.include_stop),
-        # K2.5 names [EOS] alone, and writes <|im_end|>
-        {*loaded.config.eos_token_ids, *turn_ends, *(guide.end_ids if guide else ())},
-        turn_ends,
-        thinking_ends,
-        loaded.block_tokens,
-        None if params.logprobs is None else LogprobReader(loaded.tokenizer, params.logprobs),
-        guide,
-    )
+    max_tokens, grammar = _max_tokens(params, len(ids), loaded), params.grammar
+
+    def sequence(own: SamplingParams) -> TokenSequence:
+        guide = None if grammar is None else Guide(grammar, loaded.guide_vocabulary, thinks)
+        return TokenSequence(
+            ids,
+            own,
+            max_tokens,
+            Sampler(own, vocab_size, ids),
+            Output(parser(), own.stop, own.include_stop),
+            # K2.5 names [EOS] alone, and writes <|im_end|>
+            {*loaded.config.eos_token_ids, *turn_ends, *(guide.end_ids if guide else ())},
+            turn_ends,
+            thinking_ends,
+            loaded.block_tokens,
+            None if own.logprobs is None else LogprobReader(loaded.tokenizer, own.logprobs),
+            guide,
+        )
+
+    return [sequence(_of_choice(params, choice)) for choice in range(n)]
+
+
+def _of_choice(params: SamplingParams, choice: int) -> SamplingParams:
+    """Give each choice a seed of its own, in 64 bits."""
+    if params.seed is None or choice == 0:
+        return params
+    return replace(params, seed=(params.seed + choice + 2**63) % 2**64 - 2**63)
 
 
 def _max_tokens(params: SamplingParams, prompt_tokens: int, loaded: LoadedModel) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 
 _SMALLEST = 16.0**-8  # below this share of the likeliest token, the bands of top-p are one
 _BLOCK = 512  # about the square root of the vocabulary: as many blocks as tokens in one
+_FEW = 4096  # so many numbers are sorted and added up faster than they are divided into bands or blocks
+
+
+class NotFiniteError(EngineError):
+    """The model gave logits that are not finite: what it computed is not to be used again."""
 
 
 class Sampler:
@@ -47,26 +53,43 @@ class Sampler:
         self._penalised = bool(self._repetition != 1 or self._frequency or self._presence)
         self._bias_ids = np.array(list(params.logit_bias.keys()), np.int64)
         self._bias = np.array(list(params.logit_bias.values()), np.float32)
-        self._scratch = np.empty(vocab_size, np.float32)
-        self._counts = np.zeros(vocab_size, np.float32)  # how often the reply has each token
-        self._seen = np.zeros(vocab_size, np.bool_)  # in the prompt or in the reply
-        self._seen[np.array(prompt_ids, np.int64)] = True
+        self._prompt_ids = prompt_ids
+        self._vocab_size = vocab_size
+
+    @cached_property
+    def _scratch(self) -> Logits:
+        """Where values are changed; of a request that waits it takes no memory yet."""
+        return np.empty(self._vocab_size, np.float32)
+
+    @cached_property
+    def _counts(self) -> Logits:
+        """How often the reply has each token."""
+        return np.zeros(self._vocab_size, np.float32)
+
+    @cached_property
+    def _seen(self) -> NDArray[np.bool_]:
+        """Which tokens are in the prompt or in the reply."""
+        seen = np.zeros(self._vocab_size, np.bool_)
+        seen[np.array(self._prompt_ids, np.int64)] = True
+        return seen
 
     def sample(self, logits: Tensor, allowed: NDArray[np.bool_] | None = None) -> int:
         """Choose one token and count it; only an allowed one, if `allowed` is given.
 
         Shapes: logits: [V], any float dtype, any device; not changed. allowed: [V].
-        Raises: EngineError when the logits are not finite, or no allowed token has any probability.
+        Raises: NotFiniteError; EngineError when no allowed token has any probability.
         """
         values: Logits = logits.detach().float().cpu().numpy()
         values = self._shifted(values)
         _check_finite(values)
         if allowed is not None:
             values = np.where(allowed, values, np.float32(-np.inf))
-            _check_finite(values)
+            if values.max() == -np.inf:
+                raise EngineError("logits: expected a finite value, got -inf for every token that may come")
         token = self._draw(values) if self._temperature else int(values.argmax())
-        self._counts[token] += 1
-        self._seen[token] = True
+        if self._penalised:
+            self._counts[token] += 1
+            self._seen[token] = True
         return token
 
     def _shifted(self, values: Logits) -> Logits:
@@ -118,7 +141,7 @@ def _top_p_floor(weights: Logits, top_p: float) -> float:
     Goes down in bands of a factor 16 and sorts only the band in which the share is reached: sorting is what costs.
     """
     missing = top_p * float(weights.sum(dtype=np.float64))
-    ceiling, floor = np.inf, 1 / 16
+    ceiling, floor = np.inf, 0.0 if len(weights) <= _FEW else 1 / 16
     while True:
         band = weights[(weights >= floor) & (weights < ceiling)]
         mass = float(band.sum(dtype=np.float64))
@@ -136,6 +159,8 @@ def _first_beyond(weights: Logits, target: float, side: Literal["left", "right"]
     Blocks first, then inside one block: a running sum over the whole vocabulary costs ten times as much. Rounding may
     leave every sum below the target; then it is the last index that adds anything.
     """
+    if len(weights) <= _FEW:
+        return _first_index(np.cumsum(weights, dtype=np.float64), target, side)
     sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64))
     block = _first_index(sums, target, side)
     start = block * _BLOCK
@@ -160,9 +185,9 @@ def _check_finite(values: Logits) -> None:
     if np.isfinite(highest):
         return
     if highest == -np.inf:
-        raise EngineError("logits: expected at least one finite value, got -inf for every token that may come")
+        raise NotFiniteError("logits: expected at least one finite value, got -inf for every token")
     token = int(values.argmax())
-    raise EngineError(
+    raise NotFiniteError(
         f"logits: expected finite values, got {highest} for token {token}",
         hint="the checkpoint is damaged, or a number overflowed; try rules/reference.yaml",
     )

@@ -1,8 +1,9 @@
 """Decide what each step computes: who begins, who goes on, who gives up pages.
 
 A step has a budget of tokens. Sequences that decode come first, with one token each; the rest is for prompts, in whole
-blocks, and they take turns. So a step never computes more than the budget (or one block, where that is more), however
-long a prompt is, and every prompt moves on.
+blocks, and they take turns. So a step never computes more than the budget (or the decoding sequences and one portion of
+a prompt, where that is more), however long a prompt is, and every prompt moves on. No step has more tokens than the
+model takes; where more sequences decode, they take turns, too.
 
 Pages are taken as a sequence needs them. When there are none left, the sequence that began last gives up its own: it
 waits at the head of its queue and computes them again later, cut into the same chunks as before, which gives the same
@@ -19,6 +20,8 @@ from hybrid_k2.engine.prefix import PrefixCache
 from hybrid_k2.engine.sequence import TokenSequence
 from hybrid_k2.model.latent_cache import LatentCache
 
+PORTION = 256  # tokens of a prompt that a step computes, or half of its budget, also where many sequences decode
+
 
 @dataclass(eq=False)
 class Job:
@@ -29,7 +32,7 @@ class Job:
     choice: int = 0
     began: bool = False
     prompt_done: bool = False
-    last_step: int = 0  # that computed a part of its prompt
+    turn: tuple[int, int] = (0, 0)  # the last step that computed something of it, and its place there
     logprobs_sent: int = 0
 
     def needs(self, cache: LatentCache) -> int:
@@ -38,10 +41,21 @@ class Job:
 
 
 class Scheduler:
-    """Own the queue and the running jobs. It computes nothing, and one thread at a time may use it."""
+    """Own the queue and the running jobs. It computes nothing, and one thread at a time may use it.
+
+    step_tokens: the budget. most_tokens: what the model takes in one step, at least twice a block. max_running:
+    sequences at once, per_key: of one key.
+    """
 
     def __init__(
-        self, cache: LatentCache, prefix: PrefixCache, *, step_tokens: int, max_running: int, max_running_per_key: int
+        self,
+        cache: LatentCache,
+        prefix: PrefixCache,
+        *,
+        step_tokens: int,
+        most_tokens: int,
+        max_running: int,
+        max_running_per_key: int,
     ) -> None:
         self.queue = FairQueue[Job]()
         self.running: list[Job] = []  # in the order in which they began
@@ -49,27 +63,32 @@ class Scheduler:
         self._cache = cache
         self._prefix = prefix
         self._step_tokens = step_tokens
+        self._most_tokens = most_tokens
+        self._portion = max(1, min(PORTION, step_tokens // 2))
         self._max_running = max_running
         self._max_running_per_key = max_running_per_key
         self._step = 0
+        self._refused: tuple[Job, int] | None = None  # for want of pages, and when: to look again costs a long prompt
 
     def next_step(self) -> tuple[list[Job], dict[Job, Work]]:
         """Return the jobs that begin, and what to compute of which jobs; their pages are there."""
         begun = self._admit()
         self._step += 1
         work: dict[Job, Work] = {}
-        budget = self._step_tokens
-        for job in [job for job in self.running if job.sequence.remaining == 1]:
-            budget -= self._take(job, 1, work)
-        prompts = [job for job in self.running if job.sequence.remaining > 1]
-        computed = 0
-        for job in sorted(prompts, key=lambda job: job.last_step):
-            if computed == 0 or job.sequence.next_tokens <= budget:
-                taken = self._take(job, budget, work)
-                computed += taken
-                budget -= taken
-                job.last_step = self._step
-        for job, (_, chunks) in work.items():
+        in_turn = sorted(self.running, key=lambda job: job.turn)
+        decoding = [job for job in in_turn if job.sequence.remaining == 1]
+        prompts = [job for job in in_turn if job.sequence.remaining > 1]
+        reserved = max(self._portion, prompts[0].sequence.next_tokens) if prompts else 0
+        for job in decoding[: max(1, self._most_tokens - reserved)]:
+            self._take(job, 1, work)
+        budget = self._step_tokens - len(work)
+        taken = 0
+        for job in prompts:
+            limit = budget - taken if taken else max(budget, self._portion)
+            if not taken or job.sequence.next_tokens <= limit:
+                taken += self._take(job, limit, work)
+        for place, (job, (_, chunks)) in enumerate(work.items()):
+            job.turn = self._step, place
             self.queue.charge(job.key, sum(len(chunk.token_ids) for chunk in chunks))
         return begun, work
 
@@ -86,17 +105,27 @@ class Scheduler:
         begun = []
         while len(self.running) < self._max_running:
             job = self.queue.first(self._may_run)
-            if job is None:
-                break
-            promised = sum(other.needs(self._cache) for other in self.running)
-            needed = job.needs(self._cache) - self._prefix.in_use(job.sequence)
-            if self.running and not self._prefix.has_room(needed + promised):
-                break  # nobody passes it, or a long prompt would wait for ever
+            if job is None or not self._has_room(job):
+                break  # nobody passes one that lacks pages, or a long prompt would wait for ever
             self._prefix.lend(job.sequence)
             self.queue.remove(job)
             self.running.append(job)
+            # Before those that the last step computed, behind those that it did not: new ones keep nobody waiting.
+            job.turn = self._step - 1, self._max_running
             begun.append(job)
         return begun
+
+    def _has_room(self, job: Job) -> bool:
+        """Say whether there are pages for a job beside what the others still lack. Alone it always has room."""
+        if not self.running:
+            return True
+        if self._refused == (job, self._prefix.changes):
+            return False
+        promised = sum(other.needs(self._cache) for other in self.running)
+        needed = job.needs(self._cache) - self._prefix.in_use(job.sequence)
+        room = self._prefix.has_room(needed + promised)
+        self._refused = None if room else (job, self._prefix.changes)
+        return room
 
     def _may_run(self, key: str) -> bool:
         return sum(job.key == key for job in self.running) < self._max_running_per_key

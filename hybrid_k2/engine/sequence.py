@@ -27,7 +27,8 @@ class TokenSequence:
 
     Tokens are those of the prompt, then those of the reply. The latents of the first `cached` of them lie in `pages`;
     the first `repeatable` of these are those of whole blocks of a prompt, so that computing them again gives the same
-    bits. Blocks begin at multiples of `block_tokens`, however many of them a step computes.
+    bits. Blocks begin at multiples of `block_tokens`, however many of them a step computes. Where that is 1, a token
+    has the same bits in any chunk: prompts are cut anywhere, and everything can be repeated.
     """
 
     def __init__(
@@ -93,6 +94,10 @@ class TokenSequence:
         """Log probabilities of the reply's tokens so far; None if the request did not ask for them."""
         return tuple(self._logprobs) if self._logprob_reader is not None else None
 
+    def logprobs_after(self, count: int) -> tuple[TokenLogprob, ...]:
+        """Log probabilities of the reply's tokens behind the first so many."""
+        return tuple(self._logprobs[count:])
+
     @property
     def decoding(self) -> bool:
         """Whether the prompt is done and the next step is one token."""
@@ -109,6 +114,12 @@ class TokenSequence:
         return self.params.seed is not None
 
     @property
+    def repeats_until(self) -> int:
+        """How many of its tokens may be blocks of another prompt; those of its reply were computed one by one."""
+        block = self.block_tokens
+        return len(self.tokens) if block == 1 else self.prompt_tokens // block * block
+
+    @property
     def matched_stop(self) -> str | int | None:
         """The stop string or stop token that ended the reply."""
         return self._matched_token if self._matched_token is not None else self.output.matched_stop
@@ -116,7 +127,7 @@ class TokenSequence:
     @property
     def next_tokens(self) -> int:
         """Tokens of the smallest next step."""
-        return self._chunk_end(self.cached) - self.cached
+        return chunk_end(self.cached, self.prompt_tokens, self.block_tokens) - self.cached
 
     def next_chunks(self, limit: int) -> list[Chunk]:
         """Return what the next step computes: blocks of the prompt, at least one, together at most `limit` tokens.
@@ -124,28 +135,14 @@ class TokenSequence:
         Tokens of the reply are chunks of their own, as they were when they were sampled, so that a reply whose latents
         were given up goes on with the same bits.
         """
-        chunks: list[Chunk] = []
-        start = self.cached
-        while start < len(self.tokens):
-            stop = self._chunk_end(start)
-            if chunks and stop - self.cached > limit:
-                break
-            last = stop == len(self.tokens)
-            chunks.append(Chunk(self.tokens[start:stop], start, self.pages, logits=last, follows=bool(chunks)))
-            start = stop
-        return chunks
+        return cut(self.tokens, self.cached, self.prompt_tokens, self.block_tokens, limit, self.pages)
 
     def chunks_done(self, chunks: Sequence[Chunk]) -> None:
         """Count chunks whose latents are now in the cache."""
         for chunk in chunks:
-            if self.repeatable == self.cached and len(chunk.token_ids) == self.block_tokens:
-                self.repeatable += self.block_tokens
+            if self.repeatable == self.cached and len(chunk.token_ids) % self.block_tokens == 0:
+                self.repeatable += len(chunk.token_ids)
             self.cached += len(chunk.token_ids)
-
-    def _chunk_end(self, start: int) -> int:
-        if start >= self.prompt_tokens:
-            return start + 1
-        return min(self.prompt_tokens, (start // self.block_tokens + 1) * self.block_tokens)
 
     def sample(self, logits: Tensor) -> list[Event]:
         """Choose the next token and return the events that it leads to.
@@ -216,3 +213,31 @@ def _without(allowed: NDArray[np.bool_] | None, ids: Collection[int], vocab_size
     mask = np.ones(vocab_size, np.bool_) if allowed is None else allowed.copy()
     mask[[*ids]] = False
     return mask
+
+
+def cut(
+    tokens: Sequence[int], start: int, prompt_tokens: int, block_tokens: int, limit: int, pages: Sequence[int]
+) -> list[Chunk]:
+    """Cut tokens from `start` on into chunks, at least one, together at most `limit` tokens.
+
+    The first `prompt_tokens` are cut into blocks, the others one by one; blocks of one token are one chunk together.
+    """
+    if block_tokens == 1:
+        stop = min(len(tokens), start + max(1, limit))
+        return [Chunk(tokens[start:stop], start, pages, logits=stop == len(tokens))]
+    chunks: list[Chunk] = []
+    first = start
+    while start < len(tokens):
+        stop = chunk_end(start, prompt_tokens, block_tokens)
+        if chunks and stop - first > limit:
+            break
+        chunks.append(Chunk(tokens[start:stop], start, pages, logits=stop == len(tokens), follows=bool(chunks)))
+        start = stop
+    return chunks
+
+
+def chunk_end(start: int, prompt_tokens: int, block_tokens: int) -> int:
+    """Return where the smallest chunk that begins at `start` ends."""
+    if start >= prompt_tokens:
+        return start + 1
+    return min(prompt_tokens, (start // block_tokens + 1) * block_tokens)

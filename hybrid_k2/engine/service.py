@@ -17,8 +17,8 @@ from torch import Tensor
 from hybrid_k2.engine.engine import Engine
 from hybrid_k2.engine.fingerprint import fingerprint
 from hybrid_k2.engine.generation import Work
-from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.prefix_file import restore_prefixes, save_prefixes
+from hybrid_k2.engine.sampling import NotFiniteError
 from hybrid_k2.engine.scheduler import Job, Scheduler
 from hybrid_k2.engine.sequence import TokenSequence
 from hybrid_k2.engine.service_types import (
@@ -33,7 +33,7 @@ from hybrid_k2.engine.service_types import (
     ServiceRequest,
     ServiceStats,
 )
-from hybrid_k2.errors import ConfigError, EngineError, HybridK2Error, RequestError
+from hybrid_k2.errors import ConfigError, EngineError, HybridK2Error
 from hybrid_k2.model.batch import Chunk
 from hybrid_k2.protocol import Event
 
@@ -48,22 +48,21 @@ _NEW_SHARE = 0.1  # of the latest request in the running average of how long one
 class Ticket:
     """One accepted request; its events come through the callback that `Service.submit` got."""
 
-    def __init__(self, number: int, jobs: Sequence[Job], on_event: OnEvent, wake: Callable[[], None]) -> None:
+    def __init__(self, number: int, jobs: Sequence[Job], on_event: OnEvent) -> None:
         self.id = f"{number:08x}"
         self.prompt_tokens = jobs[0].sequence.prompt_tokens
         self.cancelled = False
         self.held = list(jobs[1:])  # until the first has computed the prompt, whose pages they share
         self.submitted_at = time.monotonic()
         self._on_event = on_event
-        self._wake = wake
 
     def cancel(self) -> None:
         """End the request before the next step, wherever it is; a Finished event ("cancelled") follows for each choice.
 
-        Any thread, any time; a request that has ended is not changed.
+        Any thread, any time, and at once: the service's thread looks before each step, and works while there is a
+        request. One that has ended is not changed.
         """
         self.cancelled = True
-        self._wake()
 
     def send(self, event: ServiceEvent) -> None:
         """Hand an event on. A reader that fails ends its own request and no other."""
@@ -109,13 +108,17 @@ class Service:
             self._runner.cache,
             self._runner.prefix,
             step_tokens=options.step_tokens or chunk_tokens,
+            most_tokens=engine.plan.batch_tokens,
             max_running=options.max_running,
             max_running_per_key=options.max_running_per_key or options.max_running,
         )
+        # Scheduler, prefix cache and sequences are the thread's alone; `_changed` guards what others see and change.
+        self._changed = threading.Condition()
         self._tickets: dict[Job, Ticket] = {}  # of the jobs that have not ended
+        self._arrived: list[Job] = []  # which the thread has not seen
         self._numbers = count(1)
-        self._changed = threading.Condition()  # guards all of this but the sequences, which are the thread's
         self._draining = self._closing = self._closed = False
+        self._close = threading.Lock()  # one thread closes, the others wait for it
         self._broken: EngineError | None = None
         self._request_s = _RETRY_S[0]  # how long a request takes, from its submission
         self._stats = ServiceStats(started_at=time.time(), kv_pages_total=self._runner.cache.pool.pages)
@@ -136,28 +139,29 @@ class Service:
         Raises: RequestError for a request that is wrong; QueueFullError; ServiceClosingError; EngineError if the
         service cannot go on.
         """
-        self._check_open()
-        jobs = [self._job(request, choice) for choice in range(request.n)]
         with self._changed:
-            self._check_open()
+            self._check_places(request.key)  # before a long prompt is encoded for nothing
+        jobs = self._jobs(request)
+        with self._changed:
             self._check_places(request.key)
-            ticket = Ticket(next(self._numbers), jobs, on_event, self._wake)
+            ticket = Ticket(next(self._numbers), jobs, on_event)
             self._tickets.update(dict.fromkeys(jobs, ticket))
-            self._scheduler.queue.add(jobs[0])
+            self._arrived.append(jobs[0])
             self._count(requests=1)
             self._changed.notify_all()
         return ticket
 
     def stats(self) -> ServiceStats:
-        """Return what the service does and did."""
+        """Return what the service does and did; it does not wait for a step, and pages may be those of a moment ago."""
+        scheduler, prefix = self._scheduler, self._runner.prefix
+        running = [*scheduler.running]
         with self._changed:
-            scheduler, prefix = self._scheduler, self._runner.prefix
             return replace(
                 self._stats,
                 healthy=self._stats.healthy and self._broken is None,
-                running=len(scheduler.running),
+                running=len(running),
                 waiting=self._waiting(),
-                kv_pages_used=len({page for job in scheduler.running for page in job.sequence.pages}),
+                kv_pages_used=len(set().union(*[job.sequence.pages for job in running])),
                 kv_pages_kept=prefix.kept_pages,
                 ram_pages_kept=prefix.stored_pages,
                 preemptions=scheduler.preemptions,
@@ -170,14 +174,19 @@ class Service:
             return self._changed.wait_for(lambda: not self._tickets, timeout_s)
 
     def close(self) -> None:
-        """Cancel what is left, save the prefix cache if that is asked for, and let go of the engine. Twice is fine."""
+        """Cancel what is left, save the prefix cache if that is asked for, and let go of the engine. Twice is fine.
+
+        Raises: EngineError in a callback of `submit`: the thread that runs it cannot wait for its own end.
+        """
+        if threading.current_thread() is self._thread:
+            raise EngineError("service: expected another thread to close it, got its own")
         with self._changed:
             self._draining = self._closing = True
             for ticket in self._tickets.values():
                 ticket.cancelled = True
             self._changed.notify_all()
         self._thread.join()
-        with self._changed:
+        with self._close:
             if self._closed:
                 return
             self._closed = True
@@ -195,17 +204,19 @@ class Service:
 
     # The callers' side
 
-    def _job(self, request: ServiceRequest, choice: int) -> Job:
-        sequence = self._engine.sequence(
+    def _jobs(self, request: ServiceRequest) -> list[Job]:
+        sequences = self._engine.sequences(
             request.prompt,
             messages=request.messages,
             tools=request.tools,
             thinking=request.thinking,
             preserve_thinking=request.preserve_thinking,
-            params=_of_choice(request.params, choice),
+            params=request.params,
+            n=request.n,
         )
-        sequence.salt = request.cache_salt
-        return Job(sequence, request.key, choice)
+        for sequence in sequences:
+            sequence.salt = request.cache_salt
+        return [Job(sequence, request.key, choice) for choice, sequence in enumerate(sequences)]
 
     def _check_open(self) -> None:
         if self._broken is not None:
@@ -214,7 +225,8 @@ class Service:
             raise ServiceClosingError("service: expected one that takes requests, got one that is shutting down")
 
     def _check_places(self, key: str) -> None:
-        options, running = self._options, self._scheduler.running
+        self._check_open()
+        options, running = self._options, [job for job in self._tickets if job.began]
         free = options.max_running - len(running)
         self._check_place("queue", self._waiting(), options.max_waiting, free)
         if options.max_waiting_per_key is not None:
@@ -235,12 +247,8 @@ class Service:
 
     def _waiting(self, key: str | None = None) -> int:
         """Count the requests that have not begun."""
-        first = (job for job in self._scheduler.queue if job.choice == 0 and not job.began)
+        first = (job for job in self._tickets if job.choice == 0 and not job.began)
         return sum(key in (None, job.key) for job in first)
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
 
     def _count(self, **more: int) -> None:
         with self._changed:
@@ -252,9 +260,6 @@ class Service:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
-                for job, ticket in [*self._tickets.items()]:
-                    if ticket.cancelled:
-                        self._end(job, job.sequence.finish("cancelled"))
                 self._step()
         except BaseException as error:
             log.exception("the service cannot go on")
@@ -273,13 +278,31 @@ class Service:
             self._runner.prefix.take_back(job.sequence)
 
     def _wait_for_work(self) -> bool:
+        """Queue what has arrived and end what is cancelled; False when there is nothing left and nothing will come."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self._tickets) or self._closing)
-            return bool(self._tickets)
+            for job in self._arrived:
+                self._scheduler.queue.add(job)
+            self._arrived.clear()
+            if not self._tickets:
+                return False
+            cancelled = [job for job, ticket in self._tickets.items() if ticket.cancelled]
+        for job in cancelled:
+            self._cancel(job)
+        return True
+
+    def _cancel(self, job: Job) -> None:
+        if job not in self._tickets:  # another choice of its request has failed
+            return
+        try:
+            events = job.sequence.finish("cancelled")
+        except Exception as error:  # of a parser
+            self._fail(job, _as_error(error))
+        else:
+            self._end(job, events)
 
     def _step(self) -> None:
-        with self._changed:
-            begun, work = self._scheduler.next_step()
+        begun, work = self._scheduler.next_step()
         for job in begun:
             self._begin(job)
         if not work:
@@ -312,10 +335,11 @@ class Service:
     def _begin(self, job: Job) -> None:
         if job.began:
             return
-        job.began = True
         sequence = job.sequence
         sequence.cached_at_start = sequence.cached
-        self._count(prefix_queries_tokens=sequence.prompt_tokens, prefix_hit_tokens=sequence.cached)
+        with self._changed:
+            job.began = True
+            self._count(prefix_queries_tokens=sequence.prompt_tokens, prefix_hit_tokens=sequence.cached)
         if job.choice == 0:
             self._tickets[job].send(Progress(sequence.cached, sequence.prompt_tokens, sequence.cached))
 
@@ -354,9 +378,8 @@ class Service:
         try:
             return _Result(sequence.sample(logits), True)
         except Exception as error:
-            if not isinstance(error, RequestError):
-                with self._changed:
-                    self._runner.prefix.release()  # logits that are not finite: latents may be damaged
+            if isinstance(error, NotFiniteError):
+                self._runner.prefix.release()  # latents may be damaged
             return _Result([], False, _as_error(error))
 
     def _settle(self, job: Job, result: _Result) -> None:
@@ -381,21 +404,20 @@ class Service:
     def _prompt_done(self, job: Job, ticket: Ticket) -> None:
         """Let others use the latents of the prompt, the other choices first of all."""
         job.prompt_done = True
-        with self._changed:
-            self._runner.prefix.publish(job.sequence)
-            while ticket.held:
-                self._scheduler.queue.put_back(ticket.held.pop())
+        self._runner.prefix.publish(job.sequence)
+        while ticket.held:
+            self._scheduler.queue.put_back(ticket.held.pop())
 
     def _send(self, job: Job, ticket: Ticket, events: Iterable[Event]) -> None:
         for event in events:
-            logprobs = job.sequence.logprobs or ()
-            ticket.send(Piece(job.choice, event, logprobs[job.logprobs_sent :]))
-            job.logprobs_sent = len(logprobs)
+            logprobs = job.sequence.logprobs_after(job.logprobs_sent)
+            ticket.send(Piece(job.choice, event, logprobs))
+            job.logprobs_sent += len(logprobs)
 
     def _end(self, job: Job, events: Iterable[Event]) -> None:
         ticket, reply = self._tickets[job], self._runner.reply(job.sequence, alone=False)
+        self._runner.prefix.keep(job.sequence)
         with self._changed:
-            self._runner.prefix.keep(job.sequence)
             self._remove(job, ticket)
             self._request_s += _NEW_SHARE * (time.monotonic() - ticket.submitted_at - self._request_s)
             self._count(finished=1, cancelled=int(reply.finish_reason == "cancelled"))
@@ -419,13 +441,6 @@ class Service:
             self._scheduler.end(job)
         del self._tickets[job]
         self._changed.notify_all()
-
-
-def _of_choice(params: SamplingParams, choice: int) -> SamplingParams:
-    """Give each choice a seed of its own, in 64 bits."""
-    if params.seed is None:
-        return params
-    return replace(params, seed=(params.seed + choice + 2**63) % 2**64 - 2**63)
 
 
 def _as_error(error: Exception) -> HybridK2Error:

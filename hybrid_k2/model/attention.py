@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hybrid_k2.dense import HostMatrix
 from hybrid_k2.model.batch import Batch, Places, SequenceSlice
 from hybrid_k2.model.gpu_attention import GpuAttention
 from hybrid_k2.model.latent_cache import LatentCache
@@ -24,7 +25,8 @@ class Attention:
     Shapes: q_a [q_lora, hidden], q_b [heads * (nope + rope), q_lora], kv_a [kv_lora + rope, hidden] (and padding),
     kv_b [heads * (nope + value), kv_lora], o [hidden, heads * value].
     `native` computes the absorbed form where weights and cache lie on the host, `gpu` where they lie on a GPU, for few
-    new tokens; torch does without them.
+    new tokens; torch does without them. The native form is for prompts, too: a row has the same bits in any chunk then,
+    and at K2.6's widths it takes no longer than torch's naive form, for all its additional multiplications.
     """
 
     layer: int
@@ -74,13 +76,11 @@ class Attention:
         return torch.cat((self.kv_a_norm(c).float(), rotation.apply(k_rope)), dim=-1)  # [T, kv_lora + rope] fp32
 
     def _attend(self, q: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
-        """Give each sequence the form that is cheaper for it."""
+        """Attend by native kernels, or give each sequence the form that is cheaper for it."""
         values = q.new_empty(*q.shape[:2], self.shape.value)  # [T, heads, value]
-        absorbed = self._attend_naive(q, batch.sequences, cache, values)
-        if absorbed and self.native is not None:
-            spans = batch.spans if len(absorbed) == len(batch.sequences) else batch.spans[absorbed]
-            self.native.attend(q, self.kv_b, cache.layers[self.layer], batch.page_table, spans, values)
-        elif absorbed:
+        if self.native is not None:
+            self.native.attend(q, self.kv_b, cache.layers[self.layer], batch.page_table, batch.spans, values)
+        elif absorbed := self._attend_naive(q, batch.sequences, cache, values):
             self._attend_absorbed(q, [batch.sequences[i] for i in absorbed], cache, values)
         return values
 
@@ -108,6 +108,12 @@ class Attention:
             rows = _rows(few, q.device)
             values[rows] = gpu.attend(q[rows], self._heads, pages, places, rows).float()
         return values
+
+    @property
+    def any_cut(self) -> bool:
+        """Whether a row has the same bits in whatever chunk of its sequence it comes."""
+        matrices = (self.q_a, self.q_b, self.kv_a, self.o)
+        return self.native is not None and all(isinstance(matrix, HostMatrix) for matrix in matrices)
 
     @property
     def _heads(self) -> Tensor:

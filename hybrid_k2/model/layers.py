@@ -134,6 +134,11 @@ class SwiGlu:
     up: Matrix
     down: Matrix
 
+    @property
+    def any_batch(self) -> bool:
+        """Whether a row has the same bits whatever other rows there are."""
+        return all(isinstance(matrix, HostMatrix) for matrix in (self.gate, self.up, self.down))
+
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.gate.device)
         return self.finish(*linear_all(x, (self.gate, self.up)))

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from hybrid_k2.accelerator import HotExperts
+from hybrid_k2.dense import HostMatrix
 from hybrid_k2.experts import ExpertsBackend
+from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.experts.usage import LayerUsage
 from hybrid_k2.model.layers import SwiGlu, linear_all, native_of_one_kind
 from hybrid_k2.model.router import Router, Routing
@@ -43,6 +45,12 @@ class Moe:
         if self.usage is not None:
             self.usage.add(routing.ids, on_host)
         return on_host
+
+    @property
+    def any_batch(self) -> bool:
+        """Whether a row has the same bits whatever other rows there are."""
+        native = isinstance(self.experts, NativeExperts) and isinstance(self.router.weight, HostMatrix)
+        return native and self.shared.any_batch
 
     def begin(self, x: Tensor) -> tuple[Routing, Callable[[], Tensor]]:
         """Route rows, and return what computes their shared expert.

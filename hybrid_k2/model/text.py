@@ -79,6 +79,11 @@ class TextModel:
         return {i: layer.usage for i, layer in moe.items() if layer.usage is not None}
 
     @property
+    def any_cut(self) -> bool:
+        """Whether a token's latents have the same bits however its sequence is cut into chunks, in any company."""
+        return all(layer.attention.any_cut and layer.mlp.any_batch for layer in self.layers)
+
+    @property
     def trace(self) -> Trace | None:
         """Where the times of operations go."""
         return self.accelerator.trace

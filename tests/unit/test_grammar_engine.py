@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hybrid_k2.engine import Engine, Grammar, SamplingParams
-from hybrid_k2.engine.request import chat_sequence
+from hybrid_k2.engine.request import chat_sequences
 from hybrid_k2.errors import RequestError
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
@@ -193,7 +193,7 @@ def test_what_cannot_be_combined_is_refused(demo: Engine, thinking: bool) -> Non
 def test_a_grammar_that_exceeds_its_bounds_ends_its_sequence_with_an_error_of_the_request(demo: Engine) -> None:
     """The pattern has more than 2**40 states; the limits stop it."""
     grammar = Grammar.json_schema({"type": "string", "pattern": "^(.*a.{40}){3}$"})
-    sequence = chat_sequence(demo.loaded, QUESTION, None, False, False, SamplingParams(grammar=grammar))
+    (sequence,) = chat_sequences(demo.loaded, QUESTION, None, False, False, SamplingParams(grammar=grammar))
     sequence.max_tokens = 10**6
 
     def write() -> None:

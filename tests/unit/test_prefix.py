@@ -15,7 +15,7 @@ import torch
 
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.engine.params import SamplingParams
-from hybrid_k2.engine.prefix import PrefixCache
+from hybrid_k2.engine.prefix import Node, PrefixCache
 from hybrid_k2.engine.prefix_file import restore_prefixes, save_prefixes
 from hybrid_k2.engine.sequence import TokenSequence
 from hybrid_k2.errors import EngineError
@@ -77,7 +77,7 @@ class World:
             return False
         sequence.pages.extend(self.prefix.allocate(missing))
         for chunk in chunks:
-            whole = sequence.repeatable == chunk.cached and len(chunk.token_ids) == sequence.block_tokens
+            whole = sequence.repeatable == chunk.cached and len(chunk.token_ids) % sequence.block_tokens == 0
             for place in range(chunk.cached, chunk.cached + len(chunk.token_ids)):
                 fraction = 0.0 if whole else self.chance.randrange(1, 64) / 64
                 self.write(sequence, place, self.name(sequence, place) + fraction)
@@ -340,6 +340,23 @@ def test_a_cache_that_cannot_be_saved_leaves_the_old_file(tmp_path: Path, caplog
     assert "the prefix cache could not be saved" in caplog.text
 
 
+def test_a_cache_that_cannot_be_read_is_not_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the GPU has been lost: the service still has to end."""
+    world, path = saved(tmp_path)
+    before = path.read_bytes()
+
+    def lost(node: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: the launch timed out")
+
+    monkeypatch.setattr(world.prefix, "content", lost)
+    save_prefixes(world.prefix, path, "this engine")
+    assert path.read_bytes() == before
+    assert "the prefix cache could not be saved: CUDA error" in caplog.text
+    assert not path.with_name("cache.partial").exists()
+
+
 KILLED = """
 import sys
 from pathlib import Path
@@ -363,6 +380,62 @@ def test_a_process_that_is_killed_leaves_a_file_that_is_whole(tmp_path: Path, ca
     child.wait()
     assert restored(path, ram_pages=300).prefix.stored_pages == 250
     assert not caplog.records
+
+
+def test_a_conversation_may_be_longer_than_recursion_is_deep(tmp_path: Path) -> None:
+    pages = 3 * sys.getrecursionlimit()
+    world = World(random.Random(), pages, pages)
+    world.keep(make_kept(world, pages))
+    assert [node.parent for _, node in world.prefix.nodes()][1:] == [node for _, node in world.prefix.nodes()][:-1]
+    save_prefixes(world.prefix, tmp_path / "cache", "this engine")
+    world.prefix.release()
+    assert world.cache.pool.available == pages
+    restore_prefixes(world.prefix, tmp_path / "cache", "this engine")
+    assert world.prefix.stored_pages == pages
+    world.prefix.release()
+
+
+def make_kept(world: World, pages: int) -> TokenSequence:
+    """Return a sequence that fills so many pages, without computing them one by one."""
+    sequence = make_sequence([1] * pages * PAGE)
+    sequence.pages = world.prefix.allocate(pages)
+    sequence.cached = pages * PAGE
+    world.running[sequence] = []
+    return sequence
+
+
+def test_the_closest_of_many_children_is_found() -> None:
+    chance = random.Random()
+    for _ in range(30):
+        node = Node((), None)
+        children = {tuple(chance.choices(range(3), k=chance.randrange(1, 9))) for _ in range(60)}
+        for tokens in children:
+            node.add(Node(tokens, node))
+        for gone in chance.sample(sorted(children), len(children) // 3):
+            node.remove(node.children[gone])
+            children.remove(gone)
+        for _ in range(40):
+            part = tuple(chance.choices(range(3), k=chance.randrange(1, 9)))
+            found, length = node.closest(part)
+            assert length == max(common([*tokens], [*part]) for tokens in children)
+            assert (found is not None) == (length > 0)
+            assert found is None or common([*found.tokens], [*part]) == length
+            assert {child.tokens for child in node.longer(part)} == {t for t in children if t[: len(part)] == part}
+            assert {child.tokens for child in node.shorter(part)} == {
+                tokens for tokens in children if len(tokens) < len(part) and part[: len(tokens)] == tokens
+            }
+
+
+def test_sequences_that_computed_the_same_share_its_pages() -> None:
+    """Or their copies of the first pages could not leave while they use the last: with many, nobody could go on."""
+    world = World(random.Random(), 20, 0)
+    first, second = (run(world, [1] * 3 * PAGE, block=1) for _ in range(2))
+    assert world.cache.pool.available == 14
+    for sequence in (first, second):
+        world.prefix.publish(sequence)
+    assert first.pages == second.pages
+    assert world.cache.pool.available == 17
+    world.check()
 
 
 def test_salts_whose_pages_are_gone_are_forgotten() -> None:

@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from hybrid_k2.engine import Engine, Reply, SamplingParams, loading
+from hybrid_k2.engine import Engine, Reply, SamplingParams, request
+from hybrid_k2.engine.sampling import Sampler
 from hybrid_k2.engine.service import Service
 from hybrid_k2.engine.service_types import (
     Finished,
@@ -24,10 +26,10 @@ from hybrid_k2.engine.service_types import (
     ServiceRequest,
 )
 from hybrid_k2.errors import ConfigError, EngineError, RequestError
-from tests.engines import free_pages, generated, random_engine
-from tests.services import Client
+from tests.engines import free_pages, generated, native_engine
+from tests.services import TIMEOUT_S, Client
 
-BLOCK, CHUNK, PAGES = 16, 48, 10
+CHUNK, PAGES = 48, 10
 ODD = 501  # a token that no prompt has by chance, and no reply
 # Log probabilities show a logit that differs in its last bit.
 PARAMS = SamplingParams(
@@ -37,21 +39,16 @@ PARAMS = SamplingParams(
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """Native kernels, which give a token the same bits in any batch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "BLOCK_TOKENS", BLOCK)
-        rules = {"dtype": "bf16", "numerics": "exact", "chunk_tokens": CHUNK, "tokens": PAGES * 64}
-        blocks = {"q_lora_rank": 64, "qk_rope_head_dim": 32}  # sizes that the native kernels have
-        with random_engine(Path(tmp_path_factory.mktemp("model")), rules=rules, packed=True, **blocks) as one:
-            yield one
+    with native_engine(Path(tmp_path_factory.mktemp("model")), chunk_tokens=CHUNK, tokens=PAGES * 64) as one:
+        assert one.loaded.block_tokens == 1
+        yield one
 
 
 @pytest.fixture(autouse=True)
 def all_pages_come_back(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "engine" in request.fixturenames:
-        engine = request.getfixturevalue("engine")
-        assert free_pages(engine) == PAGES
+        assert free_pages(request.getfixturevalue("engine")) == PAGES
 
 
 def alone(engine: Engine, prompt: list[int], params: SamplingParams) -> Reply:
@@ -166,13 +163,13 @@ def test_a_long_prompt_does_not_stop_replies(engine: Engine) -> None:
         first.wait()
     beside = [tokens for tokens, sequences in sizes if sequences == 2 and tokens]
     assert len(beside) > 10
-    assert max(beside) <= BLOCK
+    assert max(beside) == 19
 
 
 def test_prompts_take_turns(engine: Engine) -> None:
     """A short prompt behind a long one does not wait for all of it."""
     chance = random.Random()
-    with serve(engine, step_tokens=BLOCK) as service:
+    with serve(engine, step_tokens=16) as service:
         order: list[str] = []
         long = Client(service, random_ids(chance, 400), on_event=lambda *_: order.append("long"), params=PARAMS)
         while len(long.progress) < 2:
@@ -410,7 +407,135 @@ def test_an_error_in_the_service_itself_ends_it_with_an_answer(engine: Engine, m
             service.submit(ServiceRequest(prompt=[1]), lambda event: None)
 
 
+def test_a_parser_that_fails_at_a_cancel_ends_its_request_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(engine) as service:
+        bad = Client(service, [1, 2, 3], replace(PARAMS, max_tokens=500), n=2)
+        good = Client(service, [4, 5, 6], replace(PARAMS, max_tokens=60))
+        while not bad.pieces(1):
+            time.sleep(0.001)
+        for job in [*service._tickets]:
+            if job.sequence.prompt_tokens == 3 and job.sequence.tokens[0] == 1:
+                monkeypatch.setattr(job.sequence.output, "finish", lambda: 1 / 0)
+        bad.ticket.cancel()
+        assert "ZeroDivisionError" in str(bad.error)
+        assert good.reply.finish_reason == "length"
+        assert service.stats().failed == 1
+
+
+def test_only_logits_that_are_not_finite_empty_the_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a request brought upon itself costs nobody else the latents of his prompt."""
+    prompt = random_ids(random.Random(), 200)
+    with serve(engine) as service:
+        assert Client(service, prompt, PARAMS).reply.finish_reason == "length"
+        monkeypatch.setattr(Sampler, "sample", lambda *_: 1 / 0)
+        assert "ZeroDivisionError" in str(Client(service, [1, 2], PARAMS).error)
+        monkeypatch.undo()
+        assert Client(service, prompt, PARAMS).reply.usage.cached_tokens == 199
+
+
+# Who calls does not wait
+
+
+def test_nobody_waits_for_a_step_or_for_pages_that_are_copied(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(engine) as service:
+        going, go = threading.Event(), threading.Event()
+        next_step = service._scheduler.next_step
+
+        def slow() -> Any:
+            going.set()
+            assert go.wait(60)
+            return next_step()
+
+        monkeypatch.setattr(service._scheduler, "next_step", slow)
+        client = Client(service, [1, 2, 3], PARAMS)
+        assert going.wait(60)
+        done = threading.Event()
+
+        def call() -> None:
+            client.ticket.cancel()
+            assert service.stats().waiting == 1
+            Client(service, [1, 2, 3], PARAMS).ticket.cancel()
+            done.set()
+
+        caller = threading.Thread(target=call)
+        caller.start()
+        assert done.wait(30)
+        go.set()
+        caller.join()
+        assert service.drain(60)
+        assert service.stats().cancelled >= 1
+
+
+def test_a_prompt_is_checked_once_for_all_choices(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+    check_ids = request.check_ids
+    monkeypatch.setattr(request, "check_ids", lambda ids, size: checked.append(1) or check_ids(ids, size))
+    with serve(engine) as service:
+        seeds = [reply.seed for reply in Client(service, [1, 2, 3], replace(PARAMS, seed=2**63 - 2), n=4).replies]
+    assert len(checked) == 1
+    assert seeds == [2**63 - 2, 2**63 - 1, -(2**63), -(2**63) + 1]
+
+
+def test_a_full_queue_refuses_before_it_reads_the_prompt(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(engine, max_running=1, max_waiting=0) as service:
+        running = Client(service, [1], replace(PARAMS, max_tokens=500))
+        monkeypatch.setattr(engine, "sequences", lambda *_, **__: 1 / 0)
+        with pytest.raises(QueueFullError):
+            service.submit(ServiceRequest(prompt=[1]), lambda event: None)
+        running.ticket.cancel()
+
+
+def test_a_request_that_waits_takes_no_memory_of_the_vocabulary(engine: Engine) -> None:
+    (sequence,) = engine.sequences(
+        [1], messages=None, tools=None, thinking=True, preserve_thinking=False, params=SamplingParams()
+    )
+    assert not any(isinstance(value, np.ndarray) and value.size > 1 for value in vars(sequence.sampler).values())
+
+
+def test_many_callers_at_once_break_nothing(engine: Engine) -> None:
+    """Submit, cancel, ask for the counts and leave, from many threads; then everything is free."""
+    with serve(engine, max_running=4, max_waiting=1000) as service:
+
+        def call(number: int) -> None:
+            chance = random.Random(number)
+            for _ in range(12):
+                params = replace(PARAMS, max_tokens=chance.randrange(1, 20))
+                prompt = random_ids(chance, chance.randrange(1, 60))
+                client = Client(service, prompt, params, n=chance.choice([1, 1, 3]))
+                service.stats()
+                if chance.random() < 0.5:
+                    client.ticket.cancel()
+                client.wait()
+
+        callers = [threading.Thread(target=call, args=(number,)) for number in range(6)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(TIMEOUT_S)
+        stats = service.stats()
+        assert (stats.running, stats.waiting, stats.kv_pages_used, stats.failed) == (0, 0, 0, 0)
+        assert stats.requests == 72
+        assert not service._tickets
+        assert not service._scheduler.queue._served
+
+
 # The end
+
+
+def test_its_own_thread_cannot_close_it(engine: Engine) -> None:
+    errors: list[EngineError] = []
+
+    def close(client: Client, event: object) -> None:
+        try:
+            service.close()
+        except EngineError as error:
+            errors.append(error)
+
+    with serve(engine) as service:
+        assert Client(service, [1, 2], replace(PARAMS, max_tokens=1), on_event=close).reply.finish_reason == "length"
+    assert "expected another thread to close it" in str(errors[0])
 
 
 def test_drain_waits_and_takes_nothing_new(engine: Engine) -> None:
@@ -456,7 +581,7 @@ def test_the_cache_on_disk_serves_the_next_start(engine: Engine, tmp_path: Path)
     with serve(engine, **options) as service:
         assert service.stats().ram_pages_kept > 0
         again = Client(service, prompt, PARAMS).reply
-        assert again.usage.cached_tokens == 192
+        assert again.usage.cached_tokens == 199
         assert same(again, expected)
 
 
@@ -464,7 +589,7 @@ def test_salts_keep_keys_apart(engine: Engine) -> None:
     prompt = random_ids(random.Random(), 200)
     with serve(engine) as service:
         cached = [Client(service, prompt, PARAMS, cache_salt=salt).reply.usage.cached_tokens for salt in "aabb"]
-    assert cached == [0, 192, 0, 192]
+    assert cached == [0, 199, 0, 199]
 
 
 @pytest.mark.parametrize("rules", ["host", "twin"])
