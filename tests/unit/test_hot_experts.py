@@ -357,7 +357,8 @@ def test_the_use_is_remembered_for_the_next_plan(folder: Path, tmp_path: Path) -
     "content",
     [b"", b"[", b"3", b'{"key": "other"}', b'{"key": KEY, "counts": 3}', b'{"key": KEY, "counts": {"1": [1, 2]}}',
      b'{"key": KEY, "counts": {"1": [1, 2, -3], "2": [1, 2, 3]}}', b'{"key": KEY, "counts": {"1": [1, 2, 3]}}',
-     b'{"key": KEY, "counts": {"1": [1, 2, true], "2": [1, 2, 3]}}'],
+     b'{"key": KEY, "counts": {"1": [1, 2, true], "2": [1, 2, 3]}}',
+     b'{"key": KEY, "counts": {"1": [1, 2, 9999999999999999999], "2": [1, 2, 3]}}'],
 )  # fmt: skip
 def test_a_damaged_file_is_as_none(tmp_path: Path, content: bytes) -> None:
     remember_usage(tmp_path, {1: [1, 2, 3], 2: [4, 5, 6]}, tmp_path)
