@@ -237,6 +237,7 @@ class Engine:
             with ExitStack() as left:  # whatever one of them raises, the others follow; from the last to the first
                 if trace is not None and self._trace_to is not None:
                     left.callback(trace.write, self._trace_to)
+                left.callback(self._cache.close)
                 left.callback(self.loaded.text.close)
                 left.callback(self._usage.close)
 
