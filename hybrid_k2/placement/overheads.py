@@ -2,7 +2,7 @@
 
 workspace   activations of a chunk, work buffers of attention, logits, the partial sums of decode attention, the rows of
             experts that are computed on the GPU
-staging     buffers for the experts that a streamed prefill brings over, or for one that becomes a hot one
+staging     buffers for the experts that a streamed prefill brings over, and for one that becomes a hot one
 graphs      a CUDA graph of the decode step for each size of batch
 allocator   what torch's allocator rounds up
 hand-off    on the host: the memory through which experts and GPU pass rows and results, pinned
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.placement.groups import expert_parameters, weight_bytes
-from hybrid_k2.placement.memories import HOST
+from hybrid_k2.placement.memories import HOST, TWIN
 from hybrid_k2.placement.sizes import KIB, MIB
 
 SEQUENCES = 8  # that may decode at the same time
@@ -68,7 +68,7 @@ def gpu_overheads(work: Work, matrices: int, matrix_bytes: int) -> tuple[Overhea
 
 def staging(work: Work) -> tuple[Overhead, ...]:
     """Return the room for experts on their way to where they are computed."""
-    staged = STAGED_EXPERTS if work.stream else EXCHANGED_EXPERTS if work.hot else 0
+    staged = (STAGED_EXPERTS if work.stream else 0) + (EXCHANGED_EXPERTS if work.hot and work.device != TWIN else 0)
     nbytes = staged * weight_bytes(expert_parameters(work.config), "int4")
     return (Overhead("staging", work.device or "", nbytes),) if nbytes else ()
 
