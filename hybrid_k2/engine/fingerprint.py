@@ -12,8 +12,9 @@ from hybrid_k2.engine.loading import LoadedModel
 
 
 def fingerprint(loaded: LoadedModel) -> str:
-    """Return a hash of everything that decides the bits of a latent: checkpoint, plan, software and CPU.
+    """Return a hash of what decides the bits of a latent: checkpoint, plan, software and CPU.
 
+    Which experts are hot, and how a prompt is split where experts are streamed, differ from step to step, and so do bits.
     Of the checkpoint that is its configuration, and name, size and time of change of each file with weights: reading
     the weights again would take as long as loading them.
     """
@@ -29,5 +30,6 @@ def fingerprint(loaded: LoadedModel) -> str:
         "gpus": [gpu.name for gpu in plan.machine.gpus],
         "cache": [cache.device, cache.dtype, cache.page_tokens, loaded.block_tokens],
         "nodes": len(plan.nodes),
+        "schedule": [plan.overlap, plan.stream],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
