@@ -14,7 +14,7 @@ from hybrid_k2.engine.loading import LoadedModel
 def fingerprint(loaded: LoadedModel) -> str:
     """Return a hash of what decides the bits of a latent: checkpoint, plan, software and CPU.
 
-    Which experts are hot, and how a prompt is split where experts are streamed, differ from step to step, and so do bits.
+    Which experts are hot, and how a prompt is split where experts are streamed, changes bits from step to step, too.
     Of the checkpoint that is its configuration, and name, size and time of change of each file with weights: reading
     the weights again would take as long as loading them.
     """
