@@ -1,4 +1,4 @@
-"""Remember how often experts are used while an engine runs, not only at its end: servers run for days and are killed."""
+"""Remember how often experts are used, while an engine runs and at its end: servers run for days, and are killed."""
 
 from __future__ import annotations
 
