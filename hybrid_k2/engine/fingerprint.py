@@ -30,6 +30,6 @@ def fingerprint(loaded: LoadedModel) -> str:
         "gpus": [gpu.name for gpu in plan.machine.gpus],
         "cache": [cache.device, cache.dtype, cache.page_tokens, loaded.block_tokens],
         "nodes": len(plan.nodes),
-        "schedule": [plan.overlap, plan.stream],
+        "schedule": [plan.overlap, plan.stream, plan.deferred],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -46,7 +46,8 @@ class Overhead:
 class Work:
     """Say what is computed beside the host, and where.
 
-    hot, stream: experts are computed there, too. context_tokens: of the longest sequence.
+    hot, stream: experts are computed there, too. deferred: results of experts wait there for the next layer.
+    context_tokens: of the longest sequence.
     """
 
     config: ModelConfig
@@ -55,6 +56,7 @@ class Work:
     chunk_tokens: int
     hot: bool = False
     stream: bool = False
+    deferred: bool = False
     context_tokens: int = 0
     sequences: int = SEQUENCES
 
@@ -102,8 +104,9 @@ def workspace_bytes(work: Work) -> int:
 
 
 def _stream_row(work: Work) -> int:
-    """Bytes that a row holds from layer to layer: the stream, what is normed, two results, the routed one in fp32."""
-    return work.config.hidden_size * (4 * _width(work) + FP32_BYTES)
+    """Bytes that a row holds from layer to layer: the stream, what is normed, two results, the routed ones in fp32."""
+    routed = 2 if work.deferred else 1
+    return work.config.hidden_size * (4 * _width(work) + routed * FP32_BYTES)
 
 
 def _attention_row(work: Work) -> int:
