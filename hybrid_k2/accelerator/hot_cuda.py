@@ -65,6 +65,10 @@ class HotMemory:
             self._left.record(torch.cuda.current_stream(self.weights.device))
         return place
 
+    def close(self) -> None:
+        """Give the memory back, of all layers; twice is fine. Nothing may read it any more."""
+        self.weights = self.weights.new_empty(0)
+
     def _write(self, place: int, weights: L32Expert) -> None:
         row, middle = self.weights[place], weights.w13.size
         row[:middle].copy_(torch.from_numpy(weights.w13.ravel()))
@@ -119,5 +123,5 @@ class CudaHotExperts(HotExperts):
         self._places[new], self._places[old] = self._place_of[new], -1
 
     def close(self) -> None:
-        """See HotExperts; the memory goes with the last layer."""
-        self._places = self._places[:0]
+        """See HotExperts; the other layers that share the memory are closed, too."""
+        self._memory.close()

@@ -47,6 +47,11 @@ class CudaExpertStream(ExpertStream):
         if self._copies is not None:
             self._copies.synchronize()
 
+    def close(self) -> None:
+        """See ExpertStream."""
+        super().close()
+        self._places = self._places.new_empty(0)
+
     def _copy(self, source: NativeExperts, expert: int, place: int) -> None:
         if self._copies is None:
             self._write(source, expert, place)

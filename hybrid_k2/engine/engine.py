@@ -6,7 +6,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ import numpy as np
 
 from hybrid_k2.accelerator import Trace, check_writable
 from hybrid_k2.engine.generation import Generation, OnPrefill, Runner
+from hybrid_k2.engine.kept_usage import KeptUsage
 from hybrid_k2.engine.loading import LoadedModel, OnPlan, load_model
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.prefix import PrefixCache
@@ -23,7 +24,6 @@ from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.request import chat_sequences, check_ids, check_prompt_fits, text_sequences
 from hybrid_k2.engine.sequence import TokenSequence, cut
 from hybrid_k2.errors import EngineError, MemoryBudgetError, RequestError, shown
-from hybrid_k2.experts.usage import remember_usage
 from hybrid_k2.model.batch import Batch
 from hybrid_k2.model.latent_cache import LatentCache
 
@@ -53,8 +53,15 @@ class Engine:
         loaded.text.trace = Trace() if trace_to is not None else None
         self._cache = LatentCache(loaded.plan.kv_cache, loaded.config)
         self._prefix = PrefixCache(self._cache)
+        self._usage = KeptUsage(loaded.folder, loaded.text.usage)
         self.runner = Runner(
-            loaded.text, self._cache, self._prefix, loaded.plan.chunk_tokens, self._enter, self._memory_share
+            loaded.text,
+            self._cache,
+            self._prefix,
+            loaded.plan.chunk_tokens,
+            self._enter,
+            self._memory_share,
+            self._usage.after_step,
         )
         self._busy = threading.Lock()
         self._generations: weakref.WeakSet[Generation] = weakref.WeakSet()
@@ -222,7 +229,7 @@ class Engine:
         """Free weights, cache and threads. Closing twice is fine.
 
         A generation that is waiting for its reader is ended. Beside an accelerator, how often each expert was used is
-        remembered for the next plan, in a small file in the user's cache.
+        remembered for the next plan, in a small file in the user's cache; while requests run, every few minutes, too.
         Raises: EngineError while another thread computes, or if the trace cannot be written.
         """
         if self._closed:
@@ -233,13 +240,12 @@ class Engine:
             self._closed = True
             self._prefix.release()
             trace = self.loaded.text.trace
-            if usage := self.loaded.text.usage:
-                remember_usage(self.folder, {layer: counter.counts() for layer, counter in usage.items()})
-            try:
-                self.loaded.text.close()
-            finally:
+            with ExitStack() as left:  # whatever one of them raises, the others follow; from the last to the first
                 if trace is not None and self._trace_to is not None:
-                    trace.write(self._trace_to)
+                    left.callback(trace.write, self._trace_to)
+                left.callback(self._cache.close)
+                left.callback(self.loaded.text.close)
+                left.callback(self._usage.close)
 
     def __enter__(self) -> Engine:
         return self

@@ -17,6 +17,7 @@ from hybrid_k2.native import native
 def fingerprint(loaded: LoadedModel) -> str:
     """Return a hash of everything that decides the bits of a latent: checkpoint, plan, software, CPU and GPU.
 
+    Which experts are hot, and how a prompt is split where experts are streamed, changes bits from step to step, too.
     Of the checkpoint that is its configuration, and name, size and time of change of each file with weights: reading
     the weights again would take as long as loading them.
     """
@@ -35,6 +36,7 @@ def fingerprint(loaded: LoadedModel) -> str:
         "gpus": [[gpu.name, gpu.capability] for gpu in plan.machine.gpus],
         # On a GPU the size of a batch decides who computes an expert, and by which kernel.
         "batches": [plan.stream, plan.chunk_tokens, plan.overlap] if plan.accelerator else None,
+        "deferred": plan.deferred,
         "cache": [cache.device, cache.dtype, cache.page_tokens, loaded.block_tokens],
         "nodes": len(plan.nodes),
     }

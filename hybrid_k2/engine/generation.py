@@ -35,6 +35,7 @@ class Runner:
     chunk_tokens: int  # prompt tokens of a step
     enter: Callable[[], AbstractContextManager[None]]
     memory_share: Callable[[float], float | None]  # of a decoding speed
+    after_step: Callable[[], None]  # is called when a step has been computed
 
     def forward(self, work: Sequence[Work]) -> list[Tensor | None]:
         """Compute chunks of several sequences, prompts and decode steps mixed; return the logits to sample from.
@@ -49,6 +50,7 @@ class Runner:
             sequence.pages.extend(self.prefix.allocate(max(0, missing)))
         batch = Batch.build([chunk for _, chunks in work for chunk in chunks])
         logits = iter(self.model.forward(batch, self.cache).cpu())  # the rows of all at once
+        self.after_step()
         return [next(logits) if chunks[-1].logits else None for _, chunks in work]
 
     def reply(self, sequence: TokenSequence, *, alone: bool = True) -> Reply:

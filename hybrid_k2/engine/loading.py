@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,12 +31,15 @@ from hybrid_k2.placement import (
     Plan,
     Rules,
     default_rules,
+    deferred_warning,
     described_gpu,
     described_host,
     load_rules,
     make_plan,
 )
 from hybrid_k2.protocol import Tokenizer
+
+log = logging.getLogger("hybrid_k2")
 
 DEMO = "demo"  # names the built-in checkpoint; a folder of that name is "./demo"
 # Where attention to a block has bits of its own: smaller blocks make for finer reuse, larger ones for less arithmetic.
@@ -107,6 +111,8 @@ def load_model(
         plan = _plan(rules, config, experts_packed(checkpoint, config), _usage(folder, config))
         if on_plan is not None:
             on_plan(plan)
+        if plan.deferred:
+            log.warning("%s", deferred_warning(plan.deferred))
         text = load_text_model(checkpoint, config, plan, progress)
         try:
             check_model(text, checkpoint, config, plan)

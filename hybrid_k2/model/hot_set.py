@@ -108,15 +108,20 @@ class HotSet:
         return leaves
 
     def _make(self, exchange: Exchange, copied: Future[L32Expert | None]) -> None:
-        """Make the exchange, on the accelerator's lane; where the copy failed, all stays as it was."""
+        """Make the exchange, on the accelerator's lane; where the copy failed, all stays as it was.
+
+        An interrupt may end this after one of both memories has changed: called again, it changes the other one.
+        """
         try:
             leaves = copied.result(COPY_S)
         except Exception as error:
-            log.warning("layer %d: expert %d does not become a hot one: %s", exchange.layer, exchange.comes, error)
+            why = str(error) or f"it was not copied within {COPY_S:g} s"
+            log.warning("layer %d: expert %d does not become a hot one: %s", exchange.layer, exchange.comes, why)
         else:
             part = self._layers[exchange.layer]
-            part.hot.exchange(exchange.leaves, exchange.comes)
-            if leaves is not None:
+            if exchange.comes not in part.hot.experts:
+                part.hot.exchange(exchange.leaves, exchange.comes)
+            if leaves is not None and part.host.holds(exchange.comes):
                 part.host.replace_expert(exchange.comes, exchange.leaves, leaves)
         self._until_look = 0 if copied.done() and copied.exception() is None else self._look_tokens
         self._pending = None

@@ -126,6 +126,10 @@ class LatentCache:
             layer[target].copy_(layer[source])
         self._settle()
 
+    def close(self) -> None:
+        """Give the memory back. Nothing can be read or written then; `pool` goes on counting."""
+        self.layers = [layer.new_empty((0, *layer.shape[1:])) for layer in self.layers]
+
     def _settle(self) -> None:
         """Wait until a GPU has what was written: the streams of the model do not wait for this one."""
         if self.layers[0].is_cuda:

@@ -114,6 +114,7 @@ class _Builder:
             hot=self.hot.hot_set(moe),
             split=make_split(self.plan, moe, self.runtimes, self.undo),
             ping_pong=self.plan.overlap == "ping_pong",
+            deferred=self.plan.deferred,
         )
 
     def accelerator(self) -> Accelerator:

@@ -8,6 +8,8 @@ shared   the shared expert, meanwhile
 hot      the accelerator's own routed experts, where it has some
 stream   routed experts of a prompt that are brought to the accelerator meanwhile
 take     wait for the routed experts, add all up
+defer    hand those over that are added one layer late; the host computes them beside the next front
+collect  wait for these, before the next post
 
 With two halves, the front of one runs while the host computes the experts of the other:
 
@@ -28,6 +30,7 @@ from torch.nn import functional
 
 from hybrid_k2.accelerator import Handoff, HotExperts, Label
 from hybrid_k2.model.batch import Batch
+from hybrid_k2.model.deferral import part_choices
 from hybrid_k2.model.devices import upload
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.layer import Layer
@@ -75,6 +78,8 @@ class Half:
         self._hot: Tensor  # [T, hidden] fp32
         self._asked: Streamed
         self._streamed: Tensor  # [T, hidden] fp32
+        self._later: Tensor  # [T, K] int32, the choices that are deferred
+        self._late: Tensor | None = None  # [T, hidden] fp32, what was deferred in the layer before
         self._rotation: Rotation
 
     def embed(self, embedding: Tensor, dtype: torch.dtype, rope: Rope, first: Layer) -> None:
@@ -93,8 +98,8 @@ class Half:
         if not isinstance(layer.mlp, Moe):
             self._x = self._x + layer.mlp(self._normal).to(self._x)
 
-    def post(self, index: int, moe: Moe) -> None:
-        """Route, and start the routed experts that the host has."""
+    def post(self, index: int, moe: Moe, deferred: int = 0) -> None:
+        """Route, and start the routed experts that the host has, less those that are deferred."""
         if self._handoff.concurrent:
             self._routing, self._share = moe.router(self._normal), partial(moe.shared, self._normal)
         else:
@@ -102,6 +107,8 @@ class Half:
         on_host = moe.on_host(self._routing)
         if self.split is not None:
             on_host, self._asked = self.split.choose(index, on_host, alone=self._alone)
+        if deferred:
+            on_host, self._later = part_choices(on_host, deferred)
         self._handoff.post(self.slot, index, self._normal, on_host, self._routing.weights)
 
     def shared(self) -> None:
@@ -118,13 +125,23 @@ class Half:
         self._streamed = split.stream.compute(asked.arrivals, self._normal, asked.ids, self._routing.weights)
 
     def take(self, index: int, moe: Moe) -> None:
-        """Wait for the routed experts, and add: the host's first, then hot and then streamed ones."""
+        """Wait for the routed experts, and add: the host's, those of the layer before, then hot and streamed ones."""
         routed = self._handoff.take(self.slot, index)
+        if self._late is not None:
+            routed, self._late = routed + self._late, None
         if moe.hot is not None:
             routed = routed.to(self._hot.device) + self._hot
         if self.split is not None:
             routed = routed.to(self._streamed.device) + self._streamed
         self._x = self._x + mixed(routed, self._shared, self._normal).to(self._x)
+
+    def defer(self, index: int) -> None:
+        """Start the experts that are deferred."""
+        self._handoff.post(self.slot, index, self._normal, self._later, self._routing.weights)
+
+    def collect(self, index: int) -> None:
+        """Wait for them."""
+        self._late = self._handoff.take(self.slot, index)
 
     def head(self, norm: RmsNorm, lm_head: Matrix) -> None:
         """Compute the logits of the wanted rows."""
@@ -134,19 +151,34 @@ class Half:
 
 
 def through_layers(
-    layers: Sequence[Layer], halves: Sequence[Half], head: Callable[[Half], None]
+    layers: Sequence[Layer], halves: Sequence[Half], head: Callable[[Half], None], deferred: int = 0
 ) -> Iterator[Operation]:
-    """List what takes these halves through all layers, and each through `head` as soon as it is there."""
+    """List what takes these halves through all layers, and each through `head` as soon as it is there.
+
+    deferred: so many of each token's experts are added one layer late, where that layer has experts.
+    """
     for index, layer in enumerate(layers):
+        late = deferred > 0 and _may_defer(layers, index - 1)
         for half in halves:
             if index:
                 yield from _finish(index - 1, layers[index - 1], half)
+            if late:
+                yield partial(half.defer, index - 1), _label("defer", index - 1, half)
             yield partial(half.front, layer), _label("front", index, half)
+            if late:
+                yield partial(half.collect, index - 1), _label("collect", index - 1, half)
             if isinstance(layer.mlp, Moe):
-                yield partial(half.post, index, layer.mlp), _label("post", index, half)
+                waiting = deferred if _may_defer(layers, index) else 0
+                yield partial(half.post, index, layer.mlp, waiting), _label("post", index, half)
     for half in halves:
         yield from _finish(len(layers) - 1, layers[-1], half)
         yield partial(head, half), Label("head", half=half.slot)
+
+
+def _may_defer(layers: Sequence[Layer], index: int) -> bool:
+    """Say whether a layer and the next one have experts."""
+    pair = layers[max(index, 0) : index + 2]
+    return len(pair) == 2 and all(isinstance(layer.mlp, Moe) for layer in pair)
 
 
 def _finish(index: int, layer: Layer, half: Half) -> Iterator[Operation]:

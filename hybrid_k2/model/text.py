@@ -33,7 +33,8 @@ OPERATION_LIMIT = TimeLimit(240.0, 0.5)  # of any operation: more, so that the h
 class TextModel:
     """Compute logits for batches of tokens; owns weights, threads, accelerator and hand-off until `close`.
 
-    `ping_pong`: cut batches of several sequences into two halves that alternate.
+    `ping_pong`: cut batches of several sequences into two halves that alternate. `deferred`: so many of each token's
+    experts are added one layer late.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class TextModel:
         hot: HotSet | None = None,
         split: PrefillSplit | None = None,
         ping_pong: bool = False,
+        deferred: int = 0,
         limit: TimeLimit = OPERATION_LIMIT,
     ) -> None:
         """Take everything over; `runtimes`: that of the experts first, then any that the accelerator has for itself."""
@@ -63,6 +65,7 @@ class TextModel:
         self.split = split
         self._runtimes = list(runtimes)
         self.ping_pong = ping_pong
+        self.deferred = deferred
         self._limit = limit
         self.activation_dtype = activation_dtype
         self.embedding = embedding
@@ -174,7 +177,8 @@ class TextModel:
         for half in halves:
             embed = partial(half.embed, self.embedding, self.activation_dtype, self._rope, self.layers[0])
             yield embed, Label("embed", half=half.slot)
-        yield from through_layers(self.layers, halves, partial(Half.head, norm=self.final_norm, lm_head=self.lm_head))
+        head = partial(Half.head, norm=self.final_norm, lm_head=self.lm_head)
+        yield from through_layers(self.layers, halves, head, self.deferred)
 
     def _check(self, batch: Batch, cache: LatentCache) -> None:
         if self._closed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybrid_k2.placement.described import described_gpu, described_host
-from hybrid_k2.placement.draft import NO_SELF_CHECK, make_plan
+from hybrid_k2.placement.draft import NO_SELF_CHECK, deferred_warning, make_plan
 from hybrid_k2.placement.machine import Gpu, Machine
 from hybrid_k2.placement.plan import KvCachePlan, Placement, Plan, PlanRow
 from hybrid_k2.placement.rules import Rules, default_rules, load_rules, parse_rules, shipped_names, shipped_rules
@@ -18,6 +18,7 @@ __all__ = [
     "PlanRow",
     "Rules",
     "default_rules",
+    "deferred_warning",
     "described_gpu",
     "described_host",
     "load_rules",

@@ -60,7 +60,9 @@ def draft_plan(
     if streams != "off":
         _check_streamed(rules, experts_packed)
     chunk_tokens = rules.prefill.chunk_tokens or (AUTO_CHUNK_TOKENS if streams == "off" else AUTO_STREAM_TOKENS)
-    work = Work(config, accelerator, activation_dtype, chunk_tokens, bool(claims.hot), streams != "off")
+    work = Work(
+        config, accelerator, activation_dtype, chunk_tokens, bool(claims.hot), streams != "off", rules.deferred > 0
+    )
     kv_cache = _plan_kv_cache(rules, config, machine, devices, rows, work)
     chunk_tokens = min(chunk_tokens, kv_cache.tokens)
     work = replace(work, chunk_tokens=chunk_tokens)
@@ -91,11 +93,13 @@ def draft_plan(
         + threads.notes
         + _check_fp8(rows, rules, machine)
         + _numerics_notes(rules.numerics, numerics, activation_dtype)
+        + ((deferred_warning(rules.deferred),) if rules.deferred else ())
         + ((NO_SELF_CHECK,) if accelerator is not None and not rules.self_check else ()),
         accelerator=accelerator,
         stream=streams,
         overheads=overheads,
         overlap=_overlap(rules, kv_cache.device),
+        deferred=_check_deferred(rules, config, kv_cache.device),
         twin_threads=threads.twin_threads,
         self_check=accelerator is not None and rules.self_check,
         usage=usage or {},
@@ -255,6 +259,31 @@ def _overlap(rules: Rules, attention: str) -> str:
     if rules.overlap != "auto":
         return rules.overlap
     return "off" if attention == HOST else "ping_pong"
+
+
+def _check_deferred(rules: Rules, config: ModelConfig, attention: str) -> int:
+    """Return how many experts of a token are deferred. Raises: RulesError for too many, or where nothing is gained."""
+    most = config.num_experts_per_tok - 1
+    if rules.deferred > most:
+        message = f"overlap: deferred: expected at most {most} (one less than a token chooses), got {rules.deferred}"
+        fail(rules.source, rules.overlap_line, message)
+    if rules.deferred and attention == HOST:
+        fail(
+            rules.source,
+            rules.overlap_line,
+            f"overlap: deferred: expected 0 (the threads of the experts compute attention too), got {rules.deferred}",
+            "place attention on a gpu, which may be the twin: devices: {gpu: twin}",
+        )
+    return rules.deferred
+
+
+def deferred_warning(count: int) -> str:
+    """Say what deferral does to the results."""
+    which = "the last expert" if count == 1 else f"the last {count} experts"
+    return (
+        f"overlap: deferred: {which} of each token's choices act one layer late, which the model was not trained for; "
+        "how much worse its text becomes was not measured"
+    )
 
 
 def _twin_share(config: ModelConfig, rows: tuple[PlanRow, ...]) -> float | None:

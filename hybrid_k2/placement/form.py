@@ -86,7 +86,8 @@ class PrefillRule:
 class Rules:
     """Hold one rule file, checked for form; `make_plan` checks it against a model and a machine.
 
-    self_check: compare an accelerator with a reference before it serves.
+    deferred: so many of each token's experts are added one layer late. self_check: compare an accelerator with a
+    reference before it serves.
     source: the file as named in errors. reason: why it was chosen, when the machine chose it.
     """
 
@@ -97,6 +98,7 @@ class Rules:
     numerics: str = "exact"
     overlap: str = "auto"
     overlap_line: int | None = None
+    deferred: int = 0
     prefill: PrefillRule = PrefillRule()
     self_check: bool = True
     version: int = FORM_VERSION

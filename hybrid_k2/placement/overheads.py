@@ -2,7 +2,7 @@
 
 workspace   activations of a chunk, work buffers of attention, logits, the partial sums of decode attention, the rows of
             experts that are computed on the GPU
-staging     buffers for the experts that a streamed prefill brings over, or for one that becomes a hot one
+staging     buffers for the experts that a streamed prefill brings over, and for one that becomes a hot one
 graphs      a CUDA graph of the decode step for each size of batch
 allocator   what torch's allocator rounds up
 hand-off    on the host: the memory through which experts and GPU pass rows and results, pinned
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.placement.groups import expert_parameters, weight_bytes
-from hybrid_k2.placement.memories import HOST
+from hybrid_k2.placement.memories import HOST, TWIN
 from hybrid_k2.placement.sizes import KIB, MIB
 
 SEQUENCES = 8  # that may decode at the same time
@@ -46,7 +46,8 @@ class Overhead:
 class Work:
     """Say what is computed beside the host, and where.
 
-    hot, stream: experts are computed there, too. context_tokens: of the longest sequence.
+    hot, stream: experts are computed there, too. deferred: results of experts wait there for the next layer.
+    context_tokens: of the longest sequence.
     """
 
     config: ModelConfig
@@ -55,6 +56,7 @@ class Work:
     chunk_tokens: int
     hot: bool = False
     stream: bool = False
+    deferred: bool = False
     context_tokens: int = 0
     sequences: int = SEQUENCES
 
@@ -68,7 +70,7 @@ def gpu_overheads(work: Work, matrices: int, matrix_bytes: int) -> tuple[Overhea
 
 def staging(work: Work) -> tuple[Overhead, ...]:
     """Return the room for experts on their way to where they are computed."""
-    staged = STAGED_EXPERTS if work.stream else EXCHANGED_EXPERTS if work.hot else 0
+    staged = (STAGED_EXPERTS if work.stream else 0) + (EXCHANGED_EXPERTS if work.hot and work.device != TWIN else 0)
     nbytes = staged * weight_bytes(expert_parameters(work.config), "int4")
     return (Overhead("staging", work.device or "", nbytes),) if nbytes else ()
 
@@ -102,8 +104,9 @@ def workspace_bytes(work: Work) -> int:
 
 
 def _stream_row(work: Work) -> int:
-    """Bytes that a row holds from layer to layer: the stream, what is normed, two results, the routed one in fp32."""
-    return work.config.hidden_size * (4 * _width(work) + FP32_BYTES)
+    """Bytes that a row holds from layer to layer: the stream, what is normed, two results, the routed ones in fp32."""
+    routed = 2 if work.deferred else 1
+    return work.config.hidden_size * (4 * _width(work) + routed * FP32_BYTES)
 
 
 def _attention_row(work: Work) -> int:

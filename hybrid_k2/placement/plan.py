@@ -89,6 +89,7 @@ class Plan:
     nodes: the experts' threads by NUMA node; each node holds a slice of the routed experts.
     accelerator: what computes beside the experts, "cuda:N" or "twin"; None: the host computes everything.
     overlap: "off", or "ping_pong": two half batches take turns between accelerator and experts.
+    deferred: so many of each token's experts are added one layer late.
     twin_threads: the host's threads that compute what is on the twin; 0 without one.
     activation_dtype: of the residual stream. chunk_tokens: prompt tokens per forward pass.
     stream: "auto": a GPU computes heavy experts of a prompt, brought over as they are needed; or "off".
@@ -110,6 +111,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     accelerator: str | None = None
     overlap: str = "off"
+    deferred: int = 0
     twin_threads: int = 0
     stream: str = "off"
     overheads: tuple[Overhead, ...] = ()

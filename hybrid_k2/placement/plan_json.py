@@ -43,6 +43,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "accelerator": plan.accelerator,
         "twin_threads": plan.twin_threads,
         "overlap": plan.overlap,
+        "deferred": plan.deferred,
         "stream": plan.stream,
         "chunk_tokens": plan.chunk_tokens,
         "self_check": plan.self_check,

@@ -29,14 +29,16 @@ def parse_rules(text: str, source: str = "rules") -> Rules:
     top = Section(source, "", parse_yaml(text, source), keys)
     _check_version(top)
     devices = _devices(top)
+    overlap, deferred = _overlap(top)
     return Rules(
         place=_place(top, devices),
         source=source,
         devices=devices,
         kv_cache=_kv_cache(top, devices),
         numerics=top.choice("numerics", ("exact", "fast", "bf16", "reference"), default="exact"),
-        overlap=_overlap(top),
+        overlap=overlap,
         overlap_line=top.line_of("overlap"),
+        deferred=deferred,
         prefill=_prefill(top),
         self_check=top.choice("self_check", ("on", "off"), default="on") == "on",
     )
@@ -181,11 +183,14 @@ def _kv_cache(top: Section, devices: Devices) -> KvCacheRule:
     )
 
 
-def _overlap(top: Section) -> str:
+def _overlap(top: Section) -> tuple[str, int]:
+    """Read how both sides take turns, and how many experts are deferred."""
     node = top.get("overlap")
-    if isinstance(node, Mapping):
-        Section(top.source, "overlap", node, ("deferred",), later=("deferred",))
-    return top.choice("overlap", ("auto", "off", "ping_pong"), ("deferred",), default="auto")
+    if not isinstance(node, Mapping):
+        return top.choice("overlap", ("auto", "off", "ping_pong"), default="auto"), 0
+    section = Section(top.source, "overlap", node, ("mode", "deferred"))
+    mode = section.choice("mode", ("auto", "off", "ping_pong"), default="auto")
+    return mode, section.whole("deferred", MAX_EXPERTS)
 
 
 def _prefill(top: Section) -> PrefillRule:

@@ -25,16 +25,14 @@ _LAYERS = re.compile(r"(0|[1-9][0-9]{0,5})(?:\.\.(0|[1-9][0-9]{0,5}))?")
 class Section:
     """One mapping of the file. `name` is how errors call it ("kv_cache", "place rule 2"; "" for the top level)."""
 
-    def __init__(self, source: str, name: str, node: Node, keys: List[str], later: Iterable[str] = ()) -> None:
-        """Check that the node is a mapping with known keys; `later` names keys of coming versions."""
+    def __init__(self, source: str, name: str, node: Node, keys: List[str]) -> None:
+        """Check that the node is a mapping with known keys."""
         self.source = source
         self.name = name
         if not isinstance(node, Mapping):
             fail(source, node.line, f"{name or 'rules'}: expected the keys {', '.join(keys)}, got {describe(node)}")
         self.node = node
         for key in node.entries:
-            if key in later:
-                self.unavailable(key, key)
             if key not in keys:
                 self.fail(key, f"unknown key {key!r}, expected {', '.join(keys)}", _did_you_mean(key, keys))
 
@@ -86,6 +84,14 @@ class Section:
         if text is None or text == "auto":
             return None
         if not _COUNT.fullmatch(text) or not 1 <= int(text) <= limit:
+            self.fail(key, f"{key}: expected {expected}, got {text!r}")
+        return int(text)
+
+    def whole(self, key: str, limit: int) -> int:
+        """Read a number of 0 to `limit`; 0 when the key is absent."""
+        expected = f"a whole number from 0 to {limit}"
+        text = self.text(key, expected) or "0"
+        if not _COUNT.fullmatch(text) or int(text) > limit:
             self.fail(key, f"{key}: expected {expected}, got {text!r}")
         return int(text)
 

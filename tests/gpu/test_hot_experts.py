@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,10 @@ def test_layers_share_the_memory_and_exchange_experts(device: torch.device) -> N
         hot[index].exchange(leaves, comes)
         layers[index].check_copy(comes, hot[index].copy(comes))
     assert [hot[i].experts for i in range(2)] == [{0, 4, 6}, {0, 3}]
+    weights = weakref.ref(memory.weights)
+    for each in hot:
+        each.close()
+    assert weights() is None
 
 
 RULES = """\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,9 @@ def test_experts_of_all_nodes_arrive_and_are_added(device: torch.device, nodes: 
             expected = torch.stack(parts).sum(0)
             assert ((got - expected).norm(dim=1) <= ROUNDED_ERROR * size + 1e-12).all()
             assert not got[~streamed.any(1)].any()
+    places = weakref.ref(stream._places)
     stream.close()
+    assert places() is None
     runtime.close()
 
 

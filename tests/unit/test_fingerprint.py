@@ -91,6 +91,8 @@ def test_what_decides_bits_is_in_it(engine: Engine) -> None:
         with_plan(loaded, numerics="fast"),
         with_plan(loaded, activation_dtype="bf16"),
         with_plan(loaded, accelerator="twin"),
+        with_plan(loaded, accelerator="twin", overlap="ping_pong"),
+        with_plan(loaded, accelerator="twin", deferred=2),
         with_plan(loaded, accelerator="cuda:0"),
         with_plan(loaded, accelerator="cuda:0", stream="auto"),
         with_plan(loaded, nodes=loaded.plan.nodes * 2),

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,51 @@ def test_a_step_that_fails_before_an_exchange_does_not_lose_it(folder: Path) -> 
         assert in_memory(twin.model) != before
 
 
+@pytest.mark.parametrize("after", ["accelerator", "host"])
+def test_an_interrupt_in_an_exchange_does_not_lose_an_expert(folder: Path, after: str) -> None:
+    """It comes when one memory has changed, or both have; a GPU's operations are called by the thread that gets it."""
+    with hot_model(folder) as twin, split_host(folder, lambda i: hot_of(twin.model)[i].experts) as host:
+        follow(twin)
+        came: list[str] = []
+
+        def interrupted(call: Callable[..., None]) -> Callable[..., None]:
+            def once(*arguments: Any) -> None:
+                call(*arguments)
+                if not came:
+                    came.append("Ctrl-C")
+                    raise KeyboardInterrupt
+
+            return once
+
+        for moe in moe_layers(twin.model).values():
+            if after == "host":
+                moe.experts.replace_expert = interrupted(moe.experts.replace_expert)  # type: ignore[attr-defined]
+            elif moe.hot is not None:
+                moe.hot.exchange = interrupted(moe.hot.exchange)  # type: ignore[method-assign]
+        cache, oracle = twin.cache(), host.cache()
+        for step in biased_steps(random.Random(), [3, 77], 20):
+            before = len(came)
+            try:
+                got = run_step(twin, cache, step)
+            except KeyboardInterrupt:
+                got = run_step(twin, cache, step)
+                assert len(came) == before + 1
+            assert same(got, run_step(host, oracle, step))
+        assert came
+        assert all(len(on_host | on_twin) == 16 for on_host, on_twin in in_memory(twin.model).values())
+
+
+@pytest.mark.parametrize("why", [TimeoutError(), EngineError("the memory is damaged")])
+def test_a_warning_says_why_a_copy_did_not_come(why: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    hot_set, copied = HotSet({}), Future[Any]()
+    copied.set_exception(why)
+    hot_set._make(Exchange(2, 0, 1), copied)
+    hot_set.close()
+    (record,) = caplog.records
+    assert str(why) in record.message
+    assert not record.message.endswith(": ")
+
+
 def test_closing_waits_for_a_copy(folder: Path) -> None:
     with hot_model(folder) as twin:
         follow(twin)
@@ -357,7 +403,8 @@ def test_the_use_is_remembered_for_the_next_plan(folder: Path, tmp_path: Path) -
     "content",
     [b"", b"[", b"3", b'{"key": "other"}', b'{"key": KEY, "counts": 3}', b'{"key": KEY, "counts": {"1": [1, 2]}}',
      b'{"key": KEY, "counts": {"1": [1, 2, -3], "2": [1, 2, 3]}}', b'{"key": KEY, "counts": {"1": [1, 2, 3]}}',
-     b'{"key": KEY, "counts": {"1": [1, 2, true], "2": [1, 2, 3]}}'],
+     b'{"key": KEY, "counts": {"1": [1, 2, true], "2": [1, 2, 3]}}',
+     b'{"key": KEY, "counts": {"1": [1, 2, 9999999999999999999], "2": [1, 2, 3]}}'],
 )  # fmt: skip
 def test_a_damaged_file_is_as_none(tmp_path: Path, content: bytes) -> None:
     remember_usage(tmp_path, {1: [1, 2, 3], 2: [4, 5, 6]}, tmp_path)

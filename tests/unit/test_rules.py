@@ -237,7 +237,6 @@ def test_other_groups_are_not_int8(what: str) -> None:
         ("layers: 1..60", "layers: hottest", 5, "layers: hottest"),
         ("layers: 1..60", "layers: hottest 12", 5, "layers: hottest"),
         ("layers: 1..60", "layers: {hottest: 12}", 5, "layers: hottest"),
-        ("overlap: off", "overlap: {deferred: 2}", 14, "deferred"),
         ("dtype: bf16, tokens", "dtype: fp8, tokens", 12, "dtype: fp8"),
     ],
 )

@@ -48,7 +48,7 @@ class Toy:
         return x % 7
 
     def route(self, x: Tensor) -> Routing:
-        return Routing(torch.zeros(len(x), 1, dtype=torch.int32), torch.ones(len(x), 1))
+        return Routing(torch.tensor([[0, 1]], dtype=torch.int32).repeat(len(x), 1), torch.ones(len(x), 2))
 
     def shared(self, x: Tensor) -> Tensor:
         self.pause()
@@ -56,10 +56,10 @@ class Toy:
 
 
 class ToyExperts(QueuedBackend):
-    """Multiply with the number of the layer."""
+    """Multiply with the number of the layer, for each expert."""
 
     def __init__(self, index: int, queue: ThreadPoolExecutor, pause: Callable[[], None]) -> None:
-        super().__init__(ExpertsShape(1, 1, 1, 1), queue)
+        super().__init__(ExpertsShape(1, 1, 2, 2), queue)
         self.index, self.pause = index, pause
 
     nbytes = 0  # type: ignore[assignment]
@@ -69,7 +69,7 @@ class ToyExperts(QueuedBackend):
 
     def _compute(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         self.pause()
-        return hidden * self.index
+        return hidden * self.index * (ids >= 0).sum(1, keepdim=True)
 
     def close(self) -> None:
         return
@@ -97,7 +97,8 @@ def test_no_schedule_deadlocks_or_mixes_up_the_halves() -> None:
             halves = [toy_half(slot, start, handoff) for slot, start in enumerate(starts)]
             if step:
                 twin.enqueue(handoff.reset, Label("reset"))
-            for op, label in through_layers(layers, halves, lambda half: None):
+            deferred = chance.randint(0, 1)
+            for op, label in through_layers(layers, halves, lambda half: None, deferred):
                 twin.enqueue(op, label)
             try:
                 twin.synchronize(timeout_s=60)
@@ -105,7 +106,7 @@ def test_no_schedule_deadlocks_or_mixes_up_the_halves() -> None:
                 failures += 1
                 continue
             for half, start in zip(halves, starts, strict=True):
-                assert half._x.item() == toy_result(start.item())
+                assert half._x.item() == toy_result(start.item(), deferred)
     twin.close()
     assert 0 < failures < SCHEDULES / 2
 
@@ -117,9 +118,15 @@ def toy_half(slot: int, x: Tensor, handoff: Handoff) -> Half:
     return half
 
 
-def toy_result(x: float) -> float:
+def toy_result(x: float, deferred: int) -> float:
+    late = 0.0
     for index in range(3):
         x += index
         normal = x % 7
-        x += 2 * normal if index == 0 else (index + 3) * normal
+        if index == 0:
+            x += 2 * normal
+            continue
+        waits = deferred if index == 1 else 0  # the last layer defers none
+        x += 3 * normal + index * (2 - waits) * normal + late
+        late = index * waits * normal
     return x
