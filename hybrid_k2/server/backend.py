@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from hybrid_k2.placement import Plan
 from hybrid_k2.protocol import Tokenizer
 from hybrid_k2.server.errors import ApiError
 
@@ -24,6 +25,11 @@ class Model(Protocol):
     @property
     def context_tokens(self) -> int:
         """The longest prompt and reply together."""
+        ...
+
+    @property
+    def plan(self) -> Plan:
+        """Where everything lies."""
         ...
 
     def close(self) -> None:

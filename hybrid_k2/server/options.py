@@ -30,6 +30,7 @@ class ServerOptions:
     model_names: tuple[str, ...]  # the first is the model's name in replies, the others are taken too
     api_keys: tuple[str, ...] = ()  # none: every client may come
     cors_origins: tuple[str, ...] = ()  # origins of pages that may call from a browser; "*" for all
+    web: bool = True  # the page at /
     strict_moonshot: bool = False  # refuse what the official API refuses
     keep_alive_s: float = 15.0  # a comment in a silent stream; 0 for none
     limits: Limits = field(default_factory=Limits)

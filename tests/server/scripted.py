@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from hybrid_k2.engine.loading import plan_checkpoint
 from hybrid_k2.engine.output import Output, PlainText
 from hybrid_k2.engine.reply import FinishReason, Reply, Timings, TokenLogprob, Usage
 from hybrid_k2.engine.service_types import Failed, Finished, Piece, Progress, ServiceEvent, ServiceRequest, ServiceStats
 from hybrid_k2.errors import HybridK2Error
+from hybrid_k2.placement import Plan
 from hybrid_k2.protocol import OutputParser, Tokenizer, canonical_history, encode_prompt
 
 
@@ -49,6 +52,10 @@ class ScriptedService:
         self.tickets: list[ScriptedTicket] = []
         self.closed = False
         self._threads: list[threading.Thread] = []
+
+    @cached_property
+    def plan(self) -> Plan:
+        return plan_checkpoint("demo")
 
     def submit(self, request: ServiceRequest, on_event: Callable[[ServiceEvent], None]) -> ScriptedTicket:
         self.requests.append(request)
