@@ -7,10 +7,13 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "bindings.h"
 #include "core/error.h"
 #include "io/expert_reader.h"
+#include "moe/l32_digest.h"
 #include "moe/layer.h"
 
 namespace k2 {
@@ -42,6 +45,12 @@ PackedMatrix packed_matrix(const char* name, const py::array& words, const py::a
           .name = name};
 }
 
+// The blocks of an expert in layout L32: w13 [I/16, H/32, 576] and w2 [H/32, I/32, 576].
+std::pair<const uint8_t*, const uint8_t*> l32(const LayerShape& s, const py::array& w13, const py::array& w2) {
+  return {array_data<uint8_t>("w13", w13, {s.intermediate / kHalfBlock, s.hidden_groups(), kBlockBytes}),
+          array_data<uint8_t>("w2", w2, {s.hidden_groups(), s.intermediate_groups(), kBlockBytes})};
+}
+
 std::shared_ptr<MoeJob> start(Layer& layer, const MoeInput& input, float* output) {
   const py::gil_scoped_release nogil;
   return layer.start(input, output);
@@ -56,8 +65,9 @@ void copy_output(const MoeJob& job, float* out) {
 // is read and changed under the GIL.
 class PyLayer {
  public:
-  PyLayer(std::shared_ptr<Runtime> runtime, int hidden, int intermediate, int experts, int per_token)
-      : layer_(std::make_shared<Layer>(std::move(runtime), LayerShape{hidden, intermediate, experts, per_token})) {}
+  PyLayer(std::shared_ptr<Runtime> runtime, int hidden, int intermediate, int experts, int per_token, int room)
+      : layer_(std::make_shared<Layer>(std::move(runtime), LayerShape{hidden, intermediate, experts, per_token},
+                                       room)) {}
 
   size_t bytes() const { return open()->experts().bytes(); }
 
@@ -110,6 +120,57 @@ class PyLayer {
     return py::make_tuple(w13, w2);
   }
 
+  // The memory of one expert, not copied, for each NUMA node: w13 [2 n, H/32, 576] and w2 [H/32, n, 576] of its n groups
+  // of 32 intermediate channels. It is there as long as an array refers to it.
+  std::vector<std::pair<py::array, py::array>> view_expert(int expert) const {
+    const std::shared_ptr<Layer> layer = open();
+    const ExpertLayer& experts = layer->experts();
+    experts.check_loaded(expert);
+    const py::capsule owner(new std::shared_ptr<Layer>(layer),
+                            [](void* held) { delete static_cast<std::shared_ptr<Layer>*>(held); });
+    std::vector<std::pair<py::array, py::array>> views;
+    const int64_t groups = experts.shape().hidden_groups();
+    for (int node = 0; node < experts.nodes(); ++node) {
+      const int64_t count = experts.channels(node).count;
+      views.emplace_back(Array<uint8_t>({2 * count, groups, int64_t(kBlockBytes)}, experts.w13(expert, node), owner),
+                         Array<uint8_t>({groups, count, int64_t(kBlockBytes)}, experts.w2(expert, node), owner));
+    }
+    return views;
+  }
+
+  // Address and bytes of each node's memory.
+  std::vector<std::pair<uintptr_t, size_t>> memory() const {
+    std::vector<std::pair<uintptr_t, size_t>> ranges;
+    for (const HugeBuffer* buffer : open()->experts().buffers()) {
+      ranges.emplace_back(reinterpret_cast<uintptr_t>(buffer->data()), buffer->bytes());
+    }
+    return ranges;
+  }
+
+  // Takes an expert in the form of read_l32, with its checksum.
+  void store_expert(int expert, const py::array& w13, const py::array& w2, uint64_t checksum) {
+    const std::shared_ptr<Layer> layer = open();
+    const auto [w13_data, w2_data] = l32(layer->experts().shape(), w13, w2);
+    const py::gil_scoped_release nogil;
+    layer->experts().store(expert, w13_data, w2_data, checksum);
+  }
+
+  // Puts `now`, in the form of read_l32 and with its checksum, into the place of `old`.
+  void replace_expert(int old, int now, const py::array& w13, const py::array& w2, uint64_t checksum) {
+    const std::shared_ptr<Layer> layer = open();
+    const auto [w13_data, w2_data] = l32(layer->experts().shape(), w13, w2);
+    const py::gil_scoped_release nogil;
+    layer->experts().replace(old, now, w13_data, w2_data, checksum);
+  }
+
+  // The checksum of an expert in the form of read_l32.
+  uint64_t l32_checksum(const py::array& w13, const py::array& w2) const {
+    const LayerShape shape = open()->experts().shape();
+    const auto [w13_data, w2_data] = l32(shape, w13, w2);
+    const py::gil_scoped_release nogil;
+    return digest_expert(w13_data, w2_data, shape.w13_bytes(), shape.w2_bytes());
+  }
+
   // Whether the weights are on the NUMA nodes that were asked for.
   bool bound() const { return open()->experts().bound(); }
 
@@ -120,6 +181,11 @@ class PyLayer {
     const PageCount count = layer->experts().count_pages();
     if (count.resident == 0) return std::nullopt;
     return double(count.huge) / double(count.resident);
+  }
+
+  bool loaded(int expert) const {
+    const std::shared_ptr<Layer> layer = open();
+    return expert >= 0 && expert < layer->experts().shape().experts && layer->experts().loaded(expert);
   }
 
   uint64_t checksum(int expert) const { return open()->experts().checksum(expert); }
@@ -194,8 +260,9 @@ void bind_experts(py::module_& m) {
       .value("direct", ReadMode::kDirect);
 
   py::class_<PyLayer>(m, "Layer")
-      .def(py::init<std::shared_ptr<Runtime>, int, int, int, int>(), py::arg("runtime"), py::arg("hidden_size"),
+      .def(py::init<std::shared_ptr<Runtime>, int, int, int, int, int>(), py::arg("runtime"), py::arg("hidden_size"),
            py::arg("moe_intermediate_size"), py::arg("n_routed_experts"), py::arg("num_experts_per_tok"),
+           py::arg("room"),
            py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("nbytes", &PyLayer::bytes)
       .def_property_readonly("bound", &PyLayer::bound)
@@ -205,9 +272,17 @@ void bind_experts(py::module_& m) {
       .def("load_stored", &PyLayer::load_stored, py::arg("expert"), py::arg("tensors"),
            py::arg("mode") = ReadMode::kAuto)
       .def("read_expert", &PyLayer::read_expert, py::arg("expert"))
+      .def("loaded", &PyLayer::loaded, py::arg("expert"))
       .def("checksum", &PyLayer::checksum, py::arg("expert"))
       .def("memory_checksum", &PyLayer::memory_checksum, py::arg("expert"))
       .def("read_l32", &PyLayer::read_l32, py::arg("expert"))
+      .def("view_expert", &PyLayer::view_expert, py::arg("expert"))
+      .def("memory", &PyLayer::memory)
+      .def("store_expert", &PyLayer::store_expert, py::arg("expert"), py::arg("w13"), py::arg("w2"),
+           py::arg("checksum"))
+      .def("replace_expert", &PyLayer::replace_expert, py::arg("old"), py::arg("now"), py::arg("w13"), py::arg("w2"),
+           py::arg("checksum"))
+      .def("l32_checksum", &PyLayer::l32_checksum, py::arg("w13"), py::arg("w2"))
       .def("forward", &PyLayer::forward, py::arg("hidden"), py::arg("ids"), py::arg("weights"), py::arg("output"))
       .def("submit", &PyLayer::submit, py::arg("slot"), py::arg("hidden"), py::arg("ids"), py::arg("weights"))
       .def("wait", &PyLayer::wait, py::arg("slot"), py::arg("output"), py::arg("timeout_s") = -1.0)

@@ -16,6 +16,12 @@ REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("HYBRID_K2_SHARED", REPO.parent / "shared"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let the tests, and what they start, remember nothing in the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def kimi_data() -> Path:
     """The folder with the real K2.6 tokenizer, chat template and configs."""

@@ -9,6 +9,8 @@
 namespace k2 {
 namespace {
 
+constexpr int kNoPlace = -1;
+
 template <class Matrix>
 void check_matrix(const char* name, const Matrix& matrix, int rows, int inputs) {
   const bool fits = matrix.rows == rows && matrix.inputs == inputs;
@@ -56,17 +58,21 @@ std::vector<GroupRange> slice_channels(int groups, int nodes) {
   return slices;
 }
 
-ExpertLayer::ExpertLayer(const LayerShape& shape, const std::vector<int>& memory_nodes)
+ExpertLayer::ExpertLayer(const LayerShape& shape, const std::vector<int>& memory_nodes, int room)
     : shape_((shape.check(), shape)),
+      room_(room),
+      places_(new std::atomic<int>[shape.experts]),
       checksums_(new uint64_t[shape.experts]()),
       loaded_(new std::atomic<bool>[shape.experts]()) {
   check_argument(!memory_nodes.empty(), "nodes", "at least one", "none");
+  check_argument(room >= 0 && room <= shape.experts, "room", text("0..", shape.experts), room);
+  for (int expert = 0; expert < shape.experts; ++expert) places_[expert].store(kNoPlace);
   const std::vector<GroupRange> channels = slice_channels(shape.intermediate_groups(), int(memory_nodes.size()));
   for (size_t node = 0; node < memory_nodes.size(); ++node) {
     const int64_t blocks = int64_t(channels[node].count) * shape.hidden_groups();  // of w2; w13 has twice as many
     const int64_t bytes = 3 * blocks * kBlockBytes;
     slices_.push_back({channels[node], 2 * blocks * kBlockBytes, bytes,
-                       HugeBuffer(size_t(bytes) * size_t(shape.experts), memory_nodes[node])});
+                       HugeBuffer(size_t(bytes) * size_t(room), memory_nodes[node])});
   }
 }
 
@@ -112,6 +118,11 @@ void ExpertLayer::check_expert(int expert) const {
 
 void ExpertLayer::begin(int expert) {
   check_expert(expert);
+  if (places_[expert].load() == kNoPlace) {
+    const int place = taken_.fetch_add(1);
+    check_argument(place < room_, "expert", text("at most ", room_, " of them"), text("one more, ", expert));
+    places_[expert].store(place);
+  }
   loaded_[expert].store(false);
   checksums_[expert] = 0;
 }
@@ -124,7 +135,7 @@ void ExpertLayer::pack_gate_up(int expert, const PackedMatrix& gate, const Packe
     const int begin = slice.channels.first * kGroup, end = begin + slice.channels.count * kGroup;
     const int first = std::max(gate.first_row, begin), last = std::min(gate.first_row + gate.rows, end);
     if (first >= last) continue;
-    uint8_t* out = slice.place(expert) + (first - begin) / kHalfBlock * block_bytes;
+    uint8_t* out = place(slice, expert) + (first - begin) / kHalfBlock * block_bytes;
     checksums_[expert] += pack_l32_gate_up(row_range(gate, first, last), row_range(up, first, last), out);
   }
 }
@@ -133,7 +144,7 @@ void ExpertLayer::pack_down(int expert, const PackedMatrix& down) {
   check_rows("down", down, shape_.hidden, shape_.intermediate, kRowBlock);
   for (const Slice& slice : slices_) {
     const int64_t block_bytes = int64_t(slice.channels.count) * kBlockBytes;
-    uint8_t* out = slice.place(expert) + slice.w13_bytes + down.first_row / kRowBlock * block_bytes;
+    uint8_t* out = place(slice, expert) + slice.w13_bytes + down.first_row / kRowBlock * block_bytes;
     checksums_[expert] += pack_l32(down, slice.channels, out);
   }
 }
@@ -177,20 +188,46 @@ void ExpertLayer::unpack(int expert, const MutablePackedMatrix& gate, const Muta
   }
 }
 
-void ExpertLayer::copy_l32(int expert, uint8_t* w13_out, uint8_t* w2_out) const {
-  check_loaded(expert);
-  for (int node = 0; node < nodes(); ++node) {
-    const GroupRange range = channels(node);
+template <class Visit>
+void ExpertLayer::each_run(int expert, Visit visit) const {
+  int64_t first = 0;  // of w13
+  for (const Slice& slice : slices_) {
+    const GroupRange range = slice.channels;
     if (range.count == 0) continue;
+    uint8_t* here = place(slice, expert);
+    visit(here, first, L32Matrix::kGateUp, size_t(slice.w13_bytes));
+    first += slice.w13_bytes;
     const int64_t row_bytes = int64_t(range.count) * kBlockBytes;
-    const int64_t w13_bytes = 2 * row_bytes * shape_.hidden_groups();
-    std::memcpy(w13_out, w13(expert, node), size_t(w13_bytes));
-    w13_out += w13_bytes;
     for (int64_t block = 0; block < shape_.hidden_groups(); ++block) {
-      const int64_t to = block * shape_.intermediate_groups() + range.first;
-      std::memcpy(w2_out + to * kBlockBytes, w2(expert, node) + block * row_bytes, size_t(row_bytes));
+      const int64_t at = (block * shape_.intermediate_groups() + range.first) * kBlockBytes;
+      visit(here + slice.w13_bytes + block * row_bytes, at, L32Matrix::kDown, size_t(row_bytes));
     }
   }
+}
+
+void ExpertLayer::copy_l32(int expert, uint8_t* w13_out, uint8_t* w2_out) const {
+  check_loaded(expert);
+  each_run(expert, [&](const uint8_t* here, int64_t at, L32Matrix matrix, size_t bytes) {
+    std::memcpy((matrix == L32Matrix::kGateUp ? w13_out : w2_out) + at, here, bytes);
+  });
+}
+
+void ExpertLayer::store(int expert, const uint8_t* w13, const uint8_t* w2, uint64_t checksum) {
+  begin(expert);
+  each_run(expert, [&](uint8_t* here, int64_t at, L32Matrix matrix, size_t bytes) {
+    std::memcpy(here, (matrix == L32Matrix::kGateUp ? w13 : w2) + at, bytes);
+  });
+  checksums_[expert] = checksum;
+  finish(expert);
+}
+
+void ExpertLayer::replace(int old, int now, const uint8_t* w13, const uint8_t* w2, uint64_t checksum) {
+  check_loaded(old);
+  check_expert(now);
+  check_argument(!loaded(now), "expert", "one that is not here", now);
+  loaded_[old].store(false);
+  places_[now].store(places_[old].exchange(kNoPlace));
+  store(now, w13, w2, checksum);
 }
 
 }  // namespace k2

@@ -47,4 +47,9 @@ uint64_t digest_blocks(const uint8_t* blocks, L32Matrix matrix, int64_t first_in
   return sum;
 }
 
+uint64_t digest_expert(const uint8_t* w13, const uint8_t* w2, int64_t w13_bytes, int64_t w2_bytes) {
+  return digest_blocks(w13, L32Matrix::kGateUp, 0, w13_bytes / kBlockBytes) +
+         digest_blocks(w2, L32Matrix::kDown, 0, w2_bytes / kBlockBytes);
+}
+
 }  // namespace k2

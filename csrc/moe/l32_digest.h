@@ -38,4 +38,7 @@ uint64_t digest_block(const uint8_t* block, L32Matrix matrix, int64_t index);
 // Of `blocks` blocks that follow each other.
 uint64_t digest_blocks(const uint8_t* blocks, L32Matrix matrix, int64_t first_index, int64_t count);
 
+// The checksum of a whole expert as one node would hold it.
+uint64_t digest_expert(const uint8_t* w13, const uint8_t* w2, int64_t w13_bytes, int64_t w2_bytes);
+
 }  // namespace k2

@@ -15,8 +15,10 @@ namespace k2 {
 // EngineError there.
 class Layer {
  public:
-  Layer(std::shared_ptr<Runtime> runtime, const LayerShape& shape)
-      : runtime_(std::move(runtime)), experts_(shape, runtime_->memory_nodes) {
+  // `room`: for so many of the experts; all of them without it.
+  Layer(std::shared_ptr<Runtime> runtime, const LayerShape& shape) : Layer(std::move(runtime), shape, shape.experts) {}
+  Layer(std::shared_ptr<Runtime> runtime, const LayerShape& shape, int room)
+      : runtime_(std::move(runtime)), experts_(shape, runtime_->memory_nodes, room) {
     first_touch(runtime_->pool, experts_.buffers());
   }
   ~Layer() { end(); }

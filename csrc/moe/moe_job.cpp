@@ -48,6 +48,7 @@ void MoeJob::check_ids(const MoeInput& input) const {
   const LayerShape& shape = layer_.shape();
   for (int64_t i = 0; i < int64_t(input.tokens) * shape.experts_per_token; ++i) {
     const int expert = input.ids[i];
+    if (expert == kElsewhere) continue;
     if (expert < 0 || expert >= shape.experts) {  // the text is made for errors only
       check_argument(false, "ids", text("experts 0..", shape.experts - 1), expert);
     }

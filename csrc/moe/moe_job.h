@@ -1,5 +1,6 @@
 // One evaluation of a MoE layer's routed experts:
 //   output[t] = sum over k of weights[t, k] * expert[ids[t, k]](hidden[t]), added in ascending order of the expert.
+// An id of kElsewhere adds nothing.
 //
 // Each NUMA node computes its part (moe_part.h); with several nodes, their partial sums are added in the order of the
 // nodes when all parts are done.

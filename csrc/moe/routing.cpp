@@ -11,16 +11,21 @@ double unit_cost(int tokens, float token_cost) { return std::max(1.0, double(tok
 }  // namespace
 
 RoutedChunk route(const int32_t* ids, const float* weights, int first_token, int tokens, int per_token, int experts) {
-  RoutedChunk chunk{first_token, tokens, {}, std::vector<RoutedRow>(size_t(tokens) * per_token)};
+  RoutedChunk chunk{first_token, tokens, {}, {}};
   std::vector<int> next(experts + 1, 0);  // counting sort: counts, then places
   const int64_t total = int64_t(tokens) * per_token;
-  for (int64_t i = 0; i < total; ++i) ++next[ids[i] + 1];
+  for (int64_t i = 0; i < total; ++i) {
+    if (ids[i] != kElsewhere) ++next[ids[i] + 1];
+  }
   for (int expert = 0; expert < experts; ++expert) {
     const int rows = next[expert + 1];
     if (rows > 0) chunk.experts.push_back({expert, next[expert], rows});
     next[expert + 1] += next[expert];
   }
-  for (int64_t i = 0; i < total; ++i) chunk.rows[next[ids[i]]++] = {int(i / per_token), weights[i]};
+  chunk.rows.resize(size_t(next[experts]));
+  for (int64_t i = 0; i < total; ++i) {
+    if (ids[i] != kElsewhere) chunk.rows[next[ids[i]]++] = {int(i / per_token), weights[i]};
+  }
   return chunk;
 }
 

@@ -17,15 +17,18 @@ struct ActiveExpert {
   int rows;
 };
 
+// The number of an expert that is computed elsewhere: here it adds nothing.
+constexpr int kElsewhere = -1;
+
 // A chunk of tokens. Experts ascend; an expert's rows ascend by token, then by k.
 struct RoutedChunk {
   int first_token;
   int tokens;
   std::vector<ActiveExpert> experts;
-  std::vector<RoutedRow> rows;  // tokens * K
+  std::vector<RoutedRow> rows;  // tokens * K, less those that are elsewhere
 };
 
-// ids and weights: [tokens, K], of the chunk alone; ids are in 0..experts-1.
+// ids and weights: [tokens, K], of the chunk alone; ids are in 0..experts-1, or kElsewhere.
 RoutedChunk route(const int32_t* ids, const float* weights, int first_token, int tokens, int per_token, int experts);
 
 // A place in the work of a chunk: before `unit` of the `index`th active expert.

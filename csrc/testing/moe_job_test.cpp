@@ -39,7 +39,8 @@ struct Batch {
     std::normal_distribution<float> normal;
     for (int i = 0; i < tokens * shape.hidden; ++i) hidden.push_back(normal(random));
     for (int i = 0; i < tokens * shape.experts_per_token; ++i) {
-      ids.push_back(int32_t(random() % unsigned(shape.experts)));  // a token may name an expert twice
+      const int expert = int(random() % unsigned(shape.experts));  // a token may name one twice
+      ids.push_back(i % 16 == 7 ? kElsewhere : expert);
       weights.push_back(normal(random));
     }
   }

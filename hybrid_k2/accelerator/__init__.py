@@ -4,6 +4,7 @@ from hybrid_k2.accelerator.base import Accelerator, Handoff, Label
 from hybrid_k2.accelerator.handoff_direct import DirectHandoff
 from hybrid_k2.accelerator.handoff_mailbox import MailboxHandoff
 from hybrid_k2.accelerator.handoff_submit import SubmitHandoff
+from hybrid_k2.accelerator.hot import HotExperts, TwinHotExperts
 from hybrid_k2.accelerator.inline import InlineAccelerator
 from hybrid_k2.accelerator.slots import TimeLimit
 from hybrid_k2.accelerator.trace import Trace, check_writable
@@ -14,11 +15,13 @@ __all__ = [
     "DirectHandoff",
     "Handoff",
     "HostTwin",
+    "HotExperts",
     "InlineAccelerator",
     "Label",
     "MailboxHandoff",
     "SubmitHandoff",
     "TimeLimit",
     "Trace",
+    "TwinHotExperts",
     "check_writable",
 ]

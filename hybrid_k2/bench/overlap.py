@@ -29,6 +29,7 @@ from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.text import TextModel
 from hybrid_k2.placement import Machine, Plan, Rules, make_plan, shipped_rules
 from hybrid_k2.placement.draft import PAGE_TOKENS
+from hybrid_k2.placement.form import PlaceRule
 from hybrid_k2.placement.memories import TWIN
 
 WARM_STEPS = 2
@@ -41,6 +42,7 @@ class OverlapReport:
 
     A layer's times are of one MoE layer and all its halves: what each side worked, and the step's part. `overlap_share`
     is the part of the experts' time in which the accelerator worked, too; None where it is not known when they did.
+    `hot_hit_rates`: per MoE layer, which part of the choices of experts were hot ones; empty without hot experts.
     """
 
     device: str
@@ -59,6 +61,8 @@ class OverlapReport:
     layer_accelerator_ms: float
     layer_experts_ms: float
     handoff_us: float | None
+    hot_experts: int
+    hot_hit_rates: dict[int, float]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for `--json`."""
@@ -68,6 +72,8 @@ class OverlapReport:
         """Write the report as text."""
         share = "not known" if self.overlap_share is None else f"{self.overlap_share:.0%}"
         handoff = "not known" if self.handoff_us is None else f"{self.handoff_us:.0f} us"
+        rates = ", ".join(f"{layer}: {rate:.0%}" for layer, rate in self.hot_hit_rates.items())
+        hot = (f"hot experts      {self.hot_experts} of each layer; hits by layer {rates}",) if rates else ()
         return "\n".join(
             (
                 f"{self.accelerator} ({self.accelerator_threads or 'no'} host threads), experts: {self.experts} "
@@ -79,6 +85,7 @@ class OverlapReport:
                 f"MoE layer        {self.layer_ms:.2f} ms: accelerator {self.layer_accelerator_ms:.2f} ms, "
                 f"experts {self.layer_experts_ms:.2f} ms",
                 f"hand-off         {handoff} there and back",
+                *hot,
             )
         )
 
@@ -92,13 +99,15 @@ def measure_overlap(
     experts: int = 16,
     context: int = 256,
     steps: int = 12,
+    hot: int = 0,
     seed: int = 0,
     trace_to: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> OverlapReport:
     """Measure decode steps of `sequences` sequences behind `context` tokens each, on "twin" or "cuda".
 
-    `scale` divides the widths of K2.6. `trace_to` gets the trace of the steps with overlap.
+    `scale` divides the widths of K2.6. `hot` experts of each layer are the device's. `trace_to` gets the trace of the
+    steps with overlap.
     Memory and disk: the slice once each, in a temporary folder until it is loaded.
     Raises: HardwareError for a GPU that is not there, or no room on the disk; MemoryBudgetError for a slice that does
     not fit; ConfigError for more tokens than a cache holds, or a trace that cannot be written.
@@ -109,11 +118,13 @@ def measure_overlap(
     config = slice_config(widths(scale), layers, experts, "bench overlap")
     torch.manual_seed(seed)
     total = steps + WARM_STEPS
-    with _loaded(_make_rules(device, tokens), config, progress) as (plan, model):
+    with _loaded(_make_rules(device, tokens, hot), config, progress) as (plan, model):
         decoding = _Decoding(model, LatentCache(plan.kv_cache, config), sequences, context, total)
         trace, on, off = Trace(), [], []
         for number in range(total):
             progress(f"step {number + 1} of {total}")
+            if number == WARM_STEPS:
+                _take_hit_rates(model)  # of what came before
             off.append(decoding.step(number, ping_pong=False, trace=None))
             on.append(decoding.step(number, ping_pong=True, trace=trace if number >= WARM_STEPS else None))
         moe_layers = [index for index, layer in enumerate(model.layers) if isinstance(layer.mlp, Moe)]
@@ -134,6 +145,8 @@ def measure_overlap(
             layer_accelerator_ms=_busy_ms(trace, "accelerator", moe_layers) / steps / len(moe_layers),
             layer_experts_ms=_busy_ms(trace, "experts", moe_layers) / steps / len(moe_layers),
             handoff_us=_handoff_us(model, moe_layers[0], max(1, sequences // 2)) if device == TWIN else None,
+            hot_experts=hot,
+            hot_hit_rates=_take_hit_rates(model) if hot else {},
         )
     if trace_to is not None:
         trace.write(trace_to)
@@ -155,10 +168,18 @@ def check_tokens(sequences: int, context: int, steps: int) -> int:
     return sequences * of_each
 
 
-def _make_rules(device: str, tokens: int) -> Rules:
-    """Return the shipped rules for the twin or the first GPU, with overlap and a cache of this size."""
+def _make_rules(device: str, tokens: int, hot: int) -> Rules:
+    """Return the shipped rules for the twin or the first GPU, with overlap, a cache of this size, and hot experts."""
     rules = shipped_rules(TWIN if device == TWIN else "gpu")
-    return replace(rules, overlap="ping_pong", kv_cache=replace(rules.kv_cache, tokens=tokens), source="bench overlap")
+    place, kv_cache = rules.place, replace(rules.kv_cache, tokens=tokens)
+    if hot:
+        place += (PlaceRule("routed_experts", None, "gpu", "int4", place[-1].line, len(place) + 1, hot),)
+    return replace(rules, place=place, overlap="ping_pong", kv_cache=kv_cache, source="bench overlap")
+
+
+def _take_hit_rates(model: TextModel) -> dict[int, float]:
+    """Return the part of the choices since the last call that were hot experts, by layer."""
+    return {layer: usage.take_hit_rate() or 0.0 for layer, usage in model.usage.items()}
 
 
 @contextmanager
@@ -230,6 +251,9 @@ def _handoff_us(model: TextModel, layer: int, tokens: int) -> float:
     hidden = torch.randn(tokens, model.config.hidden_size)
     experts, k = model.config.n_routed_experts, model.config.num_experts_per_tok
     ids = torch.rand(tokens, experts).topk(k).indices.int()
+    moe = model.layers[layer].mlp
+    if isinstance(moe, Moe) and moe.hot is not None:
+        ids = moe.hot.elsewhere(ids)
     model.trace = trace = Trace()
     seconds = []
     for _ in range(HANDOFFS):

@@ -98,6 +98,7 @@ def overlap(
     experts: Annotated[int, typer.Option(help="Experts of a layer.", min=8, max=384)] = 16,
     context: Annotated[int, typer.Option(help="Tokens before the first step.", min=1, max=200000)] = 256,
     steps: Annotated[int, typer.Option(help="Steps that are measured.", min=1, max=10000)] = 12,
+    hot: Annotated[int, typer.Option(help="Experts of a layer that the device computes.", min=0, max=384)] = 0,
     trace: Annotated[str | None, typer.Option(metavar="FILE", help="Write the steps for Chrome or Perfetto.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,
@@ -107,6 +108,8 @@ def overlap(
         raise typer.BadParameter(f"expected twin or cuda, got {device!r}", param_hint="--device")
     if scale not in (1, 2, 4, 8):
         raise typer.BadParameter(f"expected 1, 2, 4 or 8, got {scale}", param_hint="--scale")
+    if hot > experts:
+        raise typer.BadParameter(f"expected at most the {experts} experts of a layer, got {hot}", param_hint="--hot")
     trace_to = trace_file(trace)
 
     with leaving_at_once():
@@ -126,6 +129,7 @@ def overlap(
         experts=experts,
         context=context,
         steps=steps,
+        hot=hot,
         trace_to=trace_to,
         progress=lambda text: notes.line(text, "dim"),
     )

@@ -23,6 +23,7 @@ from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.request import chat_sequence, check_ids, check_prompt_fits, text_sequence
 from hybrid_k2.engine.sequence import TokenSequence
 from hybrid_k2.errors import EngineError, MemoryBudgetError, RequestError, shown
+from hybrid_k2.experts.usage import remember_usage
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.latent_cache import LatentCache
 
@@ -214,7 +215,8 @@ class Engine:
     def close(self) -> None:
         """Free weights, cache and threads. Closing twice is fine.
 
-        A generation that is waiting for its reader is ended.
+        A generation that is waiting for its reader is ended. Beside an accelerator, how often each expert was used is
+        remembered for the next plan, in a small file in the user's cache.
         Raises: EngineError while another thread computes, or if the trace cannot be written.
         """
         if self._closed:
@@ -225,6 +227,8 @@ class Engine:
             self._closed = True
             self._prefix.release()
             trace = self.loaded.text.trace
+            if usage := self.loaded.text.usage:
+                remember_usage(self.folder, {layer: counter.counts() for layer, counter in usage.items()})
             try:
                 self.loaded.text.close()
             finally:

@@ -21,6 +21,7 @@ from hybrid_k2.config import GENERATION_NAME, ModelConfig, read_generation_confi
 from hybrid_k2.engine.guide import GuideVocabulary
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.errors import CheckpointError
+from hybrid_k2.experts.usage import Counts, recall_usage
 from hybrid_k2.model.loader import Progress, load_text_model
 from hybrid_k2.model.self_check import check_model
 from hybrid_k2.model.text import TextModel
@@ -28,7 +29,6 @@ from hybrid_k2.placement import (
     Machine,
     Plan,
     Rules,
-    check_loadable,
     default_rules,
     described_gpu,
     described_host,
@@ -98,7 +98,7 @@ def load_model(
     with ExitStack() as stack:
         checkpoint = stack.enter_context(Checkpoint.open(folder))
         check_checkpoint(checkpoint, config)
-        plan = _plan(rules, config, experts_packed(checkpoint, config))
+        plan = _plan(rules, config, experts_packed(checkpoint, config), _usage(folder, config))
         if on_plan is not None:
             on_plan(plan)
         text = load_text_model(checkpoint, config, plan, progress)
@@ -115,8 +115,8 @@ def plan_checkpoint(
 ) -> Plan:
     """Plan a checkpoint without loading it: its configuration is enough, its index is used where there is one.
 
-    A GPU that the rules name and size need not be here (`described_gpu`). The plan may hold what this version
-    cannot load (`missing_parts`). host_memory_bytes: plan for a host with so much free memory.
+    A GPU that the rules name and size need not be here (`described_gpu`). host_memory_bytes: plan for a host with so
+    much free memory.
     Raises: CheckpointError, ConfigError, UnsupportedModelError, RulesError, HardwareError, MemoryBudgetError.
     """
     folder = find_checkpoint(path) if str(path) == DEMO else resolve_configuration(str(path))
@@ -124,7 +124,8 @@ def plan_checkpoint(
     packed = planned_packed(folder, config)
     machine = described_host(Machine.probe(), host_memory_bytes)
     chosen = _rules(rules, machine, config, packed)
-    return make_plan(chosen, config, described_gpu(machine, chosen), experts_packed=packed)
+    on = described_gpu(machine, chosen)
+    return make_plan(chosen, config, on, experts_packed=packed, usage=_usage(folder, config))
 
 
 def _rules(rules: str | Path | Rules | None, machine: Machine, config: ModelConfig, packed: bool) -> Rules:
@@ -133,11 +134,13 @@ def _rules(rules: str | Path | Rules | None, machine: Machine, config: ModelConf
     return rules if isinstance(rules, Rules) else load_rules(rules)
 
 
-def _plan(rules: str | Path | Rules | None, config: ModelConfig, packed: bool) -> Plan:
+def _usage(folder: Path, config: ModelConfig) -> Counts:
+    return recall_usage(folder, config.moe_layers, config.n_routed_experts)
+
+
+def _plan(rules: str | Path | Rules | None, config: ModelConfig, packed: bool, usage: Counts) -> Plan:
     machine = Machine.probe()
-    plan = make_plan(_rules(rules, machine, config, packed), config, machine, experts_packed=packed)
-    check_loadable(plan)
-    return plan
+    return make_plan(_rules(rules, machine, config, packed), config, machine, experts_packed=packed, usage=usage)
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 The output is `sum over k of weights[:, k] * expert[ids[:, k]](hidden)` with
 `expert(x) = down @ (silu(gate @ x) * (up @ x))`, in FP32. A token's row depends on that token alone: not on the other
-tokens of the batch, their order, or the number of threads.
+tokens of the batch, their order, or the number of threads. An expert that is computed elsewhere has the number -1 in
+`ids`, and adds nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hybrid_k2.errors import EngineError
 
 SLOTS = 2
 ON_HOST = torch.device("cpu")
+ELSEWHERE = -1
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,13 @@ class ExpertsShape:
                 raise ValueError(f"{name}: expected {where}, got one on {tensor.device}")
 
     def check_ids(self, ids: Tensor) -> None:
-        """Check that the experts exist. The native backend checks while it sorts the tokens by expert.
+        """Check that the experts exist, or are elsewhere. The native backend does so while it sorts tokens by expert.
 
         Raises: ValueError.
         """
         if ids.numel():
             low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.n_routed_experts:
+            if low < ELSEWHERE or high >= self.n_routed_experts:
                 raise ValueError(f"ids: expected experts 0..{self.n_routed_experts - 1}, got {low}..{high}")
 
 
@@ -196,8 +198,8 @@ class ExpertsRuntime(ABC):
 
 
 def distinct_experts(ids: Tensor) -> list[int]:
-    """Return the experts that `ids` names, ascending."""
-    return sorted(set(ids.flatten().tolist()))
+    """Return the experts that `ids` names, ascending; not those that are elsewhere."""
+    return sorted(set(ids.flatten().tolist()) - {ELSEWHERE})
 
 
 def check_slot(slot: int) -> None:

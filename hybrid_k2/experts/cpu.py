@@ -19,6 +19,7 @@ from hybrid_k2.checkpoint import ExpertWeights, PackedWeight, StoredExpert
 from hybrid_k2.errors import EngineError, MemoryBudgetError
 from hybrid_k2.experts.base import ExpertsBackend, ExpertsRuntime, ExpertsShape, check_slot
 from hybrid_k2.experts.isa import IsaFact
+from hybrid_k2.experts.l32 import L32Expert
 from hybrid_k2.experts.read_probe import probe_bytes
 from hybrid_k2.experts.tuning import Tuning, machine_key, remembered_tuning
 from hybrid_k2.host.binding import warn_unbound
@@ -56,7 +57,8 @@ def as_array(tensor: Tensor) -> Any:
 class NativeExperts(ExpertsBackend):
     """Compute a layer on the runtime's threads; the calling thread sleeps or does something else meanwhile."""
 
-    def __init__(self, shape: ExpertsShape, runtime: Any) -> None:
+    def __init__(self, shape: ExpertsShape, runtime: Any, room: int | None = None) -> None:
+        """Take memory for `room` of the experts, or for all of them."""
         super().__init__(shape)
         self._layer = _native.Layer(
             runtime,
@@ -64,6 +66,7 @@ class NativeExperts(ExpertsBackend):
             shape.moe_intermediate_size,
             shape.n_routed_experts,
             shape.num_experts_per_tok,
+            shape.n_routed_experts if room is None else room,
         )
 
     @property
@@ -115,6 +118,10 @@ class NativeExperts(ExpertsBackend):
         for file, info in {file: info for info, file in files.items()}.items():  # each file once
             file.check_unchanged(info.name)
 
+    def holds(self, expert: int) -> bool:
+        """Say whether an expert is loaded."""
+        return bool(self._layer.loaded(expert))
+
     def read_expert(self, expert: int) -> ExpertWeights:
         """Return one expert's weights in the checkpoint's form, bit for bit as they were loaded.
 
@@ -136,6 +143,46 @@ class NativeExperts(ExpertsBackend):
         w13, w2 = self._layer.read_l32(expert)
         return w13, w2
 
+    def copy_expert(self, expert: int) -> L32Expert:
+        """Return a copy of one expert, which is checked; computations may run meanwhile.
+
+        Raises: EngineError if its weights are not the ones that were loaded; ValueError if it was not loaded.
+        """
+        weights = self.read_l32_expert(expert)
+        self.check_copy(expert, weights)
+        return weights
+
+    def read_l32_expert(self, expert: int) -> L32Expert:
+        """Return a copy of one expert, which is not checked. Raises: ValueError if it was not loaded."""
+        return L32Expert(*self.read_l32(expert), self.checksum(expert))
+
+    def view_expert(self, expert: int) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        """Return the memory of one expert itself, of each NUMA node with its n groups of 32 intermediate channels.
+
+        Shapes: w13 [2 n, H/32, 576], w2 [H/32, n, 576].
+        Raises: ValueError if it was not loaded.
+        """
+        return list(self._layer.view_expert(expert))
+
+    def memory(self) -> list[tuple[int, int]]:
+        """Return address and bytes of the weights' memory, of each NUMA node."""
+        return list(self._layer.memory())
+
+    def store_expert(self, expert: int, weights: L32Expert) -> None:
+        """Take over one expert from a copy; as `load_expert` for threads and errors."""
+        self._layer.store_expert(expert, weights.w13, weights.w2, weights.checksum)
+
+    def check_copy(self, expert: int, weights: L32Expert) -> None:
+        """Check that a copy of an expert has the weights that were loaded. Raises: EngineError if it has not."""
+        self._check(expert, weights.checksum, int(self._layer.l32_checksum(weights.w13, weights.w2)))
+
+    def replace_expert(self, old: int, new: int, weights: L32Expert) -> None:
+        """Put another expert into the place of `old`, which is gone then; nothing of the layer may compute meanwhile.
+
+        Raises: ValueError if `old` is not loaded, or the other one is.
+        """
+        self._layer.replace_expert(old, new, weights.w13, weights.w2, weights.checksum)
+
     def checksum(self, expert: int) -> int:
         """Return the checksum of one expert's weights, computed while they were loaded.
 
@@ -148,7 +195,10 @@ class NativeExperts(ExpertsBackend):
 
         Raises: EngineError if they are not; ValueError if it was not loaded.
         """
-        loaded, now = self.checksum(expert), int(self._layer.memory_checksum(expert))
+        self._check(expert, self.checksum(expert), int(self._layer.memory_checksum(expert)))
+
+    @staticmethod
+    def _check(expert: int, loaded: int, now: int) -> None:
         if now != loaded:
             raise EngineError(
                 f"expert {expert}: expected weights with checksum {loaded:016x}, as they were loaded, got {now:016x}",
@@ -193,14 +243,19 @@ class NativeRuntime(ExpertsRuntime):
         self.name = f"native {isa}, {numerics} ({self._runtime.activations})"
 
     def make_layer(
-        self, hidden_size: int, moe_intermediate_size: int, n_routed_experts: int, num_experts_per_tok: int
-    ) -> ExpertsBackend:
-        """See ExpertsRuntime.
+        self,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        n_routed_experts: int,
+        num_experts_per_tok: int,
+        room: int | None = None,
+    ) -> NativeExperts:
+        """See ExpertsRuntime; with memory for `room` of the experts, where others are computed elsewhere.
 
         Raises: ValueError for a size that is not a multiple of 32; MemoryError.
         """
         shape = ExpertsShape(hidden_size, moe_intermediate_size, n_routed_experts, num_experts_per_tok)
-        layer = NativeExperts(shape, self._runtime)
+        layer = NativeExperts(shape, self._runtime, room)
         if not layer.bound:
             warn_unbound()
         return layer

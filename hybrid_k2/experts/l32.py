@@ -11,6 +11,7 @@ Gate and up are fused before they are packed: a row block holds 16 gate rows and
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,18 @@ GROUP = 32
 ROW_BLOCK = 32
 BLOCK_BYTES = 576
 SCALE_BYTES = 64
+
+
+@dataclass(frozen=True)
+class L32Expert:
+    """Hold one expert, gate and up fused, and the checksum of its weights as they were loaded.
+
+    Shapes: w13 [I/16, H/32, 576], w2 [H/32, I/32, 576].
+    """
+
+    w13: NDArray[np.uint8]
+    w2: NDArray[np.uint8]
+    checksum: int
 
 
 def pack_l32(packed: NDArray[np.int32], scale: NDArray[np.uint16]) -> NDArray[np.uint8]:

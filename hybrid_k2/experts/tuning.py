@@ -1,23 +1,17 @@
-"""How work is arranged on this machine, measured once and remembered under ~/.cache/hybrid-k2.
+"""How work is arranged on this machine, measured once in some tenths of a second and remembered (`remembered.py`).
 
-Nothing depends on the file: one that is missing, damaged or cannot be written costs some tenths of a second at the next
-start. Results do not depend on the tuning, the speed does.
+Results do not depend on the tuning, the speed does.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import platform
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-log = logging.getLogger("hybrid_k2")
+from hybrid_k2.experts.remembered import cache_folder, recall, remember
 
 MAX_PREFETCH = 1 << 16
 NO_TILES = 65  # no kernel takes more than 64 tokens in a call
@@ -66,18 +60,12 @@ def remembered_tuning(key: str, measure: Callable[[], Tuning], folder: Path | No
 
     Effects: writes one small file into `folder` (by default the user's cache); where that fails, nothing is remembered.
     """
-    file = (folder or cache_folder()) / f"tuning-{_file_name(key)}.json"
+    file = (folder or cache_folder()) / f"tuning-{file_name(key)}.json"
     tuning = _read(file, key)
     if tuning is None:
         tuning = measure()
-        _write(file, key, tuning)
+        remember(file, key, {"tuning": asdict(tuning)})
     return tuning
-
-
-def cache_folder() -> Path:
-    """Find the folder of remembered measurements: `hybrid-k2` in XDG_CACHE_HOME or in ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.cache")) / "hybrid-k2"
 
 
 def machine_key(isa: str, numerics: str, threads: int, nodes: int) -> str:
@@ -94,27 +82,14 @@ def _cpu_name() -> str:
     return next(named, "") or platform.processor() or platform.machine()
 
 
-def _file_name(key: str) -> str:
+def file_name(key: str) -> str:
+    """Write a key in letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-")
 
 
 def _read(file: Path, key: str) -> Tuning | None:
+    found = recall(file, key)
     try:
-        found: Any = json.loads(file.read_text(encoding="utf-8"))
-        if found["key"] != key:  # two keys may share a file name
-            return None
-        return Tuning(**found["tuning"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return Tuning(**found["tuning"]) if found is not None else None
+    except (ValueError, LookupError, TypeError):
         return None
-
-
-def _write(file: Path, key: str, tuning: Tuning) -> None:
-    """Put the file in place in one step, so that another process sees all of it or nothing."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            part = Path(folder) / file.name
-            part.write_text(json.dumps({"key": key, "tuning": asdict(tuning)}), encoding="utf-8")
-            os.replace(part, file)
-    except OSError as error:
-        log.debug("the tuning could not be remembered in %s: %s", file, error)

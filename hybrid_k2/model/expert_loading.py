@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from hybrid_k2.checkpoint import Checkpoint, ExpertWeights, PackedWeight, StoredExpert
 from hybrid_k2.config import ModelConfig
-from hybrid_k2.experts import ExpertsBackend
+from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime
+from hybrid_k2.experts.cpu import NativeRuntime
 from hybrid_k2.model.devices import torch_dtype
+from hybrid_k2.model.room import room_for
+from hybrid_k2.placement.memories import HOST
 
 log = logging.getLogger("hybrid_k2")
 
@@ -20,17 +23,28 @@ MOSTLY = 0.9  # of the memory; the ends of allocations may lie on small pages
 INT4 = "int4"  # the plan's name for experts that stay as they are stored
 
 
+def make_layer(runtime: ExpertsRuntime, config: ModelConfig, layer: int, room: int) -> ExpertsBackend:
+    """Take memory for `room` of the routed experts of a layer; only native kernels can do with less than all.
+
+    Raises: MemoryBudgetError.
+    """
+    sizes = (config.hidden_size, config.moe_intermediate_size, config.n_routed_experts, config.num_experts_per_tok)
+    with room_for(f"routed experts of layer {layer}", HOST):
+        return runtime.make_layer(*sizes, room) if isinstance(runtime, NativeRuntime) else runtime.make_layer(*sizes)
+
+
 def load_experts(
     backend: ExpertsBackend,
     checkpoint: Checkpoint,
     config: ModelConfig,
     layer: int,
+    experts: Sequence[int],
     *,
     dtype: str,
     threads: int,
     count: Callable[[int], None],
 ) -> None:
-    """Load all experts of one layer; `count` is called in the caller's thread with the bytes of each.
+    """Load these experts of one layer; `count` is called in the caller's thread with the bytes of each.
 
     Effects: reads with up to `threads` threads, which have ended on return, also when one fails or the user interrupts.
     Raises: CheckpointError naming tensor and file.
@@ -46,7 +60,7 @@ def load_experts(
 
     with ThreadPoolExecutor(min(threads, MAX_READERS), "load-experts") as readers:
         # When one fails or the user interrupts, map cancels those that have not begun.
-        for nbytes in readers.map(load, range(config.n_routed_experts)):
+        for nbytes in readers.map(load, experts):
             count(nbytes)
 
 

@@ -24,13 +24,15 @@ from hybrid_k2.config import ModelConfig
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
 from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.model.devices import torch_device, torch_dtype
-from hybrid_k2.model.expert_loading import load_experts, warn_of_small_pages
+from hybrid_k2.model.expert_loading import load_experts, make_layer, warn_of_small_pages
+from hybrid_k2.model.hot_loading import HotLoader
 from hybrid_k2.model.layer import Layer
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.part_loading import PartLoader
 from hybrid_k2.model.room import room_for
+from hybrid_k2.model.stream_loading import make_split
 from hybrid_k2.model.text import EXPERTS_LIMIT, TextModel
-from hybrid_k2.placement import Plan, check_loadable
+from hybrid_k2.placement import Plan
 from hybrid_k2.placement.memories import HOST, TWIN, memory_of
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
@@ -47,10 +49,9 @@ def load_text_model(
     kernels compute, and per reading thread 9 MB, or one expert where the native kernels are missing.
     Effects: torch's thread count becomes the plan's, the twin's where there is one, for torch computes on it then. What
     was loaded is released if loading fails or is interrupted.
-    Raises: RulesError for a plan that this version cannot load; CheckpointError before anything large is read, or if a
+    Raises: CheckpointError before anything large is read, or if a
     file changes meanwhile; HardwareError for a device that is not there, is full, or lacks the kernels.
     """
-    check_loadable(plan)
     for row in plan.rows:
         if row.dtype in ("int8", "fp8") and memory_of(row.device) != HOST:
             check_kernels(row.dtype, row.device)
@@ -89,6 +90,7 @@ class _Builder:
         self.progress = progress
         self.runtimes = runtimes
         self.undo = undo
+        self.hot = HotLoader(checkpoint, config, plan, runtimes, undo)
         self.pages_unchecked = plan.expert_bytes >= LARGE_BYTES
         self.parts = PartLoader(checkpoint, config, plan.where, runtimes, self.count, plan.kv_cache)
         self.done = 0
@@ -98,6 +100,7 @@ class _Builder:
         embedding = self.parts.embedding()
         layers = [self.layer(layer) for layer in range(self.config.num_hidden_layers)]
         accelerator = self.accelerator()
+        moe = {i: layer.mlp for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)}
         return TextModel(
             config=self.config,
             activation_dtype=torch_dtype(self.plan.activation_dtype),
@@ -108,6 +111,8 @@ class _Builder:
             runtimes=list(self.runtimes.values()),
             accelerator=accelerator,
             handoff=self.handoff(layers, accelerator),
+            hot=self.hot.hot_set(moe),
+            split=make_split(self.plan, moe, self.runtimes, self.undo),
             ping_pong=self.plan.overlap == "ping_pong",
         )
 
@@ -149,21 +154,17 @@ class _Builder:
 
     def moe(self, layer: int) -> Moe:
         router, shared = self.parts.router(layer), self.parts.shared_experts(layer)
-        return Moe(router, self.experts(layer), shared)
+        experts, device = self.experts(layer), router.bias.device
+        return Moe(router, experts, shared, self.hot.load(layer, device, self.count), self.hot.usage(layer, device))
 
     def experts(self, layer: int) -> ExpertsBackend:
-        config = self.config
-        sizes = (
-            config.hidden_size,
-            config.moe_intermediate_size,
-            config.n_routed_experts,
-            config.num_experts_per_tok,
-        )
-        with room_for(f"routed experts of layer {layer}", HOST):
-            backend = self.runtimes[HOST].make_layer(*sizes)
+        config, held = self.config, self.hot.on_host(layer)
+        backend = make_layer(self.runtimes[HOST], config, layer, len(held))
         self.undo.callback(backend.close)
         dtype = self.plan.where("routed_experts", layer).dtype
-        load_experts(backend, self.checkpoint, config, layer, dtype=dtype, threads=self.plan.threads, count=self.count)
+        load_experts(
+            backend, self.checkpoint, config, layer, held, dtype=dtype, threads=self.plan.threads, count=self.count
+        )
         if self.pages_unchecked:
             # The first layer's pages tell for all; walking those of every layer would take minutes.
             warn_of_small_pages(backend)

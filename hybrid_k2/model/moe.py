@@ -1,5 +1,7 @@
 """One mixture-of-experts layer: its router, the routed experts in host memory, the shared expert where the plan says.
 
+Some of the routed experts, the hot ones, may be the accelerator's.
+
 What computes when, and what beside what, is the schedule's (`schedule.py`).
 """
 
@@ -12,18 +14,35 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hybrid_k2.accelerator import HotExperts
 from hybrid_k2.experts import ExpertsBackend
+from hybrid_k2.experts.usage import LayerUsage
 from hybrid_k2.model.layers import SwiGlu, linear_all, native_of_one_kind
 from hybrid_k2.model.router import Router, Routing
 
 
 @dataclass(frozen=True)
 class Moe:
-    """Hold the parts of the layer: its output is the weighted sum of the routed experts, plus the shared one."""
+    """Hold the parts of the layer: its output is the weighted sum of the routed experts, plus the shared one.
+
+    `usage`, where there is one, counts what the router chooses.
+    """
 
     router: Router
     experts: ExpertsBackend
     shared: SwiGlu
+    hot: HotExperts | None = None
+    usage: LayerUsage | None = None
+
+    def on_host(self, routing: Routing) -> Tensor:
+        """Return the numbers of the chosen experts that the host has, and count the choice.
+
+        Shapes: a routing of T rows -> [T, K] int32, -1 for hot experts.
+        """
+        on_host = routing.ids if self.hot is None else self.hot.elsewhere(routing.ids)
+        if self.usage is not None:
+            self.usage.add(routing.ids, on_host)
+        return on_host
 
     def begin(self, x: Tensor) -> tuple[Routing, Callable[[], Tensor]]:
         """Route rows, and return what computes their shared expert.

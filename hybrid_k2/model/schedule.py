@@ -5,6 +5,8 @@ For each half of the batch and each layer:
 front    attention; then the dense MLP, or norm and router
 post     hand the rows and their experts over; the host starts to compute
 shared   the shared expert, meanwhile
+hot      the accelerator's own routed experts, where it has some
+stream   routed experts of a prompt that are brought to the accelerator meanwhile
 take     wait for the routed experts, add all up
 
 With two halves, the front of one runs while the host computes the experts of the other:
@@ -24,14 +26,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hybrid_k2.accelerator import Handoff, Label
+from hybrid_k2.accelerator import Handoff, HotExperts, Label
 from hybrid_k2.model.batch import Batch
 from hybrid_k2.model.devices import upload
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.layer import Layer
 from hybrid_k2.model.layers import Matrix, RmsNorm, linear
 from hybrid_k2.model.moe import Moe, mixed
+from hybrid_k2.model.prefill_split import PrefillSplit, Streamed
 from hybrid_k2.model.rope import Rope, Rotation
+from hybrid_k2.model.router import Routing
 
 HEAD_ROWS = 256  # rows that lm_head takes at once, so that wide vocabularies do not need the logits twice
 
@@ -41,11 +45,24 @@ Operation = tuple[Callable[[], None], Label]
 class Half:
     """Take rows that belong together through the layers; `slot` is the one of the hand-off that they use.
 
-    `logits` gets the result. Shapes: [R, vocab] fp32, R: the batch's logit rows.
+    `logits` gets the result. `split` streams experts of a prompt, if it is one; `alone`: this is all of the batch.
+    Shapes: [R, vocab] fp32, R: the batch's logit rows.
     """
 
-    def __init__(self, slot: int, batch: Batch, cache: LatentCache, handoff: Handoff, logits: Tensor) -> None:
+    def __init__(
+        self,
+        slot: int,
+        batch: Batch,
+        cache: LatentCache,
+        handoff: Handoff,
+        logits: Tensor,
+        *,
+        split: PrefillSplit | None = None,
+        alone: bool = True,
+    ) -> None:
         self.slot = slot
+        self.split = split
+        self._alone = alone
         self._batch = batch
         self._cache = cache
         self._handoff = handoff
@@ -53,7 +70,11 @@ class Half:
         self._x: Tensor  # [T, hidden], the residual stream
         self._normal: Tensor  # [T, hidden], what router and experts read
         self._share: Callable[[], Tensor]  # the shared expert of these rows: [T, hidden]
+        self._routing: Routing
         self._shared: Tensor  # [T, hidden]
+        self._hot: Tensor  # [T, hidden] fp32
+        self._asked: Streamed
+        self._streamed: Tensor  # [T, hidden] fp32
         self._rotation: Rotation
 
     def embed(self, embedding: Tensor, dtype: torch.dtype, rope: Rope, first: Layer) -> None:
@@ -73,20 +94,36 @@ class Half:
             self._x = self._x + layer.mlp(self._normal).to(self._x)
 
     def post(self, index: int, moe: Moe) -> None:
-        """Route, and start the routed experts."""
+        """Route, and start the routed experts that the host has."""
         if self._handoff.concurrent:
-            routing, self._share = moe.router(self._normal), partial(moe.shared, self._normal)
+            self._routing, self._share = moe.router(self._normal), partial(moe.shared, self._normal)
         else:
-            routing, self._share = moe.begin(self._normal)
-        self._handoff.post(self.slot, index, self._normal, routing.ids, routing.weights)
+            self._routing, self._share = moe.begin(self._normal)
+        on_host = moe.on_host(self._routing)
+        if self.split is not None:
+            on_host, self._asked = self.split.choose(index, on_host, alone=self._alone)
+        self._handoff.post(self.slot, index, self._normal, on_host, self._routing.weights)
 
     def shared(self) -> None:
         """Compute the shared expert."""
         self._shared = self._share()
 
-    def take(self, index: int) -> None:
-        """Wait for the routed experts, and add."""
+    def hot(self, hot: HotExperts) -> None:
+        """Compute the routed experts that the accelerator has."""
+        self._hot = hot.forward(self._normal, self._routing.ids, self._routing.weights)
+
+    def stream(self, split: PrefillSplit) -> None:
+        """Compute the routed experts that are brought over, as they arrive."""
+        asked = self._asked
+        self._streamed = split.stream.compute(asked.arrivals, self._normal, asked.ids, self._routing.weights)
+
+    def take(self, index: int, moe: Moe) -> None:
+        """Wait for the routed experts, and add: the host's first, then hot and then streamed ones."""
         routed = self._handoff.take(self.slot, index)
+        if moe.hot is not None:
+            routed = routed.to(self._hot.device) + self._hot
+        if self.split is not None:
+            routed = routed.to(self._streamed.device) + self._streamed
         self._x = self._x + mixed(routed, self._shared, self._normal).to(self._x)
 
     def head(self, norm: RmsNorm, lm_head: Matrix) -> None:
@@ -115,7 +152,11 @@ def through_layers(
 def _finish(index: int, layer: Layer, half: Half) -> Iterator[Operation]:
     if isinstance(layer.mlp, Moe):
         yield half.shared, _label("shared", index, half)
-        yield partial(half.take, index), _label("take", index, half)
+        if layer.mlp.hot is not None:
+            yield partial(half.hot, layer.mlp.hot), _label("hot", index, half)
+        if half.split is not None:
+            yield partial(half.stream, half.split), _label("stream", index, half)
+        yield partial(half.take, index, layer.mlp), _label("take", index, half)
 
 
 def _label(name: str, layer: int, half: Half) -> Label:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from hybrid_k2.accelerator import Label
+from hybrid_k2.accelerator.hot_cuda import DECODE_TOKENS
 from hybrid_k2.checkpoint import Checkpoint, ExpertWeights, PackedWeight, StoredExpert
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.dense import HostMatrix, fits_blocks
 from hybrid_k2.errors import EngineError
-from hybrid_k2.experts.base import SLOTS
+from hybrid_k2.experts.base import ELSEWHERE, SLOTS
 from hybrid_k2.experts.reference import ReferenceRuntime, expert_ffn
 from hybrid_k2.model.attention import Attention
 from hybrid_k2.model.batch import Batch, Chunk
@@ -39,13 +40,14 @@ from hybrid_k2.model.rounding import FACTOR, NUMERICS, ROUNDING, Difference, com
 from hybrid_k2.model.router import Router, Routing
 from hybrid_k2.model.text import OPERATION_LIMIT, TextModel
 from hybrid_k2.placement import NO_SELF_CHECK, Plan
-from hybrid_k2.placement.memories import HOST
+from hybrid_k2.placement.memories import HOST, TWIN
 from hybrid_k2.placement.plan import KvCachePlan, Placement
 
 log = logging.getLogger("hybrid_k2")
 
 BUDGET_S = 60.0  # what has not begun by then is left out, with a warning
 ROWS = 6
+PROMPT_ROWS = 48  # of experts on the accelerator: more than its kernels for few rows take
 VOCABULARY_ROWS = 4096  # of lm_head and embedding, in a random place
 MORE_EXPERTS = 2  # than a token chooses, among all rows: each is read and computed in fp32
 ROUTER_DRAWS = 16  # the weights of a row's experts are few numbers: one draw says little of them
@@ -88,12 +90,11 @@ def self_check(
     """
     start = time.monotonic()
     findings, left_out = [], []
-    for part, layer, compare in _Checks(model, checkpoint, config, plan).all():
+    for part, layer, device, compare in _Checks(model, checkpoint, config, plan).all():
         name = part if layer is None else f"{part} of layer {layer}"
         if time.monotonic() - start > budget_s:
             left_out.append(name)
             continue
-        device = HOST if part == "routed_experts" else plan.where(part, layer).device
         try:
             placed, host = compare()
         except (EngineError, RuntimeError) as error:  # RuntimeError: torch's, of a kernel that fails
@@ -152,20 +153,27 @@ class _Checks:
         self.reference = PartLoader(checkpoint, config, _all_on_host("fp32"), {HOST: reference}, _ignore)
         self.host = PartLoader(checkpoint, config, _all_on_host("bf16"), {HOST: host}, _ignore)
 
-    def all(self) -> Iterator[tuple[str, int | None, Callable[[], tuple[Difference, Difference]]]]:
-        """List group, layer and comparison."""
+    def all(self) -> Iterator[tuple[str, int | None, str, Callable[[], tuple[Difference, Difference]]]]:
+        """List part, layer, device and comparison."""
         dense, moe = self.config.dense_layers, self.config.moe_layers
-        yield "embedding", None, self.embedding
+        yield "embedding", None, self._device("embedding", None), self.embedding
         for layer in dense[:1]:
-            yield "attention", layer, partial(self.attention, layer)
-            yield "dense_mlp", layer, partial(self.dense_mlp, layer)
+            yield "attention", layer, self._device("attention", layer), partial(self.attention, layer)
+            yield "dense_mlp", layer, self._device("dense_mlp", layer), partial(self.dense_mlp, layer)
         for layer in sorted({*moe[:1], *(moe[i] for i in [random.randrange(max(1, len(moe)))] if moe)}):
-            yield "attention", layer, partial(self.attention, layer)
-            yield "router", layer, partial(self.router, layer)
+            yield "attention", layer, self._device("attention", layer), partial(self.attention, layer)
+            yield "router", layer, self._device("router", layer), partial(self.router, layer)
             if self.config.n_shared_experts:
-                yield "shared_experts", layer, partial(self.shared_experts, layer)
-            yield "routed_experts", layer, partial(self.routed_experts, layer)
-        yield "lm_head", None, self.lm_head
+                device = self._device("shared_experts", layer)
+                yield "shared_experts", layer, device, partial(self.shared_experts, layer)
+            yield "routed_experts", layer, HOST, partial(self.routed_experts, layer)
+            accelerator = self.plan.accelerator or HOST
+            if self._moe(layer).hot is not None:
+                yield "hot experts", layer, accelerator, partial(self.hot_experts, layer, ROWS)
+                yield "hot experts in a prompt", layer, accelerator, partial(self.hot_experts, layer, PROMPT_ROWS)
+            if self.model.split is not None:
+                yield "streamed experts", layer, accelerator, partial(self.streamed_experts, layer)
+        yield "lm_head", None, self._device("lm_head", None), self.lm_head
 
     # The parts
 
@@ -255,9 +263,11 @@ class _Checks:
         return placed_way, host_way
 
     def routed_experts(self, layer: int) -> tuple[Difference, Difference]:
-        """Both slots in flight at once, with different rows."""
+        """Those that the host has; both slots in flight at once, with different rows."""
         x, moe = self._inputs(), self._moe(layer)
-        ids, weights = self._routing()
+        ids, weights = self._routing(ROWS)
+        if moe.hot is not None:
+            ids = torch.where(_among(ids, moe.hot.experts), ELSEWHERE, ids)
         lane, handoff, half = self.model.accelerator, self.model.handoff, ROWS // SLOTS
         parts: list[Tensor] = []
 
@@ -274,16 +284,38 @@ class _Checks:
         lane.synchronize(OPERATION_LIMIT.of(ROWS))
         got = torch.cat(parts).float().cpu()
         on_host = moe.experts.forward(x, ids, weights)
-        dtype = self.plan.where("routed_experts", layer).dtype
-        amplitude = combined(ROUNDING[dtype], NUMERICS[self.plan.numerics])
-        expected, shaken = torch.zeros_like(on_host), torch.zeros_like(on_host)
-        for expert in sorted(set(ids.flatten().tolist())):
-            plain = _plain(StoredExpert(self.checkpoint, self.config, layer, expert).read())
-            share = torch.where(ids == expert, weights, 0.0).sum(1, keepdim=True)  # [T, 1]
-            expected += share * expert_ffn(plain, x.float())
-            shake(plain, amplitude, self.random)
-            shaken += share * expert_ffn(plain, x.float())
+        expected, shaken = self._experts(layer, x, ids, weights, NUMERICS[self.plan.numerics])
         return difference(got, expected, shaken), difference(on_host, expected, shaken)
+
+    def hot_experts(self, layer: int, rows: int) -> tuple[Difference, Difference]:
+        """Those that the accelerator has, with few rows or many; the host does not compute them."""
+        hot = self._moe(layer).hot
+        assert hot is not None
+        x, (ids, weights) = self._inputs(rows), self._routing(rows, hot.experts)
+        device = self.model.layers[layer].device
+        got = self._on_lane(lambda: hot.forward(*(upload(tensor, device) for tensor in (x, ids, weights))), layer)
+        ids = torch.where(_among(ids, hot.experts), ids, ELSEWHERE)
+        error = self._accelerator_error(exact=rows <= DECODE_TOKENS)
+        found = difference(got, *self._experts(layer, x, ids, weights, error))
+        return found, found
+
+    def streamed_experts(self, layer: int) -> tuple[Difference, Difference]:
+        """Some that the host has, brought over for a prompt; the host's way is that of `routed_experts`."""
+        split = self.model.split
+        assert split is not None
+        held = split.stream.on_host(layer)
+        x, (ids, weights) = self._inputs(PROMPT_ROWS), self._routing(PROMPT_ROWS, held)
+        ids = torch.where(_among(ids, held), ids, ELSEWHERE)
+        device = self.model.layers[layer].device
+
+        def stream() -> Tensor:
+            split.begin()
+            arrivals = split.stream.ask(layer, sorted({expert for expert in ids.flatten().tolist() if expert >= 0}))
+            return split.stream.compute(arrivals, *(upload(tensor, device) for tensor in (x, ids, weights)))
+
+        got = self._on_lane(stream, layer)
+        found = difference(got, *self._experts(layer, x, ids, weights, self._accelerator_error(exact=False)))
+        return found, found
 
     def lm_head(self) -> tuple[Difference, Difference]:
         x, model = self._inputs(), self.model
@@ -331,6 +363,31 @@ class _Checks:
             weights = 0.0  # multiplied in fp32 as they are stored, on every way
         return combined(weights, ROUNDING[self.plan.activation_dtype])
 
+    def _experts(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, error: float) -> tuple[Tensor, Tensor]:
+        """Return what the chosen experts add up to in fp32, and the same with weights that are shaken.
+
+        error: of an expert, by what computes it.
+        Shapes: x [T, hidden], ids and weights [T, K] -> [T, hidden] fp32 each.
+        """
+        amplitude = combined(ROUNDING[self.plan.where("routed_experts", layer).dtype], error)
+        expected, shaken = torch.zeros(x.shape), torch.zeros(x.shape)
+        for expert in sorted(set(ids[ids >= 0].tolist())):
+            plain = _plain(StoredExpert(self.checkpoint, self.config, layer, expert).read())
+            share = torch.where(ids == expert, weights, 0.0).sum(1, keepdim=True)  # [T, 1]
+            expected += share * expert_ffn(plain, x.float())
+            shake(plain, amplitude, self.random)
+            shaken += share * expert_ffn(plain, x.float())
+        return expected, shaken
+
+    def _accelerator_error(self, *, exact: bool) -> float:
+        """Return the error of an expert that the accelerator computes: the twin has the host's kernels."""
+        if self.plan.accelerator == TWIN:
+            return NUMERICS[self.plan.numerics]
+        return NUMERICS["exact" if exact else "bf16"]
+
+    def _device(self, part: str, layer: int | None) -> str:
+        return self.plan.where(part, layer).device
+
     def _inputs(self, rows: int = ROWS) -> Tensor:
         """Draw rows of the residual stream. Shapes: [T, hidden]."""
         x = torch.randn(rows, self.config.hidden_size, generator=self.random)
@@ -348,12 +405,17 @@ class _Checks:
             batch = Batch.build(chunks)
             yield batch, self._inputs(len(batch.token_ids)), rope.rotation(batch.positions + offset)
 
-    def _routing(self) -> tuple[Tensor, Tensor]:
-        """Draw experts and weights; few experts, so that the reference is quick. Shapes: [T, K] each."""
+    def _routing(self, rows: int, wanted: Collection[int] = ()) -> tuple[Tensor, Tensor]:
+        """Draw experts and weights; few experts, so that the reference is quick, the wanted ones first.
+
+        Shapes: [T, K] each.
+        """
         experts, k = self.config.n_routed_experts, self.config.num_experts_per_tok
-        pool = torch.randperm(experts, generator=self.random)[: k + MORE_EXPERTS]
-        chosen = torch.rand(ROWS, len(pool), generator=self.random).topk(k).indices
-        return pool[chosen].int(), torch.rand(ROWS, k, generator=self.random).add_(0.1)
+        order = torch.randperm(experts, generator=self.random)
+        chosen = _among(order, wanted)
+        pool = torch.cat([order[chosen], order[~chosen]])[: k + MORE_EXPERTS]
+        places = torch.rand(rows, len(pool), generator=self.random).topk(k).indices
+        return pool[places].int(), torch.rand(rows, k, generator=self.random).add_(0.1)
 
     def _vocabulary(self) -> tuple[int, int]:
         size = self.config.vocab_size
@@ -414,6 +476,10 @@ def _compare_routing(ids: Tensor, weights: Tensor, scores: Tensor, draws: list[T
     if missed > slack:
         return Difference(missed, slack)
     return difference(weights, router.weigh(scores, ids), *(router.weigh(shaken, ids) for shaken in draws))
+
+
+def _among(ids: Tensor, experts: Collection[int]) -> Tensor:
+    return torch.isin(ids, torch.tensor(sorted(experts), dtype=ids.dtype))
 
 
 def _plain(weights: ExpertWeights) -> ExpertWeights:

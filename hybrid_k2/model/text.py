@@ -13,11 +13,14 @@ from hybrid_k2.accelerator import Accelerator, Handoff, Label, TimeLimit, Trace
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import EngineError, RequestError
 from hybrid_k2.experts import ExpertsRuntime
+from hybrid_k2.experts.usage import LayerUsage
 from hybrid_k2.model.batch import Batch
+from hybrid_k2.model.hot_set import HotSet
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.layer import Layer
 from hybrid_k2.model.layers import Matrix, RmsNorm
 from hybrid_k2.model.moe import Moe
+from hybrid_k2.model.prefill_split import LEAST_TOKENS, PrefillSplit
 from hybrid_k2.model.rope import Rope
 from hybrid_k2.model.schedule import Half, Operation, through_layers
 
@@ -45,6 +48,8 @@ class TextModel:
         accelerator: Accelerator,
         handoff: Handoff,
         *,
+        hot: HotSet | None = None,
+        split: PrefillSplit | None = None,
         ping_pong: bool = False,
         limit: TimeLimit = OPERATION_LIMIT,
     ) -> None:
@@ -54,6 +59,8 @@ class TextModel:
         self.layers = list(layers)
         self.accelerator = accelerator
         self.handoff = handoff
+        self.hot = hot
+        self.split = split
         self._runtimes = list(runtimes)
         self.ping_pong = ping_pong
         self._limit = limit
@@ -66,6 +73,12 @@ class TextModel:
         self._closed = False
 
     @property
+    def usage(self) -> dict[int, LayerUsage]:
+        """The counters of chosen experts, by layer; empty where none are counted."""
+        moe = {i: layer.mlp for i, layer in enumerate(self.layers) if isinstance(layer.mlp, Moe)}
+        return {i: layer.usage for i, layer in moe.items() if layer.usage is not None}
+
+    @property
     def trace(self) -> Trace | None:
         """Where the times of operations go."""
         return self.accelerator.trace
@@ -73,6 +86,10 @@ class TextModel:
     @trace.setter
     def trace(self, trace: Trace | None) -> None:
         self.accelerator.trace = self.handoff.trace = trace
+        if self.hot is not None:
+            self.hot.trace = trace
+        if self.split is not None:
+            self.split.stream.trace = trace
 
     def forward(self, batch: Batch, cache: LatentCache) -> Tensor:
         """Run the batch through all layers and return the logits of its logit rows.
@@ -91,7 +108,13 @@ class TextModel:
         try:
             if failed:
                 self.accelerator.enqueue(self.handoff.reset, Label("reset"))
-            for op, label in self._operations(self._halves(batch, cache, logits)):
+            if self.hot is not None:
+                for op, label in self.hot.between_steps(len(batch.token_ids)):
+                    self.accelerator.enqueue(op, label)
+            halves = self._halves(batch, cache, logits)
+            if self.split is not None and any(half.split is not None for half in halves):
+                self.accelerator.enqueue(self.split.begin, Label("begin"))
+            for op, label in self._operations(halves):
                 self.accelerator.enqueue(op, label)
             self.accelerator.synchronize(self._limit.of(len(batch.token_ids)))
         except BaseException:
@@ -112,6 +135,12 @@ class TextModel:
             for layer in self.layers:
                 if isinstance(layer.mlp, Moe):
                     left.callback(layer.mlp.experts.close)
+                    if layer.mlp.hot is not None:
+                        left.callback(layer.mlp.hot.close)
+            if self.split is not None:
+                left.callback(self.split.stream.close)
+            if self.hot is not None:
+                left.callback(self.hot.close)
             left.callback(self.accelerator.close)
             left.callback(self.handoff.close)
 
@@ -124,7 +153,15 @@ class TextModel:
         parts = batch.halves() if self.ping_pong else [batch]
         places = torch.split(logits, [len(part.logit_rows) for part in parts])
         return [
-            Half(slot, part, cache, self.handoff, place)
+            Half(
+                slot,
+                part,
+                cache,
+                self.handoff,
+                place,
+                split=self.split if len(part.token_ids) >= LEAST_TOKENS else None,
+                alone=len(parts) == 1,
+            )
             for slot, (part, place) in enumerate(zip(parts, places, strict=True))
         ]
 

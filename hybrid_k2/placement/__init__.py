@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hybrid_k2.placement.described import described_gpu, described_host
 from hybrid_k2.placement.draft import NO_SELF_CHECK, make_plan
-from hybrid_k2.placement.later import check_loadable, missing_parts
 from hybrid_k2.placement.machine import Gpu, Machine
 from hybrid_k2.placement.plan import KvCachePlan, Placement, Plan, PlanRow
 from hybrid_k2.placement.rules import Rules, default_rules, load_rules, parse_rules, shipped_names, shipped_rules
@@ -18,13 +17,11 @@ __all__ = [
     "Plan",
     "PlanRow",
     "Rules",
-    "check_loadable",
     "default_rules",
     "described_gpu",
     "described_host",
     "load_rules",
     "make_plan",
-    "missing_parts",
     "parse_rules",
     "shipped_names",
     "shipped_rules",

@@ -11,10 +11,10 @@ from hybrid_k2.placement.claims import Claim, Claims, claim_groups
 from hybrid_k2.placement.form import Rules
 from hybrid_k2.placement.groups import decoded_parameters, group_bytes, latent_bytes_per_token
 from hybrid_k2.placement.host_threads import plan_threads
-from hybrid_k2.placement.hot import hot_counts, hot_notes, moved_experts
+from hybrid_k2.placement.hot import Usage, hot_counts, hot_notes, hottest, moved_experts
 from hybrid_k2.placement.machine import Machine
 from hybrid_k2.placement.memories import HOST, TWIN, memory_of
-from hybrid_k2.placement.overheads import MATRICES, Overhead, Work, gpu_overheads
+from hybrid_k2.placement.overheads import MATRICES, Overhead, Work, gpu_overheads, staging
 from hybrid_k2.placement.plan import KvCachePlan, Plan, PlanRow, bytes_per_token, expert_bytes
 from hybrid_k2.placement.yaml_tree import fail
 
@@ -30,19 +30,24 @@ NO_SELF_CHECK = "self_check: off: whether the accelerator computes what it shoul
 _STREAM_GROUPS = ("attention", "dense_mlp", "shared_experts")
 
 
-def make_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_packed: bool = True) -> Plan:
+def make_plan(
+    rules: Rules, config: ModelConfig, machine: Machine, *, experts_packed: bool = True, usage: Usage | None = None
+) -> Plan:
     """Turn rules into a plan that fits the machine.
 
-    experts_packed: the checkpoint stores its routed experts as INT4, as K2.5 and K2.6 do.
+    experts_packed: the checkpoint stores its routed experts as INT4, as K2.5 and K2.6 do. usage: how often each expert
+    of each MoE layer was chosen, as far as that is known.
     Raises: RulesError: the rules do not suit the model; HardwareError: no such GPU; MemoryBudgetError: too large.
     """
-    plan = draft_plan(rules, config, machine, experts_packed=experts_packed)
+    plan = draft_plan(rules, config, machine, experts_packed=experts_packed, usage=usage)
     for device in plan.devices:
         check_budget(device, find_budget(device, rules, machine), plan.items_on(device), rules)
     return plan
 
 
-def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_packed: bool = True) -> Plan:
+def draft_plan(
+    rules: Rules, config: ModelConfig, machine: Machine, *, experts_packed: bool = True, usage: Usage | None = None
+) -> Plan:
     """Make a plan without comparing it with the memory of the machine. Raises: RulesError, HardwareError."""
     devices = _resolve_devices(rules, machine)
     claims = claim_groups(rules, config)
@@ -51,14 +56,17 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
     rows = tuple(_row(claim, rules, config, devices, stream, numerics, experts_packed) for claim in claims.all)
     activation_dtype = "fp32" if _stream_on_host(rows) else stream
     accelerator = _accelerator(devices, claims)
-    streams = rules.prefill.stream if accelerator not in (None, TWIN) else "off"
+    streams = rules.prefill.stream if accelerator is not None else "off"
+    if streams != "off":
+        _check_streamed(rules, experts_packed)
     chunk_tokens = rules.prefill.chunk_tokens or (AUTO_CHUNK_TOKENS if streams == "off" else AUTO_STREAM_TOKENS)
     work = Work(config, accelerator, activation_dtype, chunk_tokens, bool(claims.hot), streams != "off")
     kv_cache = _plan_kv_cache(rules, config, machine, devices, rows, work)
     chunk_tokens = min(chunk_tokens, kv_cache.tokens)
     work = replace(work, chunk_tokens=chunk_tokens)
     overheads = _overheads(work, rows, kv_cache)
-    rows, notes = _place_hot(claims, rules, config, machine, rows, kv_cache, overheads, experts_packed)
+    counts, notes = _count_hot(claims, rules, config, machine, rows, kv_cache, overheads, experts_packed, usage or {})
+    rows = _place_hot(claims, counts, rules, config, rows, usage or {})
     threads = plan_threads(
         rules,
         machine,
@@ -90,13 +98,14 @@ def draft_plan(rules: Rules, config: ModelConfig, machine: Machine, *, experts_p
         overlap=_overlap(rules, kv_cache.device),
         twin_threads=threads.twin_threads,
         self_check=accelerator is not None and rules.self_check,
+        usage=usage or {},
     )
 
 
 def _overheads(work: Work, rows: tuple[PlanRow, ...], kv_cache: KvCachePlan | None) -> tuple[Overhead, ...]:
     """List what the GPU takes beside these rows and the cache; the twin's work is within the host's reserve."""
     if work.device in (None, TWIN):
-        return ()
+        return staging(work) if work.stream else ()
     placed = [row for row in rows if row.device == work.device]
     matrices = sum(MATRICES[row.what] * len(row.layers or (0,)) for row in placed)
     nbytes = sum(row.nbytes for row in placed)
@@ -106,7 +115,7 @@ def _overheads(work: Work, rows: tuple[PlanRow, ...], kv_cache: KvCachePlan | No
     return gpu_overheads(work, matrices, nbytes)
 
 
-def _place_hot(
+def _count_hot(
     claims: Claims,
     rules: Rules,
     config: ModelConfig,
@@ -115,18 +124,38 @@ def _place_hot(
     kv_cache: KvCachePlan,
     overheads: tuple[Overhead, ...],
     experts_packed: bool,
-) -> tuple[tuple[PlanRow, ...], tuple[str, ...]]:
+    usage: Usage,
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Decide how many experts of each layer each claim on hot experts gets, beside all else on the GPU."""
+    if not claims.hot:
+        return (), ()
+    rule = claims.hot[0].rule
+    if not experts_packed:
+        fail(rules.source, rule.line, f"{rule}: hottest: expected a checkpoint with INT4 experts, got an unpacked one")
+    if rules.numerics == "reference":
+        fail(rules.source, rule.line, f"{rule}: hottest: expected numerics exact, fast or bf16, got reference")
+    device = rules.devices.gpu or ""
+    room = 0  # on the twin every rule says how many
+    if device != TWIN:
+        taken = sum(row.nbytes for row in rows if row.device == device)
+        taken += sum(one.nbytes for one in overheads if one.device == device)
+        taken += kv_cache.nbytes if kv_cache.device == device else 0
+        room = find_budget(device, rules, machine).nbytes - taken
+    counts = hot_counts(claims.hot, config, room)
+    return counts, tuple(hot_notes(claims.hot, counts, usage))
+
+
+def _place_hot(
+    claims: Claims,
+    counts: tuple[int, ...],
+    rules: Rules,
+    config: ModelConfig,
+    rows: tuple[PlanRow, ...],
+    usage: Usage,
+) -> tuple[PlanRow, ...]:
     """Add the rows of hot experts, and take their experts from the host's."""
     if not claims.hot:
-        return rows, ()
-    device = rules.devices.gpu or ""
-    if not experts_packed:
-        rule = claims.hot[0].rule
-        fail(rules.source, rule.line, f"{rule}: hottest: expected a checkpoint with INT4 experts, got an unpacked one")
-    taken = sum(row.nbytes for row in rows if row.device == device)
-    taken += sum(one.nbytes for one in overheads if one.device == device)
-    taken += kv_cache.nbytes if kv_cache.device == device else 0
-    counts = hot_counts(claims.hot, config, find_budget(device, rules, machine).nbytes - taken)
+        return rows
     expert = group_bytes(config, "routed_experts", "int4") // config.n_routed_experts
     placed: list[PlanRow] = []
     for row in rows:
@@ -134,9 +163,22 @@ def _place_hot(
         placed.append(replace(row, nbytes=row.nbytes - moved * expert))
     for claim, count in zip(claims.hot, counts, strict=True):
         if count:
-            nbytes = len(claim.layers or ()) * count * expert
-            placed.append(PlanRow(claim.what, claim.layers, device, "int4", nbytes, claim.rule.line, count))
-    return tuple(placed), tuple(hot_notes(claims.hot, counts))
+            layers = claim.layers or ()
+            experts = tuple(hottest(usage, layer, count) for layer in layers)
+            nbytes, rule = len(layers) * count * expert, claim.rule
+            device = rules.devices.gpu or ""
+            placed.append(
+                PlanRow(claim.what, layers, device, "int4", nbytes, rule.line, count, experts, rule.also_on_host)
+            )
+    return tuple(placed)
+
+
+def _check_streamed(rules: Rules, experts_packed: bool) -> None:
+    """Refuse to stream experts that the kernels of the accelerator do not compute."""
+    if experts_packed and rules.numerics != "reference":
+        return
+    got = "numerics: reference" if experts_packed else "a checkpoint with unpacked experts"
+    fail(rules.source, rules.prefill.stream_line, f"prefill: stream: expected INT4 experts, native kernels, got {got}")
 
 
 def _check_fp8(rows: tuple[PlanRow, ...], rules: Rules, machine: Machine) -> tuple[str, ...]:
@@ -219,10 +261,13 @@ def _twin_share(config: ModelConfig, rows: tuple[PlanRow, ...]) -> float | None:
     """Compare the weights that a token meets on the twin with those of its routed experts; None without a twin."""
     if all(row.device != TWIN for row in rows):
         return None
-    weights = {TWIN: 0, HOST: 0}
+    weights = {TWIN: 0.0, HOST: 0.0}
     for row in rows:
         if row.device == TWIN or row.what == "routed_experts":
-            weights[row.device] += len(row.layers or (0,)) * decoded_parameters(config, row.what)
+            part = row.hottest / config.n_routed_experts if row.hottest else 1.0  # of the choices, if all are alike
+            weight = part * len(row.layers or (0,)) * decoded_parameters(config, row.what)
+            weights[row.device] += weight
+            weights[HOST] -= weight if row.hottest else 0
     return weights[TWIN] / max(1, sum(weights.values()))
 
 
@@ -301,7 +346,7 @@ def _plan_kv_cache(
         )
     memory = memory_of(device)
     taken = sum(row.nbytes for row in rows if memory_of(row.device) == memory)
-    taken += sum(one.nbytes for one in _overheads(work, rows, None) if one.device == memory)
+    taken += sum(one.nbytes for one in _overheads(work, rows, None) if memory_of(one.device) == memory)
     free = find_budget(memory, rules, machine).nbytes - taken
     affordable = max(1, free // 4 // page_bytes) * PAGE_TOKENS
     tokens = rule.tokens or min(limit, AUTO_KV_TOKENS, affordable)

@@ -70,11 +70,16 @@ class PrefillRule:
     """Say how a prompt is read. chunk_tokens: None means auto.
 
     stream: "auto" computes heavy experts on the GPU, brought over as they are needed; "off" none.
+    copy_gbps, read_gbps, token_us: what decides which ones are heavy, in 10^9 bytes per second that reach the GPU and
+    that the host's kernels read, and in microseconds of the host for a token of one expert. None: measured.
     """
 
     chunk_tokens: int | None = None
     stream: str = "off"
     stream_line: int | None = None
+    copy_gbps: float | None = None
+    read_gbps: float | None = None
+    token_us: float | None = None
 
 
 @dataclass(frozen=True, repr=False)

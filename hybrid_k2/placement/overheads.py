@@ -2,7 +2,7 @@
 
 workspace   activations of a chunk, work buffers of attention, logits, the partial sums of decode attention, the rows of
             experts that are computed on the GPU
-staging     buffers for the experts that a streamed prefill brings over
+staging     buffers for the experts that a streamed prefill brings over, or for one that becomes a hot one
 graphs      a CUDA graph of the decode step for each size of batch
 allocator   what torch's allocator rounds up
 hand-off    on the host: the memory through which experts and GPU pass rows and results, pinned
@@ -25,6 +25,7 @@ EXPERT_TOKENS = 1024  # of a chunk that pass through experts on the GPU at a tim
 # While some experts are computed, the next ones arrive, of the same layer or of the next: twice four are 190 MB at the
 # size of K2.6, 8 ms of PCIe 4 x16.
 STAGED_EXPERTS = 8
+EXCHANGED_EXPERTS = 1  # what is on its way to become a hot one
 GRAPHS = 4  # batches of 1, 2, 4 and 8 sequences
 GRAPH_BYTES_PER_LAYER = 256 * KIB  # some 30 launches, by common experience 8 KiB each
 ROUNDING_BYTES = MIB  # the allocator gives large tensors whole 2 MiB: half of that is lost with each
@@ -61,14 +62,20 @@ class Work:
 def gpu_overheads(work: Work, matrices: int, matrix_bytes: int) -> tuple[Overhead, ...]:
     """List what the work takes beside so many matrices of weights and cache on its GPU."""
     parts = _parts(work, matrices, matrix_bytes)
-    on_gpu = (Overhead(what, work.device or "", nbytes) for what, nbytes in parts if nbytes)
-    return (*on_gpu, Overhead("hand-off", HOST, handoff_bytes(work)))
+    (workspace, *rest) = (Overhead(what, work.device or "", nbytes) for what, nbytes in parts if nbytes)
+    return (workspace, *staging(work), *rest, Overhead("hand-off", HOST, handoff_bytes(work)))
+
+
+def staging(work: Work) -> tuple[Overhead, ...]:
+    """Return the room for experts on their way to where they are computed."""
+    staged = STAGED_EXPERTS if work.stream else EXCHANGED_EXPERTS if work.hot else 0
+    nbytes = staged * weight_bytes(expert_parameters(work.config), "int4")
+    return (Overhead("staging", work.device or "", nbytes),) if nbytes else ()
 
 
 def _parts(work: Work, matrices: int, matrix_bytes: int) -> Iterator[tuple[str, int]]:
     config = work.config
     yield "workspace", workspace_bytes(work)
-    yield "staging", STAGED_EXPERTS * weight_bytes(expert_parameters(config), "int4") if work.stream else 0
     yield "graphs", GRAPHS * config.num_hidden_layers * GRAPH_BYTES_PER_LAYER
     # The weights of a small model share a few blocks.
     yield "allocator", min(matrices * ROUNDING_BYTES, matrix_bytes // 10)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.host.threads import NodeThreads
 from hybrid_k2.placement.claims import ranges_of
 from hybrid_k2.placement.form import Rules, format_layers
 from hybrid_k2.placement.groups import LAYERED_GROUPS, decoded_bytes
+from hybrid_k2.placement.hot import Usage
 from hybrid_k2.placement.machine import Machine
 from hybrid_k2.placement.memories import HOST, memory_of
 from hybrid_k2.placement.overheads import SEQUENCES, Overhead
@@ -51,7 +52,8 @@ class PlanRow:
     """Place one group, or some layers of it.
 
     layers: None for a group outside the layers. line: of its rule. hottest: the row holds so many of the most used
-    experts of each layer; 0: the group, less what such rows take from it.
+    experts of each layer, `experts` to begin with; 0: the group, less what such rows take from it. also_on_host: the
+    group holds these experts, too.
     """
 
     what: str
@@ -61,6 +63,8 @@ class PlanRow:
     nbytes: int
     line: int
     hottest: int = 0
+    experts: tuple[tuple[int, ...], ...] = ()
+    also_on_host: bool = False
 
     @property
     def name(self) -> str:
@@ -90,6 +94,7 @@ class Plan:
     stream: "auto": a GPU computes heavy experts of a prompt, brought over as they are needed; or "off".
     overheads: what a GPU takes beside weights and KV cache, and what the host does for it.
     self_check: compare what is computed with a reference before it serves; where there is an accelerator.
+    usage: how often each expert of each MoE layer was chosen, as far as that is known: what `hottest` goes by.
     notes: what the user should know.
     """
 
@@ -109,6 +114,7 @@ class Plan:
     stream: str = "off"
     overheads: tuple[Overhead, ...] = ()
     self_check: bool = False
+    usage: Usage = field(default_factory=dict)
 
     @property
     def threads(self) -> int:
@@ -158,9 +164,14 @@ class Plan:
         """Sum the weights that decoding one token reads: dense groups, the chosen experts, one embedding row."""
         return bytes_per_token(self.config, self.rows)
 
-    def hot_experts(self, layer: int) -> int:
-        """Count the routed experts of a layer that a GPU holds."""
-        return sum(row.hottest for row in self.rows if layer in (row.layers or ()))
+    def hot_row(self, layer: int) -> PlanRow | None:
+        """Find the row of the hot experts of a layer; None where it has none."""
+        return next((row for row in self.rows if row.hottest and layer in (row.layers or ())), None)
+
+    def hot_experts(self, layer: int) -> tuple[int, ...]:
+        """List the routed experts of a layer that the accelerator holds to begin with."""
+        row = self.hot_row(layer)
+        return row.experts[(row.layers or ()).index(layer)] if row is not None else ()
 
     def table(self) -> str:
         """Write the plan as aligned text."""
@@ -191,4 +202,4 @@ def _items(plan: Plan, device: str) -> Iterator[tuple[int, str]]:
     if memory_of(cache.device) == device:
         place = f" (line {plan.rules.kv_cache.line})" if plan.rules.kv_cache.line else ""
         yield cache.nbytes, f"kv_cache of {cache.tokens} tokens{place}"
-    yield from ((one.nbytes, one.what) for one in plan.overheads if one.device == device)
+    yield from ((one.nbytes, one.what) for one in plan.overheads if memory_of(one.device) == device)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from hybrid_k2.placement.budget import find_budget
-from hybrid_k2.placement.later import missing_parts
 from hybrid_k2.placement.plan import Plan
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
-    """Return everything that the table says, and what this version cannot load of it."""
+    """Return everything that the table says."""
     cache = plan.kv_cache
     return {
         "model": plan.config.model_type,
@@ -21,6 +20,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
             {
                 "what": row.what,
                 "hottest": row.hottest,
+                "also_on_host": row.also_on_host,
                 "layers": row.layer_text or None,
                 "device": row.device,
                 "dtype": row.dtype,
@@ -48,7 +48,6 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "self_check": plan.self_check,
         "bytes_per_token": plan.bytes_per_token,
         "notes": list(plan.notes),
-        "not_in_this_version": [part._asdict() for part in missing_parts(plan)],
     }
 
 

@@ -128,11 +128,12 @@ def _hottest(section: Section, what: str, on: str, devices: Devices) -> int | No
             section.fail(key, f"{key}: expected it with routed_experts on: gpu, got {what} on: {on}")
     if (what, on) != ("routed_experts", "gpu"):
         return None
-    if devices.gpu == TWIN:
-        section.fail("on", "on: expected host (the twin takes no routed experts), got gpu")
     if section.get(HOTTEST) is None:
         section.unavailable("on", "routed_experts on: gpu", "hottest: N places the most used ones of each layer there")
-    return section.count(HOTTEST, MAX_EXPERTS) or 0
+    count = section.count(HOTTEST, MAX_EXPERTS)
+    if count is None and devices.gpu == TWIN:
+        section.fail(HOTTEST, f"{HOTTEST}: expected a number (the twin's memory is the host's), got auto")
+    return count or 0
 
 
 def _dtype(section: Section, what: str, hot: bool, on: str, devices: Devices) -> str | None:
@@ -191,6 +192,8 @@ def _prefill(top: Section) -> PrefillRule:
     node = top.get("prefill")
     if node is None:
         return PrefillRule()
-    section = Section(top.source, "prefill", node, ("stream", "chunk_tokens"))
+    costs = ("copy_gbps", "read_gbps", "token_us")
+    section = Section(top.source, "prefill", node, ("stream", "chunk_tokens", *costs))
     stream = section.choice("stream", ("auto", "off"), default="off")
-    return PrefillRule(section.count("chunk_tokens", MAX_TOKENS), stream, section.line_of("stream"))
+    numbers = [section.number(cost) for cost in costs]
+    return PrefillRule(section.count("chunk_tokens", MAX_TOKENS), stream, section.line_of("stream"), *numbers)

@@ -18,6 +18,7 @@ from hybrid_k2.placement.yaml_tree import Mapping, Node, Scalar, Sequence, fail
 
 HOTTEST = "hottest"  # experts chosen by how often they are used
 _COUNT = re.compile(r"0|[1-9][0-9]{0,11}")
+_NUMBER = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 _LAYERS = re.compile(r"(0|[1-9][0-9]{0,5})(?:\.\.(0|[1-9][0-9]{0,5}))?")
 
 
@@ -87,6 +88,16 @@ class Section:
         if not _COUNT.fullmatch(text) or not 1 <= int(text) <= limit:
             self.fail(key, f"{key}: expected {expected}, got {text!r}")
         return int(text)
+
+    def number(self, key: str) -> float | None:
+        """Read a number above 0; None for `auto` or an absent key."""
+        expected = "auto or a number above 0, as 55 or 12.5"
+        text = self.text(key, expected)
+        if text is None or text == "auto":
+            return None
+        if not _NUMBER.fullmatch(text) or float(text) == 0:
+            self.fail(key, f"{key}: expected {expected}, got {text!r}")
+        return float(text)
 
     def size(self, key: str) -> int | None:
         """Read a size in bytes; None for `auto` or an absent key."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hybrid_k2.placement import Gpu, Machine, Rules, default_rules
+from hybrid_k2.placement import Machine, Rules, default_rules
 from tests.cli.conftest import Done
 
 Call = Callable[..., Done]
@@ -58,7 +58,7 @@ def test_the_json_says_the_same(call: Call, babbler: Path) -> None:
         host["bytes"] == sum(group["bytes"] for group in plan["groups"]) + plan["kv_cache"]["bytes"] <= host["budget"]
     )
     assert {group["what"] for group in plan["groups"]} >= {"embedding", "attention", "routed_experts", "lm_head"}
-    assert (plan["accelerator"], plan["overlap"], plan["not_in_this_version"]) == (None, "off", [])
+    assert (plan["accelerator"], plan["overlap"]) == (None, "off")
 
 
 def test_no_weights_need_be_here(call: Call, babbler: Path, tmp_path: Path) -> None:
@@ -184,27 +184,23 @@ def test_a_host_is_described_for_a_dry_run_alone(call: Call, babbler: Path) -> N
 def test_the_twin_is_planned_and_can_be_loaded(call: Call, babbler: Path) -> None:
     done = call("chat", babbler, "--rules", "twin", "--dry-run")
     assert done.code == 0
-    assert "not in this version" not in done.out
-    values = json.loads(call("chat", babbler, "--rules", "twin", "--dry-run", "--json").out)
-    assert values["not_in_this_version"] == []
     answered = call("chat", babbler, "--rules", "twin", "-p", "hi", "--max-tokens", "3")
     assert answered.code == 0
 
 
-def test_what_this_version_cannot_load_is_said(
-    call: Call, babbler: Path, card: Path, monkeypatch: pytest.MonkeyPatch
+def test_hot_experts_on_the_twin_are_planned_and_can_be_loaded(
+    call: Call, babbler: Path, card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    card.write_text(CARD + "  - {what: routed_experts, on: gpu, hottest: 2}\n")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # nothing is known there
+    hot = "  - {what: routed_experts, on: gpu, hottest: 2}\n"
+    card.write_text(CARD.replace("gpu: cuda:0, gpu_memory: 24GiB", "gpu: twin") + hot)
     done = call("chat", babbler, "--rules", card, "--dry-run")
     assert done.code == 0
-    assert f"\nnot in this version, so loading is refused: {card}:10: hottest (leave the rule out: " in done.out
-    values = json.loads(call("chat", babbler, "--rules", card, "--dry-run", "--json").out)
-    assert [(part["line"], part["what"]) for part in values["not_in_this_version"]] == [(10, "hottest")]
-    gpus = (Gpu(0, "Test GPU", 24 << 30),)
-    monkeypatch.setattr("hybrid_k2.placement.machine._probe_gpus", lambda root: (gpus, ""))
-    refused = call("chat", babbler, "--rules", card, "-p", "hi")
-    assert (refused.code, refused.out) == (1, "")
-    assert f"error: {card}:10: hottest is not available in this version\n" in refused.err
+    assert "\n2 hottest experts  1..2 " in done.out
+    assert "\nnote: hottest: which experts are used most is not known here yet" in done.out
+    answered = call("chat", babbler, "--rules", card, "-p", "hi", "--max-tokens", "3")
+    assert answered.code == 0
+    assert "note: hottest" not in call("chat", babbler, "--rules", card, "--dry-run").out, "it is known from now on"
 
 
 @pytest.mark.parametrize("size", [16, 24, 32, 48, 80])

@@ -14,7 +14,7 @@ import torch
 
 from hybrid_k2.accelerator import Accelerator, Label, handoff_cuda
 from hybrid_k2.accelerator.cuda import Peer
-from hybrid_k2.model import loader
+from hybrid_k2.model import loader, stream_loading
 from hybrid_k2.placement import Gpu, Machine
 
 
@@ -65,7 +65,7 @@ class HostCard(Accelerator):
 
 
 class _Runtime:
-    """Maps nothing: host and card are one."""
+    """Maps and pins nothing: host and card are one."""
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802 (CUDA's name)
         return 0
@@ -81,9 +81,10 @@ def use_host_card(monkeypatch: pytest.MonkeyPatch) -> None:
     probed = Machine.probe()
     machine = Machine(probed.host_memory_bytes, probed.host_available_bytes, 1, (Gpu(0, "Test GPU", 8 << 30),))
     monkeypatch.setattr(Machine, "probe", lambda: machine)
-    for module in ("loader", "part_loading", "latent_cache"):
+    for module in ("loader", "part_loading", "latent_cache", "hot_loading", "stream_loading"):
         monkeypatch.setattr(f"hybrid_k2.model.{module}.torch_device", lambda name: torch.device("cpu"))
     monkeypatch.setattr(loader, "CudaAccelerator", HostCard)
+    monkeypatch.setattr(stream_loading, "PinnedMemory", lambda ranges: None)
     runtime: Any = _Runtime()
     monkeypatch.setattr(handoff_cuda, "_runtime", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)

@@ -140,7 +140,7 @@ def test_a_failure_of_the_experts_names_the_layer(folder: Path, monkeypatch: pyt
             routing = moe.router(x)
             return replace(routing, ids=routing.ids + 100)
 
-        card.model.layers[2] = replace(whole, mlp=replace(moe, router=route))  # type: ignore[arg-type]
+        card.model.layers[2] = replace(whole, mlp=replace(moe, router=route, usage=None))  # type: ignore[arg-type]
         for _ in range(2):
             with pytest.raises(EngineError, match=r"layer 2: .*expected experts 0\.\.15"):
                 run(card, [[[1], [2], [3]]])
@@ -236,3 +236,18 @@ def test_layers_with_kernels_agree_with_the_reference(
             "attention", "dense_mlp", "router", "shared_experts", "lm_head",
         }  # fmt: skip
         assert max(found.placed.share for found in done.findings) < 0.8
+
+
+def test_experts_on_the_card_pass_the_check(two_layers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hot ones, with few rows exactly and with many rounded to bf16, and streamed ones."""
+    monkeypatch.setattr("hybrid_k2.model.self_check.CONTEXT", 2)  # rows are slow in the interpreter
+    monkeypatch.setattr("hybrid_k2.model.self_check.MORE_EXPERTS", 0)
+    use_host_card(monkeypatch)
+    text = RULES.replace("  - {what: lm_head", "  - {what: routed_experts, on: gpu, hottest: 3}\n  - {what: lm_head")
+    text = text.replace("chunk_tokens", "stream: auto, copy_gbps: 10, read_gbps: 20, token_us: 1, chunk_tokens")
+    with loaded(two_layers, parse_rules(text)) as card, Checkpoint.open(two_layers) as checkpoint:
+        done = self_check(card.model, checkpoint, card.config, card.plan)
+    found = {each.part: each.placed for each in done.findings if "experts" in each.part and each.device == "cuda:0"}
+    assert found.keys() == {"shared_experts", "hot experts", "hot experts in a prompt", "streamed experts"}
+    assert max(each.share for each in found.values()) < 0.8
+    assert found["hot experts"].error < 1e-4 < found["hot experts in a prompt"].error

@@ -88,6 +88,21 @@ def test_no_folder_for_temporary_files_is_one_error(monkeypatch: pytest.MonkeyPa
         measure_overlap("twin", 1, **SMALL)  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(NATIVE_ERROR is not None, reason=f"no native extension: {NATIVE_ERROR}")
+def test_hit_rates_of_hot_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "HANDOFFS", 5)
+    report = measure_overlap("twin", 2, **SMALL | {"experts": 10}, hot=4)  # type: ignore[arg-type]
+    assert report.hot_experts == 4
+    assert report.hot_hit_rates.keys() == {1, 2}
+    # A token takes 8 of 10 experts, at least 2 and at most 4 of which are hot; each of 2 sequences in 2 steps twice.
+    for rate in report.hot_hit_rates.values():
+        assert 2 / 8 <= rate <= 4 / 8
+        assert (rate * 2 * 2 * 2 * 8) % 1 == 0
+    assert "hits by layer 1: " in report.table()
+    assert json.loads(json.dumps(report.to_json()))["hot_hit_rates"].keys() == {"1", "2"}
+    assert measure_overlap("twin", 1, **SMALL).hot_hit_rates == {}  # type: ignore[arg-type]
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     if Machine.probe().gpus:
         pytest.skip("this machine has a GPU")

@@ -50,7 +50,16 @@ def sizes(config: ModelConfig) -> tuple[int, int, int, int]:
 
 def load(backend: ExpertsBackend, checkpoint: Checkpoint, config: ModelConfig, threads: int = 2) -> list[int]:
     counted: list[int] = []
-    load_experts(backend, checkpoint, config, LAYER, dtype="int4", threads=threads, count=counted.append)
+    load_experts(
+        backend,
+        checkpoint,
+        config,
+        LAYER,
+        range(config.n_routed_experts),
+        dtype="int4",
+        threads=threads,
+        count=counted.append,
+    )
     return counted
 
 
@@ -141,7 +150,9 @@ def test_a_change_in_the_middle_is_noticed(opened: tuple[Checkpoint, ModelConfig
 
     def load_twice() -> None:  # the reader may be done with all experts when the second one is counted
         for _ in range(2):
-            load_experts(layer, checkpoint, config, LAYER, dtype="int4", threads=1, count=count)
+            load_experts(
+                layer, checkpoint, config, LAYER, range(config.n_routed_experts), dtype="int4", threads=1, count=count
+            )
 
     with pytest.raises(CheckpointError, match=f"one that was changed.*{file.name}"):
         load_twice()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hybrid_k2.errors import MemoryBudgetError
-from hybrid_k2.experts import tuning
+from hybrid_k2.experts import remembered
 from hybrid_k2.experts.cpu import NativeRuntime
 from hybrid_k2.experts.tuning import Tuning, machine_key, remembered_tuning
 from hybrid_k2.model import loader
@@ -90,10 +90,10 @@ def test_a_folder_that_cannot_be_written_costs_the_memory_alone(tmp_path: Path) 
 
 def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tuning.cache_folder() == tmp_path / "hybrid-k2"
+    assert remembered.cache_folder() == tmp_path / "hybrid-k2"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # not allowed to be: as if it were not set
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert tuning.cache_folder() == tmp_path / "home" / ".cache" / "hybrid-k2"
+    assert remembered.cache_folder() == tmp_path / "home" / ".cache" / "hybrid-k2"
 
 
 def test_large_experts_are_tuned_at_the_start_and_small_ones_are_not(

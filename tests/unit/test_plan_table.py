@@ -85,7 +85,7 @@ def test_the_sizes_of_the_cards_in_the_documentation_are_those_of_the_plans(size
         plan.where("attention", 0).dtype,
         str(plan.kv_cache.tokens),
         str(plan.chunk_tokens),
-        f"{plan.hot_experts(1)} of 384",
+        f"{len(plan.hot_experts(1))} of 384",
         f"{used / GIB:.2f} GiB",
         f"{(budget - used) / GIB:.2f} GiB",
         f"{plan.bytes_on('host') / GIB:.2f} GiB",

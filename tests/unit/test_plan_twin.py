@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from hybrid_k2.errors import MemoryBudgetError, RulesError
-from hybrid_k2.placement import Plan, check_loadable, make_plan, parse_rules, shipped_rules
+from hybrid_k2.placement import Plan, make_plan, parse_rules, shipped_rules
+from hybrid_k2.placement.overheads import STAGED_EXPERTS
 from tests.unit.placements import GIB, K2_6, machine, plan_of, rules_text, small_config
 
 
@@ -52,6 +53,23 @@ def test_both_sides_have_a_thread_on_any_machine() -> None:
     for cores in (1, 2):
         plan = twin_plan("attention gpu", "dense_mlp gpu", "shared_experts gpu", cores=cores, kimi=False)
         assert (plan.twin_threads, plan.threads) == (1, 1)
+
+
+def test_hot_experts_of_the_twin_are_in_the_hosts_memory_and_its_share() -> None:
+    dense = ("attention gpu", "dense_mlp gpu", "shared_experts gpu")
+    without = twin_plan(*dense, cores=64)
+    once, twice = (
+        twin_plan(*dense, "routed_experts host", f"routed_experts gpu hottest: 96{more}", cores=64)
+        for more in ("", ", also_on_host: true")
+    )
+    expert = without.expert_bytes // 60 // 384
+    assert once.bytes_on("host") == without.bytes_on("host")
+    assert twice.bytes_on("host") == without.bytes_on("host") + 60 * 96 * expert
+    assert (once.where("routed_experts", 7).device, once.hot_row(7).device) == ("host", "twin")  # type: ignore[union-attr]
+    assert once.accelerator == "twin"
+    assert without.twin_threads < once.twin_threads == twice.twin_threads <= 31
+    only = twin_plan("routed_experts host", "routed_experts gpu hottest: 2", kimi=False)
+    assert (only.accelerator, only.overlap) == ("twin", "off")
 
 
 def test_threads_by_rule() -> None:
@@ -115,13 +133,17 @@ def test_the_table_names_the_twin() -> None:
     assert "\nhost: 557.69 GiB of " in table
 
 
-def test_what_can_be_planned_can_be_loaded() -> None:
-    plan = twin_plan("attention gpu", tail="overlap: off\n")
-    for loadable in (
-        plan,
-        plan_of("attention gpu", tail="overlap: ping_pong\n"),
-        plan_of("attention gpu"),
-        twin_plan(),
-    ):
-        check_loadable(loadable)
-    assert plan.kv_cache.nbytes < 5 * GIB
+def test_a_streamed_prefill_takes_places_for_experts_in_the_hosts_memory() -> None:
+    without, plan = (twin_plan("attention gpu", tail=tail) for tail in ("", "prefill: {stream: auto}\n"))
+    assert (without.stream, plan.stream, plan.chunk_tokens) == ("off", "auto", 2048)
+    (staging,) = plan.overheads
+    assert (staging.what, staging.device) == ("staging", "twin")
+    assert plan.bytes_on("host") == without.bytes_on("host") + staging.nbytes
+    assert staging.nbytes == STAGED_EXPERTS * without.expert_bytes // 60 // 384
+    assert plan.devices == ("host",)
+    assert "\nstaging  " in plan.table()
+    assert twin_plan(tail="prefill: {stream: auto}\n").stream == "off", "nothing is on the twin"
+
+
+def test_a_context_of_the_twin_is_short() -> None:
+    assert twin_plan("attention gpu", tail="overlap: off\n").kv_cache.nbytes < 5 * GIB

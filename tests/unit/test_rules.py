@@ -211,12 +211,16 @@ def test_a_gpu_or_twin_that_is_none(old: str, new: str, message: str) -> None:
     assert error_of(edited(old, new)).message == f"x.yaml:{message}"
 
 
-def test_the_twin_takes_dense_groups_as_the_host_does_and_no_routed_experts() -> None:
+def test_the_twin_takes_dense_groups_as_the_host_does_and_some_routed_experts() -> None:
     text = edited("gpu: cuda:0", "gpu: twin, twin_threads: 3").replace("layers: 1..60}", "layers: 1..60, dtype: int8}")
     rules = parse_rules(text)
     assert (rules.devices.gpu, rules.devices.twin_threads, rules.place[1].dtype) == ("twin", 3, "int8")
-    error = error_of(text.replace("on: host, dtype: int4", "on: gpu, dtype: int4"))
-    assert error.message == "x.yaml:10: place rule 6: on: expected host (the twin takes no routed experts), got gpu"
+    hot = parse_rules(text.replace("on: host, dtype: int4", "on: gpu, hottest: 3, dtype: int4"))
+    assert hot.place[5].hottest == 3
+    error = error_of(text.replace("on: host, dtype: int4", "on: gpu, hottest: auto, dtype: int4"))
+    assert error.message == (
+        "x.yaml:10: place rule 6: hottest: expected a number (the twin's memory is the host's), got auto"
+    )
 
 
 @pytest.mark.parametrize("what", ["embedding", "router", "vision", "routed_experts"])

@@ -23,7 +23,7 @@ from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.self_check import SelfCheck, self_check
 from hybrid_k2.model.text import TextModel
 from hybrid_k2.native import NATIVE_ERROR
-from hybrid_k2.placement import Plan, parse_rules
+from hybrid_k2.placement import Plan, Rules, parse_rules
 from tests.conftest import REPO
 from tests.generators import write_checkpoint
 from tests.models import Loaded, loaded, make_test_plan
@@ -203,6 +203,77 @@ def test_a_fault_is_refused_by_the_name_of_its_part(folder: Path, number: int) -
         with pytest.raises(EngineError, match=rf"^self-check: {part} on \w+") as caught:
             check(folder, model)
         assert "self_check: off" in (caught.value.hint or "")
+
+
+# Experts on the accelerator
+
+EXPERTS = {"hot experts", "hot experts in a prompt", "streamed experts"}
+
+
+def hot_rules(hottest: int, numerics: str = "exact") -> Rules:
+    text = (REPO / "rules" / "twin.yaml").read_text().replace("numerics: exact", f"numerics: {numerics}")
+    hot = f"  - {{what: routed_experts, on: gpu, hottest: {hottest}}}\nkv_cache:"
+    text = text.replace("stream: off", "stream: auto, copy_gbps: 4, read_gbps: 8, token_us: 3")
+    return parse_rules(text.replace("kv_cache:", hot, 1))
+
+
+@needs_native
+@pytest.mark.parametrize("numerics", ["exact", "fast", "bf16"])
+@pytest.mark.parametrize("hottest", [1, 5, 15, 16])
+def test_hot_and_streamed_experts_agree(folder: Path, hottest: int, numerics: str) -> None:
+    with loaded(folder, hot_rules(hottest, numerics), twin_threads=1) as model:
+        done = check(folder, model)
+        streamed = {"streamed experts"} if hottest < 16 else set()  # there are 16
+        assert names(done) == PARTS | (EXPERTS - {"streamed experts"}) | streamed
+        assert max(max(found.placed.share, found.host.share) for found in done.findings) < 0.7
+        assert {found.device for found in done.findings if found.part in EXPERTS} == {"twin"}
+
+
+def other_hot_experts(model: Loaded) -> None:
+    """Two hot experts change places in the memory that the accelerator reads."""
+    hot = moe(model, 1).hot
+    assert hot is not None
+    first, second = sorted(hot.experts)[:2]
+    spare = next(expert for expert in range(16) if expert not in hot.experts)
+    weights = {expert: hot.copy(expert) for expert in (first, second)}
+    layer = hot._layer  # type: ignore[attr-defined]
+    layer.replace_expert(first, spare, weights[second])
+    layer.replace_expert(second, first, weights[second])
+    layer.replace_expert(spare, second, weights[first])
+
+
+def hot_by_prompt(model: Loaded) -> None:
+    """Many rows are computed otherwise than few."""
+    hot = moe(model, 1).hot
+    assert hot is not None
+    forward = hot.forward
+    hot.forward = lambda x, ids, weights: late_row(forward(x, ids, weights)) if len(x) > 6 else forward(x, ids, weights)  # type: ignore[method-assign]
+
+
+def other_copies(model: Loaded) -> None:
+    """The stream brings a neighbour of each expert that it is asked for."""
+    split = model.model.split
+    assert split is not None
+    held, copy = split.stream.on_host(1), split.stream._copy
+    split.stream._copy = lambda source, expert, place: copy(source, held[held.index(expert) - 1], place)  # type: ignore[method-assign]
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("part", "plant"),
+    [
+        ("hot experts of layer 1", other_hot_experts),
+        ("hot experts in a prompt of layer 1", hot_by_prompt),
+        ("streamed experts of layer 1", other_copies),
+    ],
+)
+def test_a_fault_in_experts_on_the_accelerator_is_refused(
+    folder: Path, part: str, plant: Callable[[Loaded], None]
+) -> None:
+    with loaded(folder, hot_rules(5), twin_threads=1) as model:
+        plant(model)
+        with pytest.raises(EngineError, match=rf"^self-check: {part} on twin"):
+            check(folder, model)
 
 
 @needs_native

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from hybrid_k2.cli.interrupts import leaving_at_once
 from hybrid_k2.cli.terminal import Output
-from hybrid_k2.placement import missing_parts
 from hybrid_k2.placement.plan_json import plan_values
 
 
@@ -30,6 +29,3 @@ def show_plan(
         return
     output.line(f"rules: {plan.rules.reason or f'{plan.rules.source} (as asked)'}")
     output.line(plan.table())
-    for part in missing_parts(plan):
-        place = plan.rules.source if part.line is None else f"{plan.rules.source}:{part.line}"
-        output.line(f"not in this version, so loading is refused: {place}: {part.what} ({part.hint})")
