@@ -23,7 +23,7 @@ from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.request import chat_sequence, check_ids, check_prompt_fits, text_sequence
 from hybrid_k2.engine.sequence import TokenSequence
 from hybrid_k2.errors import EngineError, MemoryBudgetError, RequestError, shown
-from hybrid_k2.experts.usage import remember_usage
+from hybrid_k2.experts.usage import ExpertUse, remember_usage
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.latent_cache import LatentCache
 
@@ -105,6 +105,13 @@ class Engine:
         """
         self._check_open()
         return self.loaded.text.experts_runtime.measure_read_gbps()
+
+    def expert_use(self) -> dict[int, ExpertUse]:
+        """Return how often each expert was chosen, by MoE layer; any thread, any time.
+
+        Beside an accelerator, the counts go on from what was remembered. They are halved now and then.
+        """
+        return self.loaded.text.expert_use()
 
     def default_params(self, thinking: bool = True) -> SamplingParams:
         """Return the sampling values that requests use where they state none."""
@@ -227,8 +234,8 @@ class Engine:
             self._closed = True
             self._prefix.release()
             trace = self.loaded.text.trace
-            if usage := self.loaded.text.usage:
-                remember_usage(self.folder, {layer: counter.counts() for layer, counter in usage.items()})
+            if self.plan.accelerator is not None:
+                remember_usage(self.folder, {layer: use.counts for layer, use in self.expert_use().items()})
             try:
                 self.loaded.text.close()
             finally:

@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from hybrid_k2.experts.usage import ExpertUse
 from hybrid_k2.placement import Plan
 from hybrid_k2.protocol import Tokenizer
 from hybrid_k2.server.errors import ApiError
@@ -30,6 +31,10 @@ class Model(Protocol):
     @property
     def plan(self) -> Plan:
         """Where everything lies."""
+        ...
+
+    def expert_use(self) -> dict[int, ExpertUse]:
+        """Return how often each expert was chosen, by MoE layer; any thread may ask."""
         ...
 
     def close(self) -> None:

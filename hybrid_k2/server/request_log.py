@@ -21,7 +21,7 @@ log = logging.getLogger("hybrid_k2.server")
 HEADER = "x-request-id"
 _ACCEPTED_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 # Asked for every few seconds.
-_QUIET_PATHS = frozenset({"/health", "/metrics", "/v1/hybrid-k2/status"})
+_QUIET_PATHS = frozenset({"/health", "/metrics", "/v1/hybrid-k2/status", "/v1/hybrid-k2/experts"})
 
 
 class RequestLog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import asdict
 from typing import Any
@@ -58,6 +59,19 @@ def status_routes(context: Context) -> APIRouter:
             content["service"] = asdict(served.service.stats())
             content["plan"] = _plan(served.model.plan)
         return json_response(content)
+
+    @router.get("/v1/hybrid-k2/experts")
+    async def get_experts() -> Response:
+        """Tell how often each expert was chosen: lists by layer, of a number for each expert."""
+        model = context.backend.ready().model
+        uses = await asyncio.to_thread(model.expert_use)
+        return json_response(
+            {
+                "layers": list(uses),
+                "counts": [use.counts for use in uses.values()],
+                "hot": [use.hot for use in uses.values()],
+            }
+        )
 
     return router
 

@@ -37,6 +37,15 @@ def test_the_status_while_it_loads_and_drains(make_client: MakeClient) -> None:
     assert client.get(PATH).json()["state"] == "draining"
 
 
+def test_which_experts_are_used(make_client: MakeClient, service: ScriptedService) -> None:
+    assert make_client().get("/v1/hybrid-k2/experts").json() == {
+        "layers": [1, 2],
+        "counts": [[3, 0, 1], [0, 2, 2]],
+        "hot": [[], [1]],
+    }
+    assert make_client(ready=False).get("/v1/hybrid-k2/experts").json()["error"]["code"] == "loading"
+
+
 def test_it_names_no_file_of_the_machine(client: Client, service: ScriptedService) -> None:
     text = json.dumps(client.get(PATH).json())
     assert service.plan.rules.source not in text

@@ -14,6 +14,7 @@ import pytest
 
 from hybrid_k2.engine.service_types import QueueFullError
 from hybrid_k2.errors import EngineError
+from hybrid_k2.experts.usage import ExpertUse
 from hybrid_k2.protocol import Tokenizer
 from hybrid_k2.server.backend import Served
 from tests.server.browser import Visit, eventually, running_browser, site
@@ -359,6 +360,23 @@ def test_the_status_view(go: Go, service: ScriptedService) -> None:
     for row in service.plan.rows:
         assert table.get_by_text(row.dtype).count() > 0
     assert table.get_by_role("row").count() == len(service.plan.rows) + 2
+    told = page.locator("#heat-told")
+    told.get_by_text("8 choices in 2 layers").wait_for()
+    heat = page.get_by_role("img", name="Heat map of experts")
+    heat.focus()
+    page.keyboard.press("ArrowRight")
+    told.get_by_text("Layer 1, expert 0: 75 % of the layer's choices (3), 2.3 times the even share").wait_for()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    told.get_by_text("Layer 2, expert 1: 50 % of the layer's choices (2), 1.5 times the even share, on the").wait_for()
+    box = heat.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 5 / 6, box["y"] + box["height"] / 4)
+    told.get_by_text("Layer 1, expert 2: 25 %").wait_for()
+    service.uses = {1: ExpertUse([3, 4, 1], []), 2: ExpertUse([0, 2, 2], [1])}
+    page.get_by_label("last 30 s").check()
+    page.mouse.move(0, 0)
+    told.get_by_text("4 choices in 2 layers").wait_for()
     page.go_back()
     page.get_by_text("What would you like to know?").wait_for()
 
@@ -430,4 +448,12 @@ def test_over_the_demo_model(browser: Browser, tmp_path: Path) -> None:
         assert "42" in visit.page.locator(".markdown").inner_text()
         visit.page.get_by_role("link", name="Server status").click()
         visit.until("Number(document.getElementById('tokens').textContent) > 5")
+        visit.page.get_by_text("choices in 3 layers").wait_for()
+        colours = visit.page.locator("#heat").evaluate(
+            """(canvas) => {
+              const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+              return new Set(new Uint32Array(data.buffer)).size;
+            }"""
+        )
+        assert colours > 10
         visit.close()

@@ -13,7 +13,7 @@ export class HeatMap {
     this._canvas = canvas;
     this._scale = scale;
     this._told = told;
-    this._data = null; // {layers, experts, counts, sums}
+    this._data = null; // {layers, experts, counts, hot, sums}
     this._at = null; // {row, column} that is pointed at
     canvas.addEventListener("pointermove", (event) => this._point(this._cell(event)));
     canvas.addEventListener("pointerleave", () => this._point(null));
@@ -22,10 +22,10 @@ export class HeatMap {
     new ResizeObserver(() => this._draw()).observe(canvas.parentElement);
   }
 
-  /** Show counts. `layers`: their numbers; `counts`: a list for each of them, a number for each expert. */
-  update({ layers, counts }) {
+  /** Show counts. `layers`: their numbers; `counts`, `hot`: lists for each of them, of all experts and of hot ones. */
+  update({ layers, counts, hot }) {
     const sums = counts.map((row) => row.reduce((sum, count) => sum + count, 0));
-    this._data = { layers, counts, sums, experts: counts[0]?.length ?? 0 };
+    this._data = { layers, counts, hot, sums, experts: counts[0]?.length ?? 0 };
     this._draw();
     this._tell();
   }
@@ -115,7 +115,8 @@ export class HeatMap {
   }
 
   _tell() {
-    const { layers, counts, sums } = this._data;
+    if (!this._data) return;
+    const { layers, counts, hot, sums } = this._data;
     if (!this._at) {
       this._told.textContent = `${formatCount(sums.reduce((sum, each) => sum + each, 0))} choices in ${layers.length} layers`;
       return;
@@ -126,7 +127,7 @@ export class HeatMap {
     const even = this._timesEven(row, column).toFixed(1);
     this._told.textContent =
       `Layer ${layers[row]}, expert ${column}: ${formatShare(share)} of the layer's choices ` +
-      `(${formatCount(count)}), ${even} times the even share`;
+      `(${formatCount(count)}), ${even} times the even share${hot[row].includes(column) ? ", on the accelerator" : ""}`;
   }
 }
 

@@ -81,7 +81,7 @@ export class Reply {
 
   _endThinking() {
     if (!this._thinkingSince) return;
-    this.message.thinkingMs = Math.ceil(performance.now() - this._thinkingSince);
+    this.message.thinkingMs = Math.max(1, Math.round(performance.now() - this._thinkingSince));
     this._thinkingSince = 0;
   }
 }

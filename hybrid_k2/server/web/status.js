@@ -16,7 +16,7 @@ export class StatusView {
   constructor(askKey) {
     this._askKey = askKey;
     this._samples = []; // {time, generated, prompt}, the oldest first
-    this._uses = []; // {layers, counts} of the last polls
+    this._uses = []; // {layers, counts, hot} of the last polls
     this._running = false;
     this._heat = new HeatMap(byId("heat"), byId("heat-scale"), byId("heat-told"));
     for (const choice of document.querySelectorAll("input[name=heat-span]")) {
@@ -41,6 +41,7 @@ export class StatusView {
   async _once() {
     try {
       this._show(await getJson("v1/hybrid-k2/status"));
+      this._take(await getJson("v1/hybrid-k2/experts"));
       byId("status-error").hidden = true;
     } catch (error) {
       if (error.status === 401 && (await this._askKey(error.message))) return;
@@ -117,13 +118,13 @@ export class StatusView {
   _showUses() {
     const last = this._uses.at(-1);
     if (!last) return;
-    const { layers, counts } = last;
+    const { layers, counts, hot } = last;
     const recent = byId("heat-recent").checked;
     const before = this._uses[0].counts;
     // Counts are halved now and then, and start again with the server.
     const since = (layer, expert) => Math.max(0, counts[layer][expert] - (before[layer]?.[expert] ?? 0));
     const shown = recent ? counts.map((row, layer) => row.map((_, expert) => since(layer, expert))) : counts;
     byId("experts-view").hidden = !layers.length;
-    if (layers.length) this._heat.update({ layers, counts: shown });
+    if (layers.length) this._heat.update({ layers, hot, counts: shown });
   }
 }
