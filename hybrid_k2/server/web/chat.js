@@ -9,12 +9,16 @@ const NEAR_PX = 80; // so near to the end, the view follows it
 const SAVE_MS = 2000; // while a reply comes
 
 export class ChatView {
-  /** `settings()` returns {system, body}; `askKey(why)` lets the reader type a key; `changed()` after each change. */
-  constructor({ store, settings, askKey, changed }) {
+  /**
+   * `settings()` returns {system, body}; `askKey(why)` lets the reader type a key; `changed()` is called after each
+   * change, `failed(error)` after each failure.
+   */
+  constructor({ store, settings, askKey, changed, failed }) {
     this._store = store;
     this._settings = settings;
     this._askKey = askKey;
     this._changed = changed;
+    this._failed = failed;
     this._running = new Map(); // conversation -> its Reply
     this._dropped = new WeakSet(); // conversations that were deleted
     this._views = [];
@@ -120,7 +124,10 @@ export class ChatView {
         await reply.run({ ...body, messages });
       } catch (error) {
         asked = error.status === 401 && (await this._askKey(error.message));
-        if (!asked) message.error = error.message;
+        if (!asked) {
+          message.error = error.message;
+          this._failed(error);
+        }
       }
       this._running.delete(chat);
     }

@@ -5,6 +5,7 @@
 import { formatCount, formatShare } from "./format.js";
 
 const HOTTEST = 8; // times the even share, and more
+const FRAME_PX = 3; // around the map, for what marks the focus
 const CELL_PX = { width: [1, 26], height: [6, 22] }; // least and most
 
 export class HeatMap {
@@ -31,8 +32,8 @@ export class HeatMap {
   }
 
   _draw() {
-    const room = this._canvas.parentElement.clientWidth;
-    if (!this._data?.experts || !room) return;
+    const room = this._canvas.parentElement.clientWidth - 2 * FRAME_PX;
+    if (!this._data?.experts || room <= 0) return;
     const { counts, experts, layers } = this._data;
     const width = clamp(room / experts, CELL_PX.width);
     const height = clamp(Math.max(width * 0.7, 280 / layers.length), CELL_PX.height);
@@ -82,7 +83,7 @@ export class HeatMap {
     const { width, height } = this._size;
     context.strokeStyle = getComputedStyle(this._canvas).color;
     context.lineWidth = 2;
-    context.strokeRect(this._at.column * width, this._at.row * height, width, height);
+    context.strokeRect(this._at.column * width - 1, this._at.row * height - 1, width + 2, height + 2);
   }
 
   _timesEven(row, column) {

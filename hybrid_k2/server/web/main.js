@@ -10,13 +10,14 @@ import { Settings } from "./settings.js";
 import { StatusView } from "./status.js";
 import { browserStorage, ChatStore } from "./store.js";
 
-const LOADING_MS = 1000;
+const WATCH_MS = 1000;
 
 const store = new ChatStore(browserStorage());
 const settings = new Settings(store);
-const chatView = new ChatView({ store, settings: () => settings.values(), askKey, changed: drawList });
+const chatView = new ChatView({ store, settings: () => settings.values(), askKey, changed: drawList, failed });
 const statusView = new StatusView(askKey);
 let asking = null; // the question for the key, while it is open
+let watching = false; // the server, until it is ready
 
 /** Ask for the key; several parts of the page may need it at once. Returns whether there is one to try. */
 function askKey(why) {
@@ -98,8 +99,13 @@ async function showModel() {
   }
 }
 
-/** Tell of the loading until it is done. */
-async function watchLoading() {
+/** After a failure that has to do with the server's state, tell of that. */
+function failed({ status }) {
+  if ([0, 503].includes(status) && !watching) watchServer();
+}
+
+/** Tell what state the server is in until it is ready. */
+async function watchServer() {
   const notice = byId("notice");
   let text = "";
   try {
@@ -112,7 +118,8 @@ async function watchLoading() {
   }
   setText(notice, text);
   notice.hidden = !text;
-  if (text) setTimeout(watchLoading, LOADING_MS);
+  watching = Boolean(text);
+  if (watching) setTimeout(watchServer, WATCH_MS);
 }
 
 const loaded = ({ read_bytes: read, total_bytes: total, share }) =>
@@ -127,7 +134,12 @@ byId("shade").addEventListener("click", () => openMenu(false));
 document.addEventListener("keydown", (event) => event.key === "Escape" && openMenu(false));
 addEventListener("hashchange", showView);
 addEventListener("storage", () => {
-  store.reload(new Set([...chatView.busy(), chatView.chat.id].filter((id) => store.chats.has(id))));
+  // Another tab has changed something.
+  const { chat } = chatView;
+  store.reload(chatView.busy());
+  const now = store.chats.get(chat.id);
+  if (now && now.updated !== chat.updated) chatView.show(now);
+  else if (now) store.chats.set(chat.id, chat);
   drawList();
 });
 
@@ -135,4 +147,4 @@ chatView.show(store.chats.get(location.hash.replace("#chat/", "")) ?? store.crea
 if (isStatus()) showView();
 else openChat(chatView.chat);
 showModel();
-watchLoading();
+watchServer();

@@ -51,7 +51,7 @@ function planParts({ groups, kv_cache: cache, overheads }) {
   }));
   const pages = { name: "KV cache", kind: "kv_cache", where: `${formatCount(cache.tokens)} tokens` };
   const others = overheads.map(({ what, device, bytes }) => ({
-    name: what,
+    name: capital(what),
     kind: "overhead",
     memory: memoryOf(device),
     bytes,
@@ -64,12 +64,14 @@ const memoryOf = (device) => (device === "twin" ? "host" : device);
 
 const deviceName = (device) => (device === "host" ? "Host" : `GPU ${device.replace("cuda:", "")}`);
 
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+
 const colour = ({ kind }) => `part-${COLOURS.indexOf(kind)}`;
 
 function bar(parts, bytes) {
   const segments = parts.map((part) => {
     const segment = el("span", { class: colour(part), title: `${part.name}: ${formatBytes(part.bytes)}` });
-    segment.style.flexGrow = part.bytes / bytes;
+    segment.style.flexGrow = (100 * part.bytes) / bytes;
     return segment;
   });
   return el("div", { class: "bar", "aria-hidden": "true" }, ...segments);

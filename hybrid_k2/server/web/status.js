@@ -74,7 +74,7 @@ export class StatusView {
     setText(byId("hits"), asked ? formatShare(hits / asked) : "–");
     setText(byId("hits-more"), `${formatCount(hits)} of ${formatCount(asked)} prompt tokens reused`);
     setText(byId("tokens"), formatCount(service.generated_tokens));
-    setText(byId("tokens-more"), `${formatCount(service.prompt_tokens)} of prompts computed`);
+    setText(byId("tokens-more"), `${formatCount(service.prompt_tokens)} prompt tokens computed`);
     setText(byId("step"), service.steps ? `${formatNumber(service.step_s * 1000)} ms` : "–");
     setText(
       byId("step-more"),
@@ -91,7 +91,7 @@ export class StatusView {
     const seconds = last.time - before.time;
     const rate = (name) => formatNumber(seconds ? (last[name] - before[name]) / seconds : 0);
     setText(byId("speed"), rate("generated"));
-    setText(byId("speed-more"), `tokens/s · ${rate("prompt")} of prompts`);
+    setText(byId("speed-more"), `tokens/s · prompts ${rate("prompt")}`);
     const rates = this._samples.slice(1).map((each, index) => {
       const previous = this._samples[index];
       return (each.generated - previous.generated) / (each.time - previous.time);
@@ -100,7 +100,7 @@ export class StatusView {
     const points = rates.map(
       (each, index) => `${SAMPLES - rates.length + index + 1},${(23 - (each / most) * 22).toFixed(1)}`,
     );
-    byId("speed-line").setAttribute("points", points.join(" "));
+    byId("speed-line").setAttribute("points", points.length > 1 ? points.join(" ") : "");
   }
 
   _showPlan(plan) {
