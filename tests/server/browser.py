@@ -35,7 +35,11 @@ def running_browser() -> Iterator[Browser]:
         try:
             browser = playwright.chromium.launch(executable_path=program)
         except sync_api.Error as error:
-            pytest.skip(f"needs chromium: apt-get install chromium, or playwright install chromium ({error.name})")
+            if program is not None:
+                raise
+            pytest.skip(
+                f"needs chromium: apt-get install chromium, or playwright install chromium: {error.message[:80]}"
+            )
         yield browser
         browser.close()
 

@@ -85,7 +85,9 @@ def test_tls(tmp_path: Path) -> None:
 
 def test_options_from_a_file_and_the_environment(tmp_path: Path) -> None:
     config = tmp_path / "serve.yaml"
-    config.write_text("served-model-name: [from-file, second]\napi-key: file-key\nstrict-moonshot: true\nno-web: true\n")
+    config.write_text(
+        "served-model-name: [from-file, second]\napi-key: file-key\nstrict-moonshot: true\nno-web: true\n"
+    )
     keys = tmp_path / "keys"
     keys.write_text("# of the team\nanna-key\n\nben-key\n")
     variables = {"HYBRID_K2_CONFIG": str(config), "HYBRID_K2_API_KEY_FILE": str(keys), "HYBRID_K2_API_KEY": "env-key"}

@@ -100,11 +100,13 @@ export class ChatView {
     if (this._running.has(this._chat)) return;
     if (this._chat.messages.at(-1)?.role === "assistant") this._chat.messages.pop();
     this._answer(this._chat);
+    this._log.focus(); // the button is gone
   }
 
   _answerCalls(results) {
     this._chat.messages.push(...results.map(({ id, content }) => ({ role: "tool", toolCallId: id, content })));
     this._answer(this._chat);
+    this._log.focus();
   }
 
   /** Let the model reply to what a conversation holds. */

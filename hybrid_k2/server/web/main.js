@@ -59,6 +59,7 @@ function remove(chat) {
   chatView.drop(chat);
   if (chat.id === chatView.chat.id) openChat(store.latest()[0] ?? store.create());
   else drawList();
+  byId("new-chat").focus();
 }
 
 const isStatus = () => location.hash === "#status";
