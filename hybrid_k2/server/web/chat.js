@@ -74,9 +74,6 @@ export class ChatView {
       this.stop();
       this._input.focus();
     });
-    document.addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && !document.querySelector("dialog[open]")) this.stop();
-    });
     this._log.addEventListener("scroll", () => this._look(), { passive: true });
     new ResizeObserver(() => this._follow()).observe(this._log);
     this._latest.addEventListener("click", () => {
@@ -117,22 +114,23 @@ export class ChatView {
     chat.messages.push(message);
     nameChat(chat);
     this._keep(chat);
-    for (let asked = true; asked;) {
-      asked = false;
+    let again; // with a key
+    do {
+      again = false;
       const reply = new Reply(message, () => this._progress(chat));
       this._running.set(chat, reply);
       if (chat === this._chat) this.show(chat);
       try {
         await reply.run({ ...body, messages });
       } catch (error) {
-        asked = error.status === 401 && (await this._askKey(error.message));
-        if (!asked) {
+        again = error.status === 401 && (await this._askKey(error.message));
+        if (!again) {
           message.error = error.message;
           this._failed(error);
         }
       }
       this._running.delete(chat);
-    }
+    } while (again);
     this._keep(chat);
     if (chat === this._chat) this._update();
   }

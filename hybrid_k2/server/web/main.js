@@ -77,12 +77,15 @@ function showView() {
   if (!status && id && id !== chatView.chat.id && store.chats.has(id)) chatView.show(store.chats.get(id));
   byId("chat-view").hidden = status;
   byId("status-view").hidden = !status;
-  byId("to-status").toggleAttribute("aria-current", status);
+  if (status) byId("to-status").setAttribute("aria-current", "page");
+  else byId("to-status").removeAttribute("aria-current");
   if (status) setText(byId("heading"), "Status");
   statusView.run(status);
   drawList();
   openMenu(false);
 }
+
+const isMenuOpen = () => document.body.classList.contains("menu-open");
 
 function openMenu(open) {
   document.body.classList.toggle("menu-open", open);
@@ -130,9 +133,13 @@ byId("new-chat").addEventListener("click", () => {
   openChat(store.create());
   byId("input").focus();
 });
-byId("menu").addEventListener("click", () => openMenu(!document.body.classList.contains("menu-open")));
+byId("menu").addEventListener("click", () => openMenu(!isMenuOpen()));
 byId("shade").addEventListener("click", () => openMenu(false));
-document.addEventListener("keydown", (event) => event.key === "Escape" && openMenu(false));
+document.addEventListener("keydown", ({ key }) => {
+  if (key !== "Escape" || document.querySelector("dialog[open]")) return;
+  if (isMenuOpen()) openMenu(false);
+  else chatView.stop();
+});
 addEventListener("hashchange", showView);
 addEventListener("storage", () => {
   // Another tab has changed something.

@@ -4,6 +4,9 @@ import { copyButton, el, setText } from "./dom.js";
 import { formatCount, formatNumber, formatSeconds } from "./format.js";
 import { MarkdownView } from "./markdown_view.js";
 
+// What is to be said about a reply's end; nothing about others.
+const ENDS = { length: "Cut off at the token limit.", stopped: "Stopped." };
+
 /** Show what the reader said. */
 export function userMessage({ content }) {
   return el(
@@ -104,8 +107,8 @@ export class ReplyView {
     this._drawnFoot = state;
     const parts = [];
     if (reply === null) {
-      const end = { length: "Cut off at the token limit.", stopped: "Stopped." }[message.finish];
-      if (end) parts.push(el("p", { class: "note" }, end));
+      const end = message.finish ? ENDS[message.finish] : "Broken off: the page was left.";
+      if (end && !message.error) parts.push(el("p", { class: "note" }, end));
       if (message.error) parts.push(el("p", { class: "error", role: "alert" }, message.error));
       const again = el("button", { type: "button", class: "quiet", onclick: () => this._actions.regenerate() });
       again.textContent = message.error ? "Try again" : "Regenerate";

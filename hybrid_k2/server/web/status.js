@@ -9,15 +9,16 @@ import { memoryMap } from "./memory_map.js";
 const POLL_MS = 1000;
 const SAMPLES = 60; // of the speed, one for each poll
 const RATE_SAMPLES = 4; // that the number beside them is the mean of
-const RECENT = 30; // polls that "recently" goes back
+const RECENT_MS = 30_000;
 
 export class StatusView {
   /** `askKey(why)` lets the reader type a key, and says whether there is one. */
   constructor(askKey) {
     this._askKey = askKey;
     this._samples = []; // {time, generated, prompt}, the oldest first
-    this._uses = []; // {layers, counts, hot} of the last polls
-    this._running = false;
+    this._uses = []; // {layers, counts, hot, at} of the last seconds
+    this._on = false;
+    this._turn = 0; // of polling: one that was switched off does not go on when the next begins
     this._heat = new HeatMap(byId("heat"), byId("heat-scale"), byId("heat-told"));
     for (const choice of document.querySelectorAll("input[name=heat-span]")) {
       choice.addEventListener("change", () => this._showUses());
@@ -26,13 +27,16 @@ export class StatusView {
 
   /** Poll while the view is shown. */
   run(on) {
-    const starts = on && !this._running;
-    this._running = on;
-    if (starts) this._poll();
+    if (on === this._on) return;
+    this._on = on;
+    this._turn += 1;
+    if (on) this._poll(this._turn);
   }
 
-  async _poll() {
-    while (this._running) {
+  async _poll(turn) {
+    this._samples = [];
+    this._uses = [];
+    while (turn === this._turn) {
       if (!document.hidden) await this._once();
       await new Promise((resolve) => setTimeout(resolve, POLL_MS));
     }
@@ -111,7 +115,8 @@ export class StatusView {
   }
 
   _take(uses) {
-    this._uses = [...this._uses, uses].slice(-RECENT);
+    const now = performance.now();
+    this._uses = [...this._uses, { ...uses, at: now }].filter(({ at }) => now - at <= RECENT_MS);
     this._showUses();
   }
 
