@@ -84,6 +84,7 @@ def serve(
         list[str] | None,
         _option("--served-model-name", "NAME", "The model's name for clients (left out: its own). Repeat for more."),
     ] = None,
+    no_web: Annotated[bool, _option("--no-web", None, "Serve no web page at /.")] = False,
     strict_moonshot: Annotated[bool, _option("--strict-moonshot", None, "Refuse what Moonshot's API refuses.")] = False,
     max_running: Annotated[
         int | None, _option("--max-running", "N", "Sequences computed at once.", _LOAD, min=1)
@@ -132,6 +133,7 @@ def serve(
         api_keys=(*(api_key or ()), *(read_keys(api_key_file) if api_key_file else ())),
         hosts=tuple(allowed_host or ()),
         cors_origins=tuple(cors_origin or ()),
+        web=not no_web,
         strict_moonshot=strict_moonshot,
         keep_alive_s=keep_alive,
         limits=limits,

@@ -24,6 +24,7 @@ from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.request import chat_sequences, check_ids, check_prompt_fits, text_sequences
 from hybrid_k2.engine.sequence import TokenSequence, cut
 from hybrid_k2.errors import EngineError, MemoryBudgetError, RequestError, shown
+from hybrid_k2.experts.usage import ExpertUse
 from hybrid_k2.model.batch import Batch
 from hybrid_k2.model.latent_cache import LatentCache
 
@@ -53,7 +54,8 @@ class Engine:
         loaded.text.trace = Trace() if trace_to is not None else None
         self._cache = LatentCache(loaded.plan.kv_cache, loaded.config)
         self._prefix = PrefixCache(self._cache)
-        self._usage = KeptUsage(loaded.folder, loaded.text.usage)
+        remembered = loaded.text.usage if loaded.plan.accelerator is not None else {}
+        self._usage = KeptUsage(loaded.folder, remembered)
         self.runner = Runner(
             loaded.text,
             self._cache,
@@ -112,6 +114,13 @@ class Engine:
         """
         self._check_open()
         return self.loaded.text.experts_runtime.measure_read_gbps()
+
+    def expert_use(self) -> dict[int, ExpertUse]:
+        """Return how often each expert was chosen, by MoE layer; any thread, any time.
+
+        Beside an accelerator, the counts go on from what was remembered. They are halved now and then.
+        """
+        return self.loaded.text.expert_use()
 
     def default_params(self, thinking: bool = True) -> SamplingParams:
         """Return the sampling values that requests use where they state none."""

@@ -95,10 +95,8 @@ class HotLoader:
         self._undo.callback(hot_set.close)
         return hot_set
 
-    def usage(self, layer: int, router: torch.device) -> LayerUsage | None:
-        """Return a counter that goes on from what the plan knows, beside an accelerator."""
-        if self._plan.accelerator is None:
-            return None
+    def usage(self, layer: int, router: torch.device) -> LayerUsage:
+        """Return a counter that goes on from what the plan knows."""
         return LayerUsage(self._plan.usage.get(layer, [0] * self._config.n_routed_experts), router)
 
     def _load_twin(self, layer: int, count: Count) -> HotExperts:

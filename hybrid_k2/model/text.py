@@ -13,7 +13,7 @@ from hybrid_k2.accelerator import Accelerator, Handoff, Label, TimeLimit, Trace
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import EngineError, RequestError
 from hybrid_k2.experts import ExpertsRuntime
-from hybrid_k2.experts.usage import LayerUsage
+from hybrid_k2.experts.usage import ExpertUse, LayerUsage
 from hybrid_k2.model.batch import Batch
 from hybrid_k2.model.hot_set import HotSet
 from hybrid_k2.model.latent_cache import LatentCache
@@ -80,6 +80,15 @@ class TextModel:
         """The counters of chosen experts, by layer; empty where none are counted."""
         moe = {i: layer.mlp for i, layer in enumerate(self.layers) if isinstance(layer.mlp, Moe)}
         return {i: layer.usage for i, layer in moe.items() if layer.usage is not None}
+
+    def expert_use(self) -> dict[int, ExpertUse]:
+        """Return which experts are used, by layer; any thread may ask while steps run. Empty when closed."""
+        moe = {i: layer.mlp for i, layer in enumerate(self.layers) if isinstance(layer.mlp, Moe)}
+        return {
+            i: ExpertUse(part.usage.counts(), sorted(part.hot.experts if part.hot is not None else ()))
+            for i, part in moe.items()
+            if part.usage is not None
+        }
 
     @property
     def any_cut(self) -> bool:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from hybrid_k2 import __version__
 from hybrid_k2.errors import HybridK2Error
 from hybrid_k2.server.anthropic_messages import message_routes
-from hybrid_k2.server.auth import ApiKeys, Authentication
+from hybrid_k2.server.auth import OPEN_PATHS, ApiKeys, Authentication
 from hybrid_k2.server.backend import Backend
 from hybrid_k2.server.context import Context
 from hybrid_k2.server.errors import ApiError, api_error, error_response, logged
@@ -26,6 +26,8 @@ from hybrid_k2.server.openai_completions import completion_routes
 from hybrid_k2.server.openai_responses import response_routes
 from hybrid_k2.server.options import ServerOptions
 from hybrid_k2.server.request_log import HEADER, RequestLog
+from hybrid_k2.server.status import status_routes
+from hybrid_k2.server.web_page import read_web_files, web_routes
 
 
 def create_app(backend: Backend, options: ServerOptions) -> FastAPI:
@@ -35,15 +37,31 @@ def create_app(backend: Backend, options: ServerOptions) -> FastAPI:
     # The pages of the documentation would load scripts from elsewhere; the description itself is served.
     # A redirect to the same path without its last slash would go to http, also where a proxy has TLS before it.
     app = FastAPI(title="hybrid-k2", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    for routes in (model_routes, chat_routes, completion_routes, response_routes, message_routes, file_routes):
+    for routes in (
+        model_routes,
+        chat_routes,
+        completion_routes,
+        response_routes,
+        message_routes,
+        file_routes,
+        status_routes,
+    ):
         app.include_router(routes(context))
+    web_files = read_web_files() if options.web else {}
+    if web_files:
+        app.include_router(web_routes(web_files))
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HybridK2Error, _answer_engine_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     # The last one added is the first that a request meets.
     app.add_middleware(RequestLimits, limits=options.limits)
-    keys = ApiKeys(options.api_keys)
-    app.add_middleware(Authentication, keys=keys, origins=options.cors_origins, hosts=options.hosts)
+    app.add_middleware(
+        Authentication,
+        keys=ApiKeys(options.api_keys),
+        origins=options.cors_origins,
+        hosts=options.hosts,
+        open_paths=OPEN_PATHS | web_files.keys(),
+    )
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware,

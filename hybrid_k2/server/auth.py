@@ -42,10 +42,19 @@ class Authentication:
 
     Without keys everybody may call who reaches the server, but not a web page from elsewhere: a browser on this machine
     would let it. `origins`: where pages may come from. `hosts`: by which names the server may be addressed.
+    `open_paths`: what needs no key.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, origins: Collection[str] = (), hosts: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: ApiKeys,
+        origins: Collection[str] = (),
+        hosts: Collection[str] = (),
+        open_paths: Collection[str] = OPEN_PATHS,
+    ) -> None:
         self._app = app
+        self._open_paths = open_paths
         self._keys = keys
         self._origins = origins
         self._hosts = hosts
@@ -78,7 +87,7 @@ class Authentication:
                 )
             return ""
         owner = self._keys.owner(_presented(headers))
-        if owner is None and path not in OPEN_PATHS:
+        if owner is None and path not in self._open_paths:
             raise ApiError(401, "API key: expected a known one, got none or another", code="invalid_api_key")
         return owner or ""
 

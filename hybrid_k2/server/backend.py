@@ -6,6 +6,8 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from hybrid_k2.experts.usage import ExpertUse
+from hybrid_k2.placement import Plan
 from hybrid_k2.protocol import Tokenizer
 from hybrid_k2.server.errors import loading, shutting_down
 
@@ -22,6 +24,15 @@ class Model(Protocol):
     @property
     def context_tokens(self) -> int:
         """The longest prompt and reply together."""
+        ...
+
+    @property
+    def plan(self) -> Plan:
+        """Where everything lies."""
+        ...
+
+    def expert_use(self) -> dict[int, ExpertUse]:
+        """Return how often each expert was chosen, by MoE layer; any thread may ask."""
         ...
 
     def close(self) -> None:

@@ -33,6 +33,7 @@ class ServerOptions:
     api_keys: tuple[str, ...] = ()  # none: every client may come
     hosts: tuple[str, ...] = ()  # names by which clients may address it, beside IP addresses; none: any
     cors_origins: tuple[str, ...] = ()  # origins of pages that may call from a browser; "*" for all
+    web: bool = True  # the page at /
     strict_moonshot: bool = False  # refuse what the official API refuses
     keep_alive_s: float = 15.0  # a comment in a silent stream; 0 for none
     limits: Limits = field(default_factory=Limits)

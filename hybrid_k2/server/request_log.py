@@ -22,7 +22,8 @@ log = logging.getLogger("hybrid_k2.server")
 HEADER = "x-request-id"
 _ANTHROPIC_HEADER = b"request-id"  # where clients of this dialect look for it
 _ACCEPTED_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-_QUIET_PATHS = frozenset({"/health", "/metrics"})  # asked for every few seconds
+# Asked for every few seconds.
+_QUIET_PATHS = frozenset({"/health", "/metrics", "/v1/hybrid-k2/status", "/v1/hybrid-k2/experts"})
 
 
 class RequestLog:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from hybrid_k2.engine.loading import plan_checkpoint
 from hybrid_k2.engine.output import Output, PlainText
 from hybrid_k2.engine.reply import FinishReason, Reply, Timings, TokenLogprob, Usage
 from hybrid_k2.engine.service_types import Failed, Finished, Piece, Progress, ServiceEvent, ServiceRequest, ServiceStats
 from hybrid_k2.errors import HybridK2Error
+from hybrid_k2.experts.usage import ExpertUse
+from hybrid_k2.placement import Plan
 from hybrid_k2.protocol import OutputParser, Tokenizer, canonical_history, encode_prompt
 
 
@@ -47,8 +51,16 @@ class ScriptedService:
         self.scripts: list[Script] = []
         self.requests: list[ServiceRequest] = []
         self.tickets: list[ScriptedTicket] = []
+        self.uses = {1: ExpertUse([3, 0, 1], []), 2: ExpertUse([0, 2, 2], [1])}
         self.closed = False
         self._threads: list[threading.Thread] = []
+
+    @cached_property
+    def plan(self) -> Plan:
+        return plan_checkpoint("demo")
+
+    def expert_use(self) -> dict[int, ExpertUse]:
+        return self.uses
 
     def submit(self, request: ServiceRequest, on_event: Callable[[ServiceEvent], None]) -> ScriptedTicket:
         self.requests.append(request)

@@ -28,6 +28,8 @@ MakeClient = Callable[..., Client]
 ROUTES = [
     ("GET", "/metrics"),
     ("GET", "/v1/models"),
+    ("GET", "/v1/hybrid-k2/status"),
+    ("GET", "/v1/hybrid-k2/experts"),
     ("GET", "/v1/models/k2"),
     ("GET", "/openapi.json"),
     ("GET", "/v1/nothing"),

@@ -87,7 +87,9 @@ def test_tls(tmp_path: Path) -> None:
 
 def test_options_from_a_file_and_the_environment(tmp_path: Path) -> None:
     config = tmp_path / "serve.yaml"
-    config.write_text("served-model-name: [from-file, second]\napi-key: file-key\nstrict-moonshot: true\n")
+    config.write_text(
+        "served-model-name: [from-file, second]\napi-key: file-key\nstrict-moonshot: true\nno-web: true\n"
+    )
     keys = tmp_path / "keys"
     keys.write_text("# of the team\nanna-key\n\nben-key\n")
     variables = {"HYBRID_K2_CONFIG": str(config), "HYBRID_K2_API_KEY_FILE": str(keys), "HYBRID_K2_API_KEY": "env-key"}
@@ -101,6 +103,7 @@ def test_options_from_a_file_and_the_environment(tmp_path: Path) -> None:
         body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0}
         refused = httpx.post(server.url + PATH, json=body, headers={"x-api-key": "env-key"}, timeout=30)
         assert "only 1 is allowed" in refused.json()["error"]["message"]
+        assert httpx.get(server.url, headers={"x-api-key": "env-key"}, timeout=30).status_code == 404
 
 
 def test_a_model_that_does_not_load_ends_the_server(call: Call, tmp_path: Path) -> None:
