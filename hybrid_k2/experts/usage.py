@@ -24,16 +24,17 @@ class LayerUsage:
         self._counts = torch.tensor(counts, dtype=torch.int64, device=device)  # [E]
         self._seen = torch.zeros(2, dtype=torch.int64, device=device)  # choices, and those of them that were hot
 
-    def add(self, ids: Tensor, on_host: Tensor) -> None:
-        """Count one batch; `on_host` is -1 where a chosen expert is hot.
+    def add(self, ids: Tensor, on_host: Tensor, live: Tensor | None = None) -> None:
+        """Count one batch; `on_host` is -1 where a chosen expert is hot, `live` says which rows count (None: all).
 
-        Shapes: ids, on_host [T, K] int32, on the device of the counts.
+        Shapes: ids, on_host [T, K] int32, live [T] bool, on the device of the counts.
         """
-        numbers = ids.flatten().long()
-        self._counts.scatter_add_(0, numbers, torch.ones_like(numbers))
-        self._seen[0] += len(numbers)
+        numbers = ids.long()
+        counted = torch.ones_like(numbers) if live is None else live.long()[:, None].expand_as(numbers)  # [T, K]
+        self._counts.scatter_add_(0, numbers.flatten(), counted.flatten())
+        self._seen[0] += numbers.numel() if live is None else counted.sum()
         if on_host is not ids:
-            self._seen[1] += (on_host < 0).sum()
+            self._seen[1] += torch.where(on_host < 0, counted, 0).sum()
 
     def take_hit_rate(self) -> float | None:
         """Return the part of the choices since the last call that were hot experts; None where there were none."""

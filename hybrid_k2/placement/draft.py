@@ -60,7 +60,8 @@ def draft_plan(
     if streams != "off":
         _check_streamed(rules, experts_packed)
     chunk_tokens = rules.prefill.chunk_tokens or (AUTO_CHUNK_TOKENS if streams == "off" else AUTO_STREAM_TOKENS)
-    work = Work(config, accelerator, activation_dtype, chunk_tokens, bool(claims.hot), streams != "off")
+    graphs = rules.graphs and accelerator not in (None, TWIN)
+    work = Work(config, accelerator, activation_dtype, chunk_tokens, bool(claims.hot), streams != "off", graphs)
     kv_cache = _plan_kv_cache(rules, config, machine, devices, rows, work)
     chunk_tokens = min(chunk_tokens, kv_cache.tokens)
     work = replace(work, chunk_tokens=chunk_tokens)
@@ -94,6 +95,7 @@ def draft_plan(
         + ((NO_SELF_CHECK,) if accelerator is not None and not rules.self_check else ()),
         accelerator=accelerator,
         stream=streams,
+        graphs=graphs,
         overheads=overheads,
         overlap=_overlap(rules, kv_cache.device),
         twin_threads=threads.twin_threads,

@@ -86,6 +86,7 @@ class PrefillRule:
 class Rules:
     """Hold one rule file, checked for form; `make_plan` checks it against a model and a machine.
 
+    graphs: record the decode steps of a GPU, and launch each as one.
     self_check: compare an accelerator with a reference before it serves.
     source: the file as named in errors. reason: why it was chosen, when the machine chose it.
     """
@@ -98,6 +99,7 @@ class Rules:
     overlap: str = "auto"
     overlap_line: int | None = None
     prefill: PrefillRule = PrefillRule()
+    graphs: bool = True
     self_check: bool = True
     version: int = FORM_VERSION
     reason: str = ""

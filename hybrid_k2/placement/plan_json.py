@@ -44,6 +44,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "twin_threads": plan.twin_threads,
         "overlap": plan.overlap,
         "stream": plan.stream,
+        "graphs": "auto" if plan.graphs else "off",
         "chunk_tokens": plan.chunk_tokens,
         "self_check": plan.self_check,
         "bytes_per_token": plan.bytes_per_token,

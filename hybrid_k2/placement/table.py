@@ -52,7 +52,7 @@ def _summary(plan: Plan) -> Iterator[str]:
     yield f"experts: {plan.numerics}, {threads}; activations {plan.activation_dtype}"
     if plan.accelerator is not None:
         own = f"{_count_threads(plan.twin_threads)}; " if plan.twin_threads else ""
-        yield f"{plan.accelerator}: {own}overlap {plan.overlap}"
+        yield f"{plan.accelerator}: {own}overlap {plan.overlap}{'; decode steps as graphs' if plan.graphs else ''}"
     yield f"prefill: chunks of {plan.chunk_tokens} tokens{'; heavy experts streamed' if plan.stream != 'off' else ''}"
     yield f"weights read per decoded token: {format_bytes(plan.bytes_per_token)}"
     yield from (f"note: {note}" for note in plan.notes)

@@ -16,15 +16,19 @@ from hybrid_k2.accelerator import Accelerator, Label, handoff_cuda
 from hybrid_k2.accelerator.cuda import Peer
 from hybrid_k2.model import loader, stream_loading
 from hybrid_k2.placement import Gpu, Machine
+from tests.gpu.recorder import Recorder
 
 
 class HostCard(Accelerator):
-    """Execute what is launched at once; tell peers of steps as CudaAccelerator does."""
+    """Execute what is launched at once; tell peers of steps as CudaAccelerator does. Graphs are those of Recorder."""
+
+    captures = True
 
     def __init__(self, device: torch.device) -> None:
         self.name, self.device = "cuda:0", device
         self.peers: list[Peer] = []
         self.steps = 0
+        self.recordings: list[Recorder] = []
         self._running = False
 
     def attach(self, peer: Peer) -> None:
@@ -37,6 +41,10 @@ class HostCard(Accelerator):
                 peer.begin()
         with torch.inference_mode():
             op()
+
+    def capture(self, op: Callable[[], None]) -> Callable[[], None]:
+        self.recordings.append(Recorder())
+        return self.recordings[-1].record(op)
 
     @contextmanager
     def span(self, label: Label) -> Iterator[None]:
