@@ -81,7 +81,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name.removeprefix("aten::")
-        if name in WAITING:
+        masked = name == "index" and any(mask is not None and mask.dtype == torch.bool for mask in args[1])
+        if name in WAITING or masked:
             raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE):
             with self:
