@@ -96,7 +96,7 @@ class CudaAccelerator(Accelerator):
     def capture(self, op: Callable[[], None]) -> Callable[[], None]:
         """See Accelerator; waits for the GPU first. Other threads may use it meanwhile: they copy experts, and pin."""
         graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         recording = torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local")
         with torch.inference_mode(), recording:
             op()

@@ -64,7 +64,8 @@ def draft_plan(
     work = Work(config, accelerator, activation_dtype, chunk_tokens, bool(claims.hot), streams != "off", graphs)
     kv_cache = _plan_kv_cache(rules, config, machine, devices, rows, work)
     chunk_tokens = min(chunk_tokens, kv_cache.tokens)
-    work = replace(work, chunk_tokens=chunk_tokens)
+    overlap = _overlap(rules, kv_cache.device)
+    work = replace(work, chunk_tokens=chunk_tokens, halves=2 if overlap == "ping_pong" else 1)
     overheads = _overheads(work, rows, kv_cache)
     counts, notes = _count_hot(claims, rules, config, machine, rows, kv_cache, overheads, experts_packed, usage or {})
     rows = _place_hot(claims, counts, rules, config, rows, usage or {})
@@ -97,7 +98,7 @@ def draft_plan(
         stream=streams,
         graphs=graphs,
         overheads=overheads,
-        overlap=_overlap(rules, kv_cache.device),
+        overlap=overlap,
         twin_threads=threads.twin_threads,
         self_check=accelerator is not None and rules.self_check,
         usage=usage or {},

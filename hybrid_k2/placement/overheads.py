@@ -46,8 +46,8 @@ class Overhead:
 class Work:
     """Say what is computed beside the host, and where.
 
-    hot, stream: experts are computed there, too. graphs: decode steps are recorded. context_tokens: of the longest
-    sequence.
+    hot, stream: experts are computed there, too. graphs: decode steps are recorded. halves: of a batch that has
+    attention at a time are so many. context_tokens: of the longest sequence.
     """
 
     config: ModelConfig
@@ -57,6 +57,7 @@ class Work:
     hot: bool = False
     stream: bool = False
     graphs: bool = False
+    halves: int = 1
     context_tokens: int = 0
     sequences: int = SEQUENCES
 
@@ -76,7 +77,6 @@ def staging(work: Work) -> tuple[Overhead, ...]:
 
 
 def _parts(work: Work, matrices: int, matrix_bytes: int) -> Iterator[tuple[str, int]]:
-    config = work.config
     yield "workspace", workspace_bytes(work)
     yield "graphs", graphs_bytes(work) if work.graphs else 0
     # The weights of a small model share a few blocks.
@@ -92,11 +92,11 @@ def handoff_bytes(work: Work) -> int:
 def graphs_bytes(work: Work) -> int:
     """Bound the graphs, and the work memory of a decode step: it stays theirs, beside that of what is launched."""
     launches = len(GRAPH_ROWS) * work.config.num_hidden_layers * GRAPH_BYTES_PER_LAYER
-    rows = max(GRAPH_ROWS)
-    step = replace(work, chunk_tokens=rows, sequences=rows)
+    rows, at_once = max(GRAPH_ROWS), max(GRAPH_ROWS) // work.halves
+    part = replace(work, chunk_tokens=at_once, sequences=at_once)
     logits = rows * work.config.vocab_size * FP32_BYTES
-    attention = rows * _attention_row(step) + _partial_bytes(step)
-    return launches + logits + rows * _stream_row(step) + max(attention, _mlp_bytes(step))
+    attention = at_once * _attention_row(part) + _partial_bytes(part)
+    return launches + logits + rows * _stream_row(part) + max(attention, _mlp_bytes(part))
 
 
 def workspace_bytes(work: Work) -> int:

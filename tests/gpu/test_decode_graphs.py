@@ -277,12 +277,13 @@ def test_rows_go_evenly_to_the_halves(count: int, two_halves: bool) -> None:
     form = Form.of(count, two_halves=two_halves)
     assert form.size // 2 < count <= form.size
     assert len(form.halves) == (2 if two_halves and count > 1 else 1)
-    own, here = ([row for part in parts for row in range(part.start, part.stop)] for parts in zip(*form.moves(count)))
+    moves = form.moves(count)
+    own, here = ([row for move in moves for row in range(move[i].start, move[i].stop)] for i in range(2))
     assert own == list(range(count))
     assert sorted(set(here)) == here
-    sizes = [move.stop - move.start for _, move in form.moves(count)]
+    sizes = [move.stop - move.start for _, move in moves]
     assert max(sizes) - min(sizes) <= 1
-    for (_, move), half in zip(form.moves(count), form.halves, strict=True):
+    for (_, move), half in zip(moves, form.halves, strict=True):
         assert half.start == move.start < move.stop <= half.stop
 
 
@@ -337,6 +338,8 @@ def test_what_waits_for_the_device_cannot_be_recorded(op: Callable[[Tensor], obj
 
 def test_a_recording_knows_that_memory_was_given_back() -> None:
     out = torch.zeros(4)
-    launch = record(lambda x=torch.ones(4): out.copy_(x))
+    gone = [torch.ones(4)]
+    launch = record(lambda: out.copy_(gone[0]))
+    gone.clear()
     with pytest.raises(AssertionError, match=r"memory that was given back: torch\.float32 \[4\]"):
         launch()

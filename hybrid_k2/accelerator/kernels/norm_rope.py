@@ -130,7 +130,7 @@ def append_and_rotate(
 
     Shapes: latents [T, kv_lora + rope] bf16 or fp32, as kv_a gives them; norm [kv_lora]; rotation: cos and sin [T,
     rope/2] fp32; slots int32 [T], page * page_tokens + place in the page, or -1; cache [pages, page_tokens, kv_lora +
-    rope]; q_rope, q_out [T, heads, rope], views with consecutive last columns, such as the last columns of absorbed queries.
+    rope]; q_rope, q_out [T, heads, rope], views with consecutive last columns, such as those of absorbed queries.
     Effects: writes `cache` and `q_out`.
     Raises: ValueError for a rope of no power of two, or tensors that are not contiguous.
     """
