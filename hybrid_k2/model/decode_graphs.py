@@ -7,7 +7,8 @@ is filled up to the next size that there is a graph for. Rows that fill it up ch
 to the cache, the host computes no experts for them, and they are not counted.
 
 The first step of each size is launched operation by operation: kernels are compiled and libraries take their memory
-then, which cannot be recorded. The second is recorded. Both launch the same, so that a step's bits do not depend on it.
+then, which cannot be recorded. Before the second one, the step is recorded. The second is launched both ways, and only
+if both give the same bits is the graph used from then on: what went into it by mistake is of the step before.
 """
 
 from __future__ import annotations
@@ -65,8 +66,17 @@ class Form:
         return [(slice(a, b), slice(at, at + b - a)) for at, a, b in zip(starts, edges[:-1], edges[1:], strict=True)]
 
 
+@dataclass
+class Graph:
+    """Hold a recorded step; `same` says, on the device, whether it gave what launching gave. None: not tried yet."""
+
+    launch: Callable[[], None]
+    same: Tensor | None = None
+    trusted: bool = False
+
+
 class DecodeGraphs:
-    """Run decode steps, from the second one of each size on as one launch; for one cache at a time.
+    """Run decode steps, from the third one of each size on as one launch; for one cache at a time.
 
     Memory: `DecodeInputs`, logits of the largest size, and of each graph what the plan counts (placement/overheads.py).
     """
@@ -89,32 +99,42 @@ class DecodeGraphs:
         self._cache: ReferenceType[LatentCache] | None = None
         self._inputs: DecodeInputs
         self._logits: Tensor  # [rows, vocab]
-        self._graphs: dict[Form, Callable[[], None] | None] = {}  # None: launched once, not yet recorded
+        self._graphs: dict[Form, Graph | None] = {}  # None: launched once, not yet recorded
         self._refused = False
 
     def fits(self, batch: Batch) -> bool:
         """Say whether the batch is a decode step that there can be a graph for."""
         return not self._refused and len(batch.sequences) == len(batch.token_ids) <= GRAPH_ROWS[-1]
 
+    def forget(self) -> None:
+        """Begin anew, after a step that failed: what it compared is void."""
+        self._graphs.clear()
+
     def operations(self, batch: Batch, cache: LatentCache, logits: Tensor, *, two_halves: bool) -> Iterator[Operation]:
         """List a step of a batch that `fits`; each operation must have been enqueued before the next one is asked for.
 
+        To be called when the step before has ended.
         Shapes: logits [R, vocab] fp32, gets the result.
         """
         self._remember(cache)
         form = Form.of(len(batch.token_ids), two_halves=two_halves)
         moves = form.moves(len(batch.token_ids))
+        graph = None
+        if form in self._graphs:
+            graph = self._graphs[form] = self._graphs[form] or self._record(cache, form)
+            if graph is None:
+                yield self._handoff.reset, Label("reset")  # of what was posted while it was recorded
+        self._graphs.setdefault(form, None)
+        trusted = graph is not None and self._trusts(graph)
         yield partial(self._begin, batch, moves), Label("embed")
-        if form not in self._graphs:
-            yield from self._step(cache, form)
-            self._graphs[form] = None
-        elif graph := self._graphs[form] or self._record(cache, form):
-            self._graphs[form] = graph
-            yield graph, Label("graph")
+        if graph is not None and trusted:
+            yield graph.launch, Label("graph")
         else:
-            yield self._handoff.reset, Label("reset")  # of what was posted while it was recorded
             yield from self._step(cache, form)
         yield partial(self._end, batch, moves, logits), Label("logits")
+        if graph is not None and graph.same is None:
+            yield graph.launch, Label("graph")
+            yield partial(self._compare, graph, batch, moves, logits), Label("compare")
 
     def _remember(self, cache: LatentCache) -> None:
         """Forget the graphs of another cache: they read and write its memory."""
@@ -138,7 +158,7 @@ class DecodeGraphs:
             begun.append(half)
         yield from self._program(begun)
 
-    def _record(self, cache: LatentCache, form: Form) -> Callable[[], None] | None:
+    def _record(self, cache: LatentCache, form: Form) -> Graph | None:
         """Record a step; None if that fails, which it will then for every other one."""
 
         def launch() -> None:
@@ -146,16 +166,31 @@ class DecodeGraphs:
                 op()
 
         try:
-            return self._accelerator.capture(launch)
+            return Graph(self._accelerator.capture(launch))
         except RuntimeError as error:  # torch's
-            log.warning("graphs: decode steps cannot be recorded, and are launched operation by operation: %s", error)
-            self._refused = True
+            self._refuse(f"they cannot be recorded: {error}")
             return None
+
+    def _trusts(self, graph: Graph) -> bool:
+        if graph.same is not None and not graph.trusted:
+            graph.trusted = bool(graph.same)
+            if not graph.trusted:
+                self._refuse("a recorded one computed something else")
+        return graph.trusted
+
+    def _refuse(self, why: str) -> None:
+        log.warning("graphs: decode steps are launched operation by operation: %s", why)
+        self._refused = True
 
     def _end(self, batch: Batch, moves: Moves, logits: Tensor) -> None:
         """Pick the wanted rows."""
         places = torch.cat([torch.arange(here.start, here.stop) for _, here in moves])  # [T]
         logits.copy_(self._logits[upload(places[batch.logit_rows], self._logits.device)])
+
+    def _compare(self, graph: Graph, batch: Batch, moves: Moves, logits: Tensor) -> None:
+        again = torch.empty_like(logits)
+        self._end(batch, moves, again)
+        graph.same = (again.view(torch.int32) == logits.view(torch.int32)).all()
 
 
 def why_not(plan: Plan, accelerator: Accelerator, handoff: Handoff, layers: Sequence[Layer]) -> str | None:

@@ -118,6 +118,8 @@ class TextModel:
         try:
             if failed:
                 self.accelerator.enqueue(self.handoff.reset, Label("reset"))
+                if self.graphs is not None:
+                    self.graphs.forget()
             if self.hot is not None:
                 for op, label in self.hot.between_steps(len(batch.token_ids)):
                     self.accelerator.enqueue(op, label)

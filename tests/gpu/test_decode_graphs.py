@@ -119,22 +119,23 @@ def test_a_graph_gives_the_bits_of_what_it_recorded(folder: Path, monkeypatch: p
         assert isinstance(moe, Moe)
         graphs = Sequences(card)
         launched = graphs.copy()
-        steps = random_steps(card, [2, 1, 2, 1, 2])
+        steps = random_steps(card, [2, 1, 2, 1, 2, 1])
         old, new = min(hot := experts_of(moe)), random.choice(sorted(set(range(16)) - hot))
         found, counted = [], []
         for sequences, capture in ((graphs, HostCard.capture), (launched, lambda self, op: op)):
             monkeypatch.setattr(HostCard, "capture", capture)
             for number, step in enumerate(steps):
-                if number == len(steps) - 1:
+                if number == len(steps) - 2:
                     exchange(moe, old, new)
                 found.append(sequences.step(*step))
             exchange(moe, new, old)
             counted.append(moe.usage.counts() if moe.usage is not None else [])
         assert [recording.launches > 30 for recording in host_card(card).recordings] == [True, True]
-        assert all(torch.equal(a, b) for a, b in zip(found[:5], found[5:], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(found[:6], found[6:], strict=True))
         assert all(torch.equal(a, b) for a, b in zip(graphs.cache.layers, launched.cache.layers, strict=True))
         assert [2 * count for count in counted[0]] == counted[1]
-        assert sum(counted[0]) == 8 * card.config.num_experts_per_tok
+        both_ways = 2 + 1  # rows of the steps that are launched and compared
+        assert sum(counted[0]) == (9 + both_ways) * card.config.num_experts_per_tok
 
 
 def experts_of(moe: Moe) -> set[int]:
@@ -209,7 +210,7 @@ def test_what_cannot_be_recorded_is_launched(
         assert card.model.graphs is not None
         assert not card.model.graphs.fits(sequences.batch([0], [0]))
         (record,) = (record for record in caplog.records if record.levelname == "WARNING")
-        assert "decode steps cannot be recorded" in record.getMessage()
+        assert "operation by operation: they cannot be recorded: _local_scalar_dense" in record.getMessage()
 
 
 def test_memory_that_does_not_stay_is_found_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,10 +224,31 @@ def test_memory_that_does_not_stay_is_found_out(folder: Path, monkeypatch: pytes
 
         monkeypatch.setattr(DecodeInputs, "fill", fill_elsewhere)
         sequences, (step,) = Sequences(card), random_steps(card, [1])
-        for _ in range(2):
-            sequences.step(*step)
+        sequences.step(*step)
         with pytest.raises(AssertionError, match=r"a graph reads memory that was given back: .* \[1, 64\]"):
             sequences.step(*step)
+
+
+def test_a_graph_that_computes_something_else_is_not_used(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with on_card(folder, monkeypatch) as card:
+        take, calls = CudaHandoff.take, []
+
+        def take_more(self: CudaHandoff, slot: int, layer: int) -> Tensor:
+            calls.append(layer)
+            return take(self, slot, layer) + len(calls)
+
+        monkeypatch.setattr(CudaHandoff, "take", take_more)
+        sequences, graphs = Sequences(card), card.model.graphs
+        assert graphs is not None
+        steps = random_steps(card, [1, 1, 1])
+        for number, step in enumerate(steps):
+            assert graphs.fits(sequences.batch(*step))
+            sequences.step(*step)
+            assert len(host_card(card).recordings) == (number > 0)
+        assert not graphs.fits(sequences.batch(*steps[0]))
+        assert "operation by operation: a recorded one computed something else" in caplog.text
 
 
 # Which batches, and which models
