@@ -40,11 +40,13 @@ class Accelerator(ABC):
 
     A step is what is enqueued between two calls of `synchronize`.
     `device` is where the tensors of the operations lie; `trace`, if it is set, gets the times of each operation.
+    `captures`: it can record what operations launch.
     """
 
     name: str
     device: torch.device
     trace: Trace | None = None
+    captures: bool = False
 
     def allocating(self) -> AbstractContextManager[object]:
         """Give what is allocated meanwhile to the lane, so that it is not reused before the lane is done with it."""
@@ -57,6 +59,15 @@ class Accelerator(ABC):
         After one that raises, the later ones of the step are skipped.
         Raises: EngineError if the accelerator is closed; where operations are executed at once, what `op` raises.
         """
+
+    def capture(self, op: Callable[[], None]) -> Callable[[], None]:
+        """Record what an operation launches, without executing it, and return an operation that launches all of it.
+
+        What was recorded is launched with the same arguments, on the same memory: that of tensors made by `op` belongs
+        to all recordings of this accelerator together, and what they leave there is lost. Has `op` run once before.
+        Raises: NotImplementedError unless `captures`; RuntimeError if `op` does what cannot be recorded.
+        """
+        raise NotImplementedError(f"{self.name}: expected an accelerator that launches operations")
 
     @abstractmethod
     def synchronize(self, timeout_s: float | None = None) -> None:
@@ -86,11 +97,13 @@ class Handoff(ABC):
 
     `trace`, if it is set, gets the times at which `take` waited, and those of the experts where they are known.
     `room`: tokens that a slot takes at most; None: any number. `concurrent`: the experts start with `post`, not `take`.
+    `replays`: what both launch can be recorded by the accelerator.
     """
 
     trace: Trace | None = None
     room: int | None = None
     concurrent: bool = True
+    replays: bool = False
 
     @abstractmethod
     def post(self, slot: int, layer: int, hidden: Tensor, ids: Tensor, weights: Tensor) -> None:

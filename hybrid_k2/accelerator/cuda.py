@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +26,12 @@ class Peer(Protocol):
 
     def begin(self) -> None:
         """Be ready: a step begins."""
+
+    def progress(self) -> object:
+        """Return what changes with each thing that kernels ask for and get."""
+
+    def waiting(self) -> str | None:
+        """Say what was asked for and is not there, if anything."""
 
     def release(self) -> None:
         """Let go of kernels that wait now; the results of the step are void."""
@@ -49,10 +55,13 @@ class Span:
 class CudaAccelerator(Accelerator):
     """Launch operations on one stream of one GPU.
 
-    The time limit of `synchronize` watches what was launched. An operation that itself waits for the stream, such as a
-    copy to pageable memory, is not watched.
+    The time limit of `synchronize` watches what was launched: it is how long nothing ends and no peer makes progress,
+    so that a graph of a whole step has the limit of one operation. An operation that itself waits for the stream, such
+    as a copy to pageable memory, is not watched.
     Raises: HardwareError without the device.
     """
+
+    captures = True
 
     def __init__(self, device: torch.device) -> None:
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
@@ -63,6 +72,7 @@ class CudaAccelerator(Accelerator):
         self._peers: list[Peer] = []
         self._spans: deque[Span] = deque()  # launched and not yet seen to have ended
         self._began: tuple[torch.cuda.Event, int] | None = None  # the step, on the GPU's clock and on the host's
+        self._pool: Any = None  # the memory of all graphs, taken with the first
         self._closed = False
 
     def attach(self, peer: Peer) -> None:
@@ -82,6 +92,15 @@ class CudaAccelerator(Accelerator):
                 self._begin()
             with self.span(label):
                 op()
+
+    def capture(self, op: Callable[[], None]) -> Callable[[], None]:
+        """See Accelerator; waits for the GPU first. Other threads may use it meanwhile: they copy experts, and pin."""
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        recording = torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local")
+        with torch.inference_mode(), recording:
+            op()
+        return graph.replay
 
     @contextmanager
     def span(self, label: Label) -> Iterator[None]:
@@ -138,20 +157,27 @@ class CudaAccelerator(Accelerator):
             peer.begin()
 
     def _wait(self, timeout_s: float | None) -> None:
-        last = time.monotonic()
+        last, seen = time.monotonic(), self._progress()
         while self._spans:
-            first = self._spans[0]
+            first, progress = self._spans[0], self._progress()
             if first.stop.query():  # type: ignore[no-untyped-call]
                 self._spans.popleft()
                 self._trace(first)
                 last = time.monotonic()
+            elif progress != seen:
+                last, seen = time.monotonic(), progress
             elif timeout_s is not None and time.monotonic() - last > timeout_s:
+                waiting = [text for peer in self._peers if (text := peer.waiting()) is not None]
                 self.drain(timeout_s)
                 raise EngineError(
                     f"{self.name}: {first.label}: expected an operation to end within {timeout_s:g} s, got none"
+                    + "".join(f"; {text}" for text in waiting)
                 )
             else:
                 time.sleep(POLL_S)
+
+    def _progress(self) -> list[object]:
+        return [peer.progress() for peer in self._peers]
 
     def _trace(self, span: Span) -> None:
         if self.trace is not None and self._began is not None:

@@ -62,6 +62,7 @@ class CudaHandoff(Handoff):
         self._slots = Slots(layers, limit)
         self._mailbox = native.Mailbox(runtime, *sizes, room, natives)
         self._calls = _slot_calls(self._mailbox)
+        self.replays = not isinstance(self._calls, HostCalls)
         self._mapped: list[int] = []
         try:
             self._map()
@@ -115,6 +116,16 @@ class CudaHandoff(Handoff):
         """See Peer."""
         self._mailbox.keep_times(self.trace is not None)
         self._mailbox.keep_awake(True)
+
+    def progress(self) -> object:
+        """See Peer."""
+        return [(slot.request.tolist(), slot.reply.tolist()) for slot in self._memory]
+
+    def waiting(self) -> str | None:
+        """See Peer."""
+        posted = [(slot.request.tolist(), slot.reply.tolist()) for slot in self._memory]
+        layers = [str(request[1]) for request, reply in posted if request[0] != reply[0]]
+        return f"no answer from the experts of layer {' and '.join(layers)}" if layers else None
 
     def release(self) -> None:
         """See Peer."""

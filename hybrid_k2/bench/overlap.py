@@ -1,7 +1,8 @@
 """Decode steps of a slice of a model on an accelerator, with and without two halves that take turns.
 
-Steps with and without overlap alternate, so that a busy neighbour meets both. The times of both sides come from the
-trace of the steps with overlap; the hand-off's from batches that nothing runs beside.
+Steps with and without overlap alternate, so that a busy neighbour meets both; if that is wanted, so do steps that are
+launched as one graph. The times of both sides come from the trace of the steps with overlap, whose operations are
+launched one by one; the hand-off's from batches that nothing runs beside.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hybrid_k2.checkpoint import Checkpoint
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import ConfigError, HardwareError, MemoryBudgetError
 from hybrid_k2.model.batch import Batch, Chunk
+from hybrid_k2.model.decode_graphs import DecodeGraphs
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.loader import load_text_model
 from hybrid_k2.model.moe import Moe
@@ -31,6 +33,7 @@ from hybrid_k2.placement import Machine, Plan, Rules, make_plan, shipped_rules
 from hybrid_k2.placement.draft import PAGE_TOKENS
 from hybrid_k2.placement.form import PlaceRule
 from hybrid_k2.placement.memories import TWIN
+from hybrid_k2.placement.overheads import GRAPH_ROWS
 
 WARM_STEPS = 2
 HANDOFFS = 100
@@ -43,6 +46,7 @@ class OverlapReport:
     A layer's times are of one MoE layer and all its halves: what each side worked, and the step's part. `overlap_share`
     is the part of the experts' time in which the accelerator worked, too; None where it is not known when they did.
     `hot_hit_rates`: per MoE layer, which part of the choices of experts were hot ones; empty without hot experts.
+    `step_graph_ms`: a step with overlap that is launched as a graph; None where that was not measured.
     """
 
     device: str
@@ -57,6 +61,7 @@ class OverlapReport:
     overlap_share: float | None
     step_ms: float
     step_off_ms: float
+    step_graph_ms: float | None
     layer_ms: float
     layer_accelerator_ms: float
     layer_experts_ms: float
@@ -73,6 +78,7 @@ class OverlapReport:
         share = "not known" if self.overlap_share is None else f"{self.overlap_share:.0%}"
         handoff = "not known" if self.handoff_us is None else f"{self.handoff_us:.0f} us"
         rates = ", ".join(f"{layer}: {rate:.0%}" for layer, rate in self.hot_hit_rates.items())
+        graph = "" if self.step_graph_ms is None else f"; {self.step_graph_ms:.2f} ms as a graph"
         hot = (f"hot experts      {self.hot_experts} of each layer; hits by layer {rates}",) if rates else ()
         return "\n".join(
             (
@@ -81,7 +87,7 @@ class OverlapReport:
                 f"{self.sequences} sequences behind {self.context} tokens, {self.moe_layers} MoE layers, "
                 f"{self.steps} steps",
                 f"overlap share    {share}",
-                f"step             {self.step_ms:.2f} ms; {self.step_off_ms:.2f} ms without overlap",
+                f"step             {self.step_ms:.2f} ms; {self.step_off_ms:.2f} ms without overlap{graph}",
                 f"MoE layer        {self.layer_ms:.2f} ms: accelerator {self.layer_accelerator_ms:.2f} ms, "
                 f"experts {self.layer_experts_ms:.2f} ms",
                 f"hand-off         {handoff} there and back",
@@ -100,17 +106,18 @@ def measure_overlap(
     context: int = 256,
     steps: int = 12,
     hot: int = 0,
+    graphs: bool = False,
     seed: int = 0,
     trace_to: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> OverlapReport:
     """Measure decode steps of `sequences` sequences behind `context` tokens each, on "twin" or "cuda".
 
-    `scale` divides the widths of K2.6. `hot` experts of each layer are the device's. `trace_to` gets the trace of the
-    steps with overlap.
+    `scale` divides the widths of K2.6. `hot` experts of each layer are the device's. `graphs`: measure steps that are
+    launched as a graph, too. `trace_to` gets the trace of the steps with overlap.
     Memory and disk: the slice once each, in a temporary folder until it is loaded.
     Raises: HardwareError for a GPU that is not there, or no room on the disk; MemoryBudgetError for a slice that does
-    not fit; ConfigError for more tokens than a cache holds, or a trace that cannot be written.
+    not fit; ConfigError for more tokens than a cache holds, a trace that cannot be written, or no graphs to measure.
     """
     tokens = check_tokens(sequences, context, steps)
     if trace_to is not None:
@@ -120,13 +127,20 @@ def measure_overlap(
     total = steps + WARM_STEPS
     with _loaded(_make_rules(device, tokens, hot), config, progress) as (plan, model):
         decoding = _Decoding(model, LatentCache(plan.kv_cache, config), sequences, context, total)
-        trace, on, off = Trace(), [], []
+        launches_graphs, model.graphs = model.graphs, None
+        if graphs:
+            _check_graphs(launches_graphs, sequences)
+        trace, on, off, as_graph = Trace(), [], [], []
         for number in range(total):
             progress(f"step {number + 1} of {total}")
             if number == WARM_STEPS:
                 _take_hit_rates(model)  # of what came before
             off.append(decoding.step(number, ping_pong=False, trace=None))
             on.append(decoding.step(number, ping_pong=True, trace=trace if number >= WARM_STEPS else None))
+            if graphs:
+                model.graphs = launches_graphs
+                as_graph.append(decoding.step(number, ping_pong=True, trace=None))
+                model.graphs = None
         moe_layers = [index for index, layer in enumerate(model.layers) if isinstance(layer.mlp, Moe)]
         report = OverlapReport(
             device=device,
@@ -141,6 +155,7 @@ def measure_overlap(
             overlap_share=trace.overlap_share(),
             step_ms=median(on[WARM_STEPS:]) * 1e3,
             step_off_ms=median(off[WARM_STEPS:]) * 1e3,
+            step_graph_ms=median(as_graph[WARM_STEPS:]) * 1e3 if graphs else None,
             layer_ms=median(on[WARM_STEPS:]) * 1e3 / layers,
             layer_accelerator_ms=_busy_ms(trace, "accelerator", moe_layers) / steps / len(moe_layers),
             layer_experts_ms=_busy_ms(trace, "experts", moe_layers) / steps / len(moe_layers),
@@ -166,6 +181,15 @@ def check_tokens(sequences: int, context: int, steps: int) -> int:
             hint="ask for fewer sequences, or for less context or fewer steps",
         )
     return sequences * of_each
+
+
+def _check_graphs(graphs: DecodeGraphs | None, sequences: int) -> None:
+    if graphs is None or sequences > GRAPH_ROWS[-1]:
+        got = f"{sequences} sequences" if graphs is not None else "a device or an installation that launches none"
+        raise ConfigError(
+            f"bench overlap: graphs: expected a GPU, triton and at most {GRAPH_ROWS[-1]} sequences, got {got}",
+            hint="leave --graphs out, or: --device cuda, and pip install 'hybrid-k2[gpu]'",
+        )
 
 
 def _make_rules(device: str, tokens: int, hot: int) -> Rules:

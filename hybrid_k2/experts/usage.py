@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hybrid_k2.experts.remembered import cache_folder, recall, remember
@@ -38,23 +39,31 @@ class LayerUsage:
         on_cpu = self._counts.device.type == "cpu"
         self._in_numpy = (self._counts.numpy(), self._seen.numpy()) if on_cpu else None  # the same memory
 
-    def add(self, ids: Tensor, on_host: Tensor) -> None:
-        """Count one batch; `on_host` is -1 where a chosen expert is hot.
+    def add(self, ids: Tensor, on_host: Tensor, live: Tensor | None = None) -> None:
+        """Count one batch; `on_host` is -1 where a chosen expert is hot, `live` says which rows count (None: all).
 
-        Shapes: ids, on_host [T, K] int32, on the device of the counts.
+        Shapes: ids, on_host [T, K] int32, live [T] bool, on the device of the counts.
         """
         if self._in_numpy is not None:  # a few us: a third of what torch takes for so few numbers
-            counts, seen = self._in_numpy
-            counts += np.bincount(ids.numpy().ravel(), minlength=len(counts))
-            seen[0] += ids.numel()
-            if on_host is not ids:
-                seen[1] += np.count_nonzero(on_host.numpy() < 0)
+            self._add_in_numpy(*self._in_numpy, ids, on_host, live)
             return
-        numbers = ids.flatten().long()
-        self._counts.scatter_add_(0, numbers, torch.ones_like(numbers))
-        self._seen[0] += len(numbers)
+        numbers = ids.long()
+        counted = torch.ones_like(numbers) if live is None else live.long()[:, None].expand_as(numbers)  # [T, K]
+        self._counts.scatter_add_(0, numbers.flatten(), counted.flatten())
+        self._seen[0] += numbers.numel() if live is None else counted.sum()
         if on_host is not ids:
-            self._seen[1] += (on_host < 0).sum()
+            self._seen[1] += torch.where(on_host < 0, counted, 0).sum()
+
+    @staticmethod
+    def _add_in_numpy(
+        counts: NDArray[np.int64], seen: NDArray[np.int64], ids: Tensor, on_host: Tensor, live: Tensor | None
+    ) -> None:
+        rows = slice(None) if live is None else live.numpy()
+        numbers = ids.numpy()[rows]
+        counts += np.bincount(numbers.ravel(), minlength=len(counts))
+        seen[0] += numbers.size
+        if on_host is not ids:
+            seen[1] += np.count_nonzero(on_host.numpy()[rows] < 0)
 
     def take_hit_rate(self) -> float | None:
         """Return the part of the choices since the last call that were hot experts; None where there were none."""

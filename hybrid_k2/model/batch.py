@@ -59,8 +59,8 @@ class SequenceSlice:
 class Places:
     """Say where the rows of a batch lie in the cache, in the form that the kernels of a GPU read.
 
-    Shapes: slots int64 [T], page * page_tokens + place in the page; page_table int32 [P]; first_pages, lengths int32
-    [T], each row's first entry in the table, and how many tokens it sees.
+    Shapes: slots int32 [T], page * page_tokens + place in the page, or -1 for a row that is not kept; page_table int32
+    [P]; first_pages, lengths int32 [T], each row's first entry in the table, and how many tokens it sees.
     """
 
     slots: Tensor
@@ -124,7 +124,7 @@ class Batch:
 
         page_tokens: of the cache, where kernels of a GPU are to find `places`.
         """
-        places = None if page_tokens is None else self._places(device, page_tokens)
+        places = None if page_tokens is None else self.find_places(device, page_tokens)
         if device.type == "cpu":
             return self if places is None else replace(self, places=places)
         table = upload(self.page_table, device)
@@ -138,12 +138,13 @@ class Batch:
             page_table=table,
         )
 
-    def _places(self, device: torch.device, page_tokens: int) -> Places:
+    def find_places(self, device: torch.device, page_tokens: int) -> Places:
+        """Say where the rows lie in a cache with pages of so many tokens, on a device."""
         first = torch.repeat_interleave(self.spans[:, 3], self.spans[:, 1])  # [T]
         page = self.page_table[first + self.positions // page_tokens]  # [T]
         slots = page * page_tokens + self.positions % page_tokens
-        numbers = (self.page_table, first, self.positions + 1)
-        return Places(upload(slots, device), *(upload(number.int(), device) for number in numbers))
+        numbers = (slots, self.page_table, first, self.positions + 1)
+        return Places(*(upload(number.int(), device) for number in numbers))
 
     def halves(self) -> list[Batch]:
         """Cut between two sequences, where the parts take about equally long; a lone sequence stays whole.

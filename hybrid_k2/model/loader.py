@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -23,6 +24,7 @@ from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, expected_tensors,
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
 from hybrid_k2.experts.cpu import NativeExperts
+from hybrid_k2.model.decode_graphs import why_not
 from hybrid_k2.model.devices import torch_device, torch_dtype
 from hybrid_k2.model.expert_loading import load_experts, make_layer, warn_of_small_pages
 from hybrid_k2.model.hot_loading import HotLoader
@@ -34,6 +36,8 @@ from hybrid_k2.model.stream_loading import make_split
 from hybrid_k2.model.text import EXPERTS_LIMIT, TextModel
 from hybrid_k2.placement import Plan
 from hybrid_k2.placement.memories import HOST, TWIN, memory_of
+
+log = logging.getLogger("hybrid_k2")
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes to read
 
@@ -100,7 +104,11 @@ class _Builder:
         embedding = self.parts.embedding()
         layers = [self.layer(layer) for layer in range(self.config.num_hidden_layers)]
         accelerator = self.accelerator()
+        handoff = self.handoff(layers, accelerator)
         moe = {i: layer.mlp for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)}
+        no_graphs = why_not(self.plan, accelerator, handoff, layers)
+        if no_graphs is not None:
+            log.debug("decode steps are launched operation by operation: %s", no_graphs)
         return TextModel(
             config=self.config,
             activation_dtype=torch_dtype(self.plan.activation_dtype),
@@ -110,11 +118,12 @@ class _Builder:
             lm_head=self.parts.lm_head(),
             runtimes=list(self.runtimes.values()),
             accelerator=accelerator,
-            handoff=self.handoff(layers, accelerator),
+            handoff=handoff,
             hot=self.hot.hot_set(moe),
             split=make_split(self.plan, moe, self.runtimes, self.undo),
             ping_pong=self.plan.overlap == "ping_pong",
             deferred=self.plan.deferred,
+            graphs=no_graphs is None,
         )
 
     def accelerator(self) -> Accelerator:

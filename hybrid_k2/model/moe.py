@@ -17,6 +17,7 @@ from torch import Tensor
 from hybrid_k2.accelerator import HotExperts
 from hybrid_k2.dense import HostMatrix
 from hybrid_k2.experts import ExpertsBackend
+from hybrid_k2.experts.base import ELSEWHERE
 from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.experts.usage import LayerUsage
 from hybrid_k2.model.layers import SwiGlu, linear_all, native_of_one_kind
@@ -36,15 +37,16 @@ class Moe:
     hot: HotExperts | None = None
     usage: LayerUsage | None = None
 
-    def on_host(self, routing: Routing) -> Tensor:
+    def on_host(self, routing: Routing, live: Tensor | None = None) -> Tensor:
         """Return the numbers of the chosen experts that the host has, and count the choice.
 
-        Shapes: a routing of T rows -> [T, K] int32, -1 for hot experts.
+        Rows that are not `live` choose nothing.
+        Shapes: a routing of T rows, live [T] bool (None: all) -> [T, K] int32, -1 for hot experts and such rows.
         """
         on_host = routing.ids if self.hot is None else self.hot.elsewhere(routing.ids)
         if self.usage is not None:
-            self.usage.add(routing.ids, on_host)
-        return on_host
+            self.usage.add(routing.ids, on_host, live)
+        return on_host if live is None else torch.where(live[:, None], on_host, ELSEWHERE)
 
     @property
     def any_batch(self) -> bool:

@@ -81,14 +81,23 @@ class Half:
         self._later: Tensor  # [T, K] int32, the choices that are deferred
         self._late: Tensor | None = None  # [T, hidden] fp32, what was deferred in the layer before
         self._rotation: Rotation
+        self._live: Tensor | None = None  # [T] bool, the rows that are not there to fill up the batch; None: all
 
     def embed(self, embedding: Tensor, dtype: torch.dtype, rope: Rope, first: Layer) -> None:
         """Start the residual stream on the device of the first layer, and take there what all layers read."""
         device = first.device
-        ids = upload(self._batch.token_ids, embedding.device)
-        self._x = upload(functional.embedding(ids, embedding).to(dtype), device)
-        self._rotation = rope.rotation(self._batch.positions).to(device)
+        self.start(
+            embedded(self._batch, embedding, dtype, device), rope.rotation(self._batch.positions).to(device), None
+        )
         self._batch = first.attention.prepare(self._batch)
+
+    def start(self, x: Tensor, rotation: Rotation, live: Tensor | None) -> None:
+        """Start the residual stream with rows that are there already; `live` marks those that count, None: all do.
+
+        Shapes: x [T, hidden], live [T].
+        """
+        self._x, self._rotation = x, rotation
+        self._live = None if live is None else live.bool()
 
     def front(self, layer: Layer) -> None:
         """Attend; compute a dense MLP, or prepare what the experts read."""
@@ -104,7 +113,7 @@ class Half:
             self._routing, self._share = moe.router(self._normal), partial(moe.shared, self._normal)
         else:
             self._routing, self._share = moe.begin(self._normal)
-        on_host = moe.on_host(self._routing)
+        on_host = moe.on_host(self._routing, self._live)
         if self.split is not None:
             on_host, self._asked = self.split.choose(index, on_host, alone=self._alone)
         if deferred:
@@ -148,6 +157,12 @@ class Half:
         hidden = self._x[self._batch.logit_rows]  # [R, hidden]
         for rows, part in zip(torch.split(self._logits, HEAD_ROWS), torch.split(hidden, HEAD_ROWS), strict=True):
             rows.copy_(linear(norm(part), lm_head))
+
+
+def embedded(batch: Batch, embedding: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Look up the rows of a batch, and bring them to a device. Shapes: -> [T, hidden]."""
+    ids = upload(batch.token_ids, embedding.device)
+    return upload(functional.embedding(ids, embedding).to(dtype), device)
 
 
 def through_layers(

@@ -15,14 +15,15 @@ from hybrid_k2.errors import EngineError, RequestError
 from hybrid_k2.experts import ExpertsRuntime
 from hybrid_k2.experts.usage import ExpertUse, LayerUsage
 from hybrid_k2.model.batch import Batch
+from hybrid_k2.model.decode_graphs import DecodeGraphs
 from hybrid_k2.model.hot_set import HotSet
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.layer import Layer
 from hybrid_k2.model.layers import Matrix, RmsNorm
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.prefill_split import LEAST_TOKENS, PrefillSplit
-from hybrid_k2.model.rope import Rope
-from hybrid_k2.model.schedule import Half, Operation, through_layers
+from hybrid_k2.model.rope import Rope, Rotation
+from hybrid_k2.model.schedule import Half, Operation, embedded, through_layers
 
 # What no machine that can run the model at all exceeds. The experts of a layer of K2.6 take 0.7 * 10^9 operations for a
 # token: 0.25 s of a single core without vector units. The start is for pages that must come back from swap.
@@ -34,8 +35,10 @@ class TextModel:
     """Compute logits for batches of tokens; owns weights, threads, accelerator and hand-off until `close`.
 
     `ping_pong`: cut batches of several sequences into two halves that alternate. `deferred`: so many of each token's
-    experts are added one layer late.
+    experts are added one layer late. `graphs`: runs decode steps.
     """
+
+    graphs: DecodeGraphs | None
 
     def __init__(
         self,
@@ -53,9 +56,13 @@ class TextModel:
         split: PrefillSplit | None = None,
         ping_pong: bool = False,
         deferred: int = 0,
+        graphs: bool = False,
         limit: TimeLimit = OPERATION_LIMIT,
     ) -> None:
-        """Take everything over; `runtimes`: that of the experts first, then any that the accelerator has for itself."""
+        """Take everything over; `runtimes`: that of the experts first, then any that the accelerator has for itself.
+
+        `graphs`: decode steps can be recorded, and shall be.
+        """
         self.config = config
         self.experts_runtime = runtimes[0]
         self.layers = list(layers)
@@ -72,6 +79,9 @@ class TextModel:
         self.final_norm = final_norm
         self.lm_head: Matrix = lm_head
         self._rope = Rope(config)
+        self.graphs = (
+            DecodeGraphs(accelerator, handoff, config, activation_dtype, self._rows, self._through) if graphs else None
+        )
         self._failed = False  # the last step: something may be in flight
         self._closed = False
 
@@ -125,13 +135,16 @@ class TextModel:
         try:
             if failed:
                 self.accelerator.enqueue(self.handoff.reset, Label("reset"))
+                if self.graphs is not None:
+                    self.graphs.forget()
             if self.hot is not None:
                 for op, label in self.hot.between_steps(len(batch.token_ids)):
                     self.accelerator.enqueue(op, label)
-            halves = self._halves(batch, cache, logits)
-            if self.split is not None and any(half.split is not None for half in halves):
-                self.accelerator.enqueue(self.split.begin, Label("begin"))
-            for op, label in self._operations(halves):
+            if self.graphs is not None and self.graphs.fits(batch):
+                operations = self.graphs.operations(batch, cache, logits, two_halves=self.ping_pong)
+            else:
+                operations = self._operations(self._halves(batch, cache, logits))
+            for op, label in operations:
                 self.accelerator.enqueue(op, label)
             self.accelerator.synchronize(self._limit.of(len(batch.token_ids)))
         except BaseException:
@@ -162,6 +175,7 @@ class TextModel:
             left.callback(self.handoff.close)
 
     def _forget_weights(self) -> None:
+        self.graphs = None
         self.layers.clear()
         self.embedding = torch.empty(0)
         self.lm_head = self.embedding
@@ -183,11 +197,20 @@ class TextModel:
         ]
 
     def _operations(self, halves: Sequence[Half]) -> Iterator[Operation]:
+        if self.split is not None and any(half.split is not None for half in halves):
+            yield self.split.begin, Label("begin")
         for half in halves:
             embed = partial(half.embed, self.embedding, self.activation_dtype, self._rope, self.layers[0])
             yield embed, Label("embed", half=half.slot)
+        yield from self._through(halves)
+
+    def _through(self, halves: Sequence[Half]) -> Iterator[Operation]:
         head = partial(Half.head, norm=self.final_norm, lm_head=self.lm_head)
-        yield from through_layers(self.layers, halves, head, self.deferred)
+        return through_layers(self.layers, halves, head, self.deferred)
+
+    def _rows(self, batch: Batch) -> tuple[Tensor, Rotation]:
+        rows = embedded(batch, self.embedding, self.activation_dtype, self.layers[0].device)
+        return rows, self._rope.rotation(batch.positions)
 
     def _check(self, batch: Batch, cache: LatentCache) -> None:
         if self._closed:

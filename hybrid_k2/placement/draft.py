@@ -60,12 +60,21 @@ def draft_plan(
     if streams != "off":
         _check_streamed(rules, experts_packed)
     chunk_tokens = rules.prefill.chunk_tokens or (AUTO_CHUNK_TOKENS if streams == "off" else AUTO_STREAM_TOKENS)
+    graphs = rules.graphs and accelerator not in (None, TWIN)
     work = Work(
-        config, accelerator, activation_dtype, chunk_tokens, bool(claims.hot), streams != "off", rules.deferred > 0
+        config,
+        accelerator,
+        activation_dtype,
+        chunk_tokens,
+        hot=bool(claims.hot),
+        stream=streams != "off",
+        deferred=rules.deferred > 0,
+        graphs=graphs,
     )
     kv_cache = _plan_kv_cache(rules, config, machine, devices, rows, work)
     chunk_tokens = min(chunk_tokens, kv_cache.tokens)
-    work = replace(work, chunk_tokens=chunk_tokens)
+    overlap = _overlap(rules, kv_cache.device)
+    work = replace(work, chunk_tokens=chunk_tokens, halves=2 if overlap == "ping_pong" else 1)
     overheads = _overheads(work, rows, kv_cache)
     counts, notes = _count_hot(claims, rules, config, machine, rows, kv_cache, overheads, experts_packed, usage or {})
     rows = _place_hot(claims, counts, rules, config, rows, usage or {})
@@ -97,8 +106,9 @@ def draft_plan(
         + ((NO_SELF_CHECK,) if accelerator is not None and not rules.self_check else ()),
         accelerator=accelerator,
         stream=streams,
+        graphs=graphs,
         overheads=overheads,
-        overlap=_overlap(rules, kv_cache.device),
+        overlap=overlap,
         deferred=_check_deferred(rules, config, kv_cache.device),
         twin_threads=threads.twin_threads,
         self_check=accelerator is not None and rules.self_check,

@@ -86,8 +86,8 @@ class PrefillRule:
 class Rules:
     """Hold one rule file, checked for form; `make_plan` checks it against a model and a machine.
 
-    deferred: so many of each token's experts are added one layer late. self_check: compare an accelerator with a
-    reference before it serves.
+    deferred: so many of each token's experts are added one layer late. graphs: record the decode steps of a GPU, and
+    launch each as one. self_check: compare an accelerator with a reference before it serves.
     source: the file as named in errors. reason: why it was chosen, when the machine chose it.
     """
 
@@ -100,6 +100,7 @@ class Rules:
     overlap_line: int | None = None
     deferred: int = 0
     prefill: PrefillRule = PrefillRule()
+    graphs: bool = True
     self_check: bool = True
     version: int = FORM_VERSION
     reason: str = ""

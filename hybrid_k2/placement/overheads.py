@@ -3,7 +3,7 @@
 workspace   activations of a chunk, work buffers of attention, logits, the partial sums of decode attention, the rows of
             experts that are computed on the GPU
 staging     buffers for the experts that a streamed prefill brings over, and for one that becomes a hot one
-graphs      a CUDA graph of the decode step for each size of batch
+graphs      a CUDA graph of the decode step for each size of batch, and the work memory that they share
 allocator   what torch's allocator rounds up
 hand-off    on the host: the memory through which experts and GPU pass rows and results, pinned
 """
@@ -11,7 +11,7 @@ hand-off    on the host: the memory through which experts and GPU pass rows and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.placement.groups import expert_parameters, weight_bytes
@@ -26,7 +26,7 @@ EXPERT_TOKENS = 1024  # of a chunk that pass through experts on the GPU at a tim
 # size of K2.6, 8 ms of PCIe 4 x16.
 STAGED_EXPERTS = 8
 EXCHANGED_EXPERTS = 1  # what is on its way to become a hot one
-GRAPHS = 4  # batches of 1, 2, 4 and 8 sequences
+GRAPH_ROWS = (1, 2, 4, 8)  # sequences of the decode steps that are recorded
 GRAPH_BYTES_PER_LAYER = 256 * KIB  # some 30 launches, by common experience 8 KiB each
 ROUNDING_BYTES = MIB  # the allocator gives large tensors whole 2 MiB: half of that is lost with each
 MATRICES = {"attention": 5, "router": 1, "dense_mlp": 3, "shared_experts": 3, "embedding": 1, "lm_head": 1}
@@ -47,6 +47,7 @@ class Work:
     """Say what is computed beside the host, and where.
 
     hot, stream: experts are computed there, too. deferred: results of experts wait there for the next layer.
+    graphs: decode steps are recorded. halves: of a batch that has attention at a time are so many.
     context_tokens: of the longest sequence.
     """
 
@@ -57,6 +58,8 @@ class Work:
     hot: bool = False
     stream: bool = False
     deferred: bool = False
+    graphs: bool = False
+    halves: int = 1
     context_tokens: int = 0
     sequences: int = SEQUENCES
 
@@ -76,9 +79,8 @@ def staging(work: Work) -> tuple[Overhead, ...]:
 
 
 def _parts(work: Work, matrices: int, matrix_bytes: int) -> Iterator[tuple[str, int]]:
-    config = work.config
     yield "workspace", workspace_bytes(work)
-    yield "graphs", GRAPHS * config.num_hidden_layers * GRAPH_BYTES_PER_LAYER
+    yield "graphs", graphs_bytes(work) if work.graphs else 0
     # The weights of a small model share a few blocks.
     yield "allocator", min(matrices * ROUNDING_BYTES, matrix_bytes // 10)
 
@@ -89,18 +91,38 @@ def handoff_bytes(work: Work) -> int:
     return 2 * rows * 2 * (config.hidden_size + config.num_experts_per_tok) * FP32_BYTES
 
 
+def graphs_bytes(work: Work) -> int:
+    """Bound the graphs, and the work memory of a decode step: it stays theirs, beside that of what is launched."""
+    launches = len(GRAPH_ROWS) * work.config.num_hidden_layers * GRAPH_BYTES_PER_LAYER
+    rows, at_once = max(GRAPH_ROWS), max(GRAPH_ROWS) // work.halves
+    part = replace(work, chunk_tokens=at_once, sequences=at_once)
+    logits = rows * work.config.vocab_size * FP32_BYTES
+    attention = at_once * _attention_row(part) + _partial_bytes(part)
+    return launches + logits + rows * _stream_row(part) + max(attention, _mlp_bytes(part))
+
+
 def workspace_bytes(work: Work) -> int:
     """Bound the memory of one forward pass: a chunk of a prompt, or a step of all sequences, whichever is more."""
     config, rows = work.config, max(work.chunk_tokens, work.sequences)
     logits = work.sequences * config.vocab_size * 2 * FP32_BYTES
-    partial = work.sequences * DECODE_SPLITS * config.num_attention_heads * (config.kv_lora_rank + 2) * FP32_BYTES
+    attention = rows * _attention_row(work) + _attention_buffers(work)
+    return rows * _stream_row(work) + logits + max(attention, _partial_bytes(work), _mlp_bytes(work))
+
+
+def _partial_bytes(work: Work) -> int:
+    """Bytes of the partial sums of decode attention."""
+    config = work.config
+    return work.sequences * DECODE_SPLITS * config.num_attention_heads * (config.kv_lora_rank + 2) * FP32_BYTES
+
+
+def _mlp_bytes(work: Work) -> int:
+    """Bytes of the MLP's gate, up and their product, and of the rows of experts that are computed on the GPU."""
+    config, rows = work.config, max(work.chunk_tokens, work.sequences)
     experts = 0
     if work.hot or work.stream:
         inner = config.hidden_size + 2 * config.moe_intermediate_size
         experts = min(rows, EXPERT_TOKENS) * config.num_experts_per_tok * inner * FP32_BYTES
-    attention = rows * _attention_row(work) + _attention_buffers(work)
-    mlp = rows * 3 * max(config.intermediate_size, config.moe_intermediate_size) * _width(work) + experts
-    return rows * _stream_row(work) + logits + max(attention, partial, mlp)
+    return rows * 3 * max(config.intermediate_size, config.moe_intermediate_size) * _width(work) + experts
 
 
 def _stream_row(work: Work) -> int:

@@ -93,6 +93,7 @@ class Plan:
     twin_threads: the host's threads that compute what is on the twin; 0 without one.
     activation_dtype: of the residual stream. chunk_tokens: prompt tokens per forward pass.
     stream: "auto": a GPU computes heavy experts of a prompt, brought over as they are needed; or "off".
+    graphs: decode steps of a GPU are recorded where they can be, and launched as one.
     overheads: what a GPU takes beside weights and KV cache, and what the host does for it.
     self_check: compare what is computed with a reference before it serves; where there is an accelerator.
     usage: how often each expert of each MoE layer was chosen, as far as that is known: what `hottest` goes by.
@@ -114,6 +115,7 @@ class Plan:
     deferred: int = 0
     twin_threads: int = 0
     stream: str = "off"
+    graphs: bool = False
     overheads: tuple[Overhead, ...] = ()
     self_check: bool = False
     usage: Usage = field(default_factory=dict)

@@ -45,6 +45,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "overlap": plan.overlap,
         "deferred": plan.deferred,
         "stream": plan.stream,
+        "graphs": "auto" if plan.graphs else "off",
         "chunk_tokens": plan.chunk_tokens,
         "self_check": plan.self_check,
         "bytes_per_token": plan.bytes_per_token,

@@ -25,7 +25,7 @@ def parse_rules(text: str, source: str = "rules") -> Rules:
 
     Raises: RulesError.
     """
-    keys = ("version", "devices", "place", "kv_cache", "numerics", "overlap", "prefill", "self_check")
+    keys = ("version", "devices", "place", "kv_cache", "numerics", "overlap", "prefill", "graphs", "self_check")
     top = Section(source, "", parse_yaml(text, source), keys)
     _check_version(top)
     devices = _devices(top)
@@ -40,6 +40,7 @@ def parse_rules(text: str, source: str = "rules") -> Rules:
         overlap_line=top.line_of("overlap"),
         deferred=deferred,
         prefill=_prefill(top),
+        graphs=top.choice("graphs", ("auto", "off"), default="auto") == "auto",
         self_check=top.choice("self_check", ("on", "off"), default="on") == "on",
     )
 

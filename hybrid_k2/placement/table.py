@@ -53,7 +53,8 @@ def _summary(plan: Plan) -> Iterator[str]:
     if plan.accelerator is not None:
         own = f"{_count_threads(plan.twin_threads)}; " if plan.twin_threads else ""
         late = f"; {plan.deferred} of {plan.config.num_experts_per_tok} experts deferred" if plan.deferred else ""
-        yield f"{plan.accelerator}: {own}overlap {plan.overlap}{late}"
+        graphs = "; decode steps as graphs" if plan.graphs else ""
+        yield f"{plan.accelerator}: {own}overlap {plan.overlap}{late}{graphs}"
     yield f"prefill: chunks of {plan.chunk_tokens} tokens{'; heavy experts streamed' if plan.stream != 'off' else ''}"
     yield f"weights read per decoded token: {format_bytes(plan.bytes_per_token)}"
     yield from (f"note: {note}" for note in plan.notes)

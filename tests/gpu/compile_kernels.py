@@ -104,7 +104,7 @@ def small_cases(capability: int) -> Iterator[Case]:
     yield Case("rms_norm", norm_rope.rms_norm_kernel, types, {"COLUMNS": 8192}, eight)
     strides = dict.fromkeys(("q_token", "q_head", "out_token", "out_head", "heads"), "i32")
     pointers = dict.fromkeys(("latents", "weight", "cache", "q", "q_out"), "*bf16")
-    types = {**strides, **pointers, "cos": "*fp32", "sin": "*fp32", "slots": "*i64", "eps": "fp32"}
+    types = {**strides, **pointers, "cos": "*fp32", "sin": "*fp32", "slots": "*i32", "eps": "fp32"}
     constants = {"LORA": 512, "COLUMNS": 512, "PAIRS": 32, "ROTATED": norm_rope.ROTATED_HEADS}
     yield Case("append and rotate", norm_rope.append_rotate_kernel, types, constants)
     types = {**dict.fromkeys(("logits", "bias", "weights"), "*fp32"), "ids": "*i32", "experts": "i32", "scale": "fp32"}

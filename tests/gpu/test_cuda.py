@@ -51,9 +51,17 @@ class Watched:
 
     awake = False
     failure: EngineError | None = None
+    answers = 0  # that are still to come
 
     def begin(self) -> None:
         self.awake = True
+
+    def progress(self) -> object:
+        self.answers = max(0, self.answers - 1)
+        return self.answers
+
+    def waiting(self) -> str | None:
+        return None if self.answers else "no answer from the experts of layer 7"
 
     def release(self) -> None:
         Lane.dry = True
@@ -106,6 +114,16 @@ def test_peers_rest_after_a_step_however_it_ends(peer: Watched) -> None:
     with pytest.raises(EngineError, match="expected an operation to end within"):
         step(lambda: None, 0.01)
     assert not peer.awake
+
+
+def test_a_graph_has_the_time_limit_of_each_thing_that_it_asks_for(peer: Watched) -> None:
+    accelerator = CudaAccelerator(torch.device("cuda:0"))
+    accelerator.attach(peer)
+    accelerator.enqueue(lambda: None, Label("graph"))
+    Lane.dry, peer.answers = False, 400
+    with pytest.raises(EngineError, match=r"graph: expected .* 0\.01 s, got none; no answer .* of layer 7$"):
+        accelerator.synchronize(0.01)
+    assert peer.answers == 0
 
 
 def test_a_peer_stays_awake_while_an_abandoned_step_still_runs(peer: Watched) -> None:

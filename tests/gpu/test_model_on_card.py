@@ -20,6 +20,7 @@ from hybrid_k2.accelerator.handoff_cuda import CudaHandoff
 from hybrid_k2.accelerator.kernels import mla_decode
 from hybrid_k2.checkpoint import Checkpoint
 from hybrid_k2.errors import EngineError
+from hybrid_k2.experts.usage import LayerUsage
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.router import Routing
@@ -177,6 +178,8 @@ def without_numbers(part: Any) -> Any:
     """The part, its tensors on a device that has shapes alone."""
     if isinstance(part, Tensor):
         return part.to("meta")
+    if isinstance(part, LayerUsage):
+        return LayerUsage(part.counts(), torch.device("meta"))
     if is_dataclass(part) and not isinstance(part, type):
         plain = {field.name: without_numbers(getattr(part, field.name)) for field in fields(part)}
         return replace(part, **plain | ({"kernel": False} if "kernel" in plain else {}))

@@ -34,7 +34,8 @@ def test_latents_go_into_their_pages_and_queries_are_rotated(device: torch.devic
     latents, norm = torch.randn(tokens, lora + rope).to(dtype), torch.randn(lora).to(dtype)
     angles = torch.randn(tokens, rope // 2) * 10
     rotation = Rotation(angles.cos(), angles.sin())
-    slots = torch.randperm(24)[:tokens]
+    slots = torch.randperm(24)[:tokens].int()
+    slots[2] = -1  # not kept
     cache = torch.full((3, 8, lora + rope), 7.0, dtype=torch.bfloat16)
     q = torch.randn(tokens, heads, 12 + rope).to(dtype)
     absorbed = torch.zeros(tokens, heads, lora + rope)
@@ -45,7 +46,8 @@ def test_latents_go_into_their_pages_and_queries_are_rotated(device: torch.devic
     append_and_rotate(latents_, norm_, 1e-5, (cos, sin), slots_, cache_, q_[..., 12:], absorbed_[..., lora:])
     c = plain_rms_norm(latents[:, :lora], norm, 1e-5).float()
     expected = cache.clone().flatten(0, 1)
-    expected[slots] = torch.cat((c, rotation.apply(latents[:, lora:])), dim=-1).bfloat16()
+    kept = slots >= 0
+    expected[slots[kept]] = torch.cat((c, rotation.apply(latents[:, lora:])), dim=-1).bfloat16()[kept]
     torch.testing.assert_close(cache_.cpu().flatten(0, 1), expected, rtol=2**-7, atol=1e-6)
     rotated = rotation.apply(q[..., 12:])
     torch.testing.assert_close(absorbed_[..., lora:].cpu(), rotated, rtol=1e-5, atol=1e-5)

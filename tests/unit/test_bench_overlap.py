@@ -38,6 +38,8 @@ def test_the_figures_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert report.handoff_us is not None
     assert report.handoff_us > 0
     assert report.layer_ms == pytest.approx(report.step_ms / 3)
+    assert report.step_graph_ms is None
+    assert "as a graph" not in report.table()
     events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
     computed = [event for event in events if event["cat"] == "experts"]
     halves = {(event["args"]["layer"], event["args"]["half"]) for event in computed}

@@ -12,7 +12,7 @@ from hybrid_k2.errors import HardwareError, MemoryBudgetError
 from hybrid_k2.placement import Machine, Plan, make_plan, parse_rules, shipped_rules
 from hybrid_k2.placement.budget import CONTEXT_BYTES, LIBRARY_BYTES, find_budget, gpu_reserve_bytes
 from hybrid_k2.placement.groups import group_bytes
-from hybrid_k2.placement.overheads import STAGED_EXPERTS, Work, gpu_overheads, workspace_bytes
+from hybrid_k2.placement.overheads import STAGED_EXPERTS, Work, gpu_overheads, graphs_bytes, workspace_bytes
 from tests.unit.placements import GIB, K2_6, machine, plan_of, refusal, rules_text, small_config
 
 EXPERT = 3 * 2048 * 7168 * 18 // 32  # bytes of one expert of K2.6
@@ -154,11 +154,32 @@ def test_work_memory_grows_with_what_is_computed_at_once() -> None:
     one_head = 65536 * (192 + 256) * 4  # keys and values, where 64 MiB do not hold them
     added = workspace_bytes(replace(work, context_tokens=65536)) - base
     assert added == 65536 * 576 * 4 + one_head - (64 << 20), "latents and one head's keys and values in fp32"
-    names = [{one.what for one in gpu_overheads(replace(work, stream=stream), 9, GIB)} for stream in (False, True)]
-    assert names[0] == {"workspace", "graphs", "allocator", "hand-off"}
-    assert names[1] == names[0] | {"staging"}
+    forms = {"plain": {}, "staging": {"stream": True}, "graphs": {"graphs": True}}
+    names = {
+        name: {one.what for one in gpu_overheads(replace(work, **change), 9, GIB)}  # type: ignore[arg-type]
+        for name, change in forms.items()
+    }
+    assert names.pop("plain") == {"workspace", "allocator", "hand-off"}
+    assert all(parts == {"workspace", name, "allocator", "hand-off"} for name, parts in names.items())
     staging = next(one for one in gpu_overheads(replace(work, stream=True), 9, GIB) if one.what == "staging")
     assert staging.nbytes == STAGED_EXPERTS * EXPERT
+
+
+def test_graphs_keep_the_work_memory_of_a_decode_step() -> None:
+    whole, half = (graphs_bytes(Work(K2_6, "cuda:0", "bf16", 512, halves=halves)) for halves in (1, 2))
+    partial_sums = 8 * 128 * 64 * 512 * 4  # of 8 rows: 128 splits, 64 heads, 512 numbers
+    assert whole - 4 * 61 * (256 << 10) - partial_sums < 24 << 20
+    assert whole - half > partial_sums / 2
+    plan = plan_of("attention gpu")
+    sizes = {one.what: one.nbytes for one in plan.overheads}
+    assert plan.graphs
+    assert sizes["graphs"] > 0
+    assert "\ncuda:0: overlap ping_pong; decode steps as graphs\n" in plan.table()
+    without = plan_of("attention gpu", tail="graphs: off\n")
+    assert not without.graphs
+    assert "graphs" not in {one.what for one in without.overheads}
+    assert "\ncuda:0: overlap ping_pong\n" in without.table()
+    assert not plan_of().graphs
 
 
 def test_work_memory_holds_the_largest_tensors_of_a_step() -> None:

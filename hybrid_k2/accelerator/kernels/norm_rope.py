@@ -78,7 +78,10 @@ def append_rotate_kernel(
     PAIRS: tl.constexpr,
     ROTATED: tl.constexpr,
 ):
-    """Write one token's latent into the cache (the first program of a token), or rotate some of its queries."""
+    """Write one token's latent into the cache (the first program of a token), or rotate some of its queries.
+
+    A token with a slot below zero leaves the cache as it is.
+    """
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     pair = tl.arange(0, PAIRS)
@@ -88,10 +91,12 @@ def append_rotate_kernel(
         used = column < LORA
         values = tl.load(latents + token * size + column, mask=used, other=0.0).to(tl.float32)
         normal = _normal(values, column, weight, LORA, eps, latents)
-        slot = cache + tl.load(slots + token).to(tl.int64) * size
-        tl.store(slot + column, to_bf16(normal) if cache.dtype.element_ty == tl.bfloat16 else normal, mask=used)
+        number = tl.load(slots + token).to(tl.int64)
+        slot, kept = cache + number * size, number >= 0
+        result = to_bf16(normal) if cache.dtype.element_ty == tl.bfloat16 else normal
+        tl.store(slot + column, result, mask=used & kept)
         key = 2 * pair + LORA
-        _rotate(latents + token * size + key, slot + key, token, cos, sin, pair < PAIRS, pair, PAIRS)
+        _rotate(latents + token * size + key, slot + key, token, cos, sin, (pair < PAIRS) & kept, pair, PAIRS)
     else:
         head = (part - 1) * ROTATED + tl.arange(0, ROTATED)[:, None]
         source = q + token * q_token + head * q_head + 2 * pair[None, :]
@@ -124,8 +129,8 @@ def append_and_rotate(
     """Normalise and rotate new latents into the cache, and rotate the queries, in one launch.
 
     Shapes: latents [T, kv_lora + rope] bf16 or fp32, as kv_a gives them; norm [kv_lora]; rotation: cos and sin [T,
-    rope/2] fp32; slots int64 [T], page * page_tokens + place in the page; cache [pages, page_tokens, kv_lora + rope];
-    q_rope, q_out [T, heads, rope], views with consecutive last columns, such as the last columns of absorbed queries.
+    rope/2] fp32; slots int32 [T], page * page_tokens + place in the page, or -1; cache [pages, page_tokens, kv_lora +
+    rope]; q_rope, q_out [T, heads, rope], views with consecutive last columns, such as those of absorbed queries.
     Effects: writes `cache` and `q_out`.
     Raises: ValueError for a rope of no power of two, or tensors that are not contiguous.
     """
