@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from hybrid_k2 import Engine
-from hybrid_k2.engine import engine as engine_module
 from hybrid_k2.experts.usage import LayerUsage
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.router import Router, Routing
@@ -41,7 +40,7 @@ def test_an_engine_without_an_accelerator_counts_and_remembers_nothing(
     def refuse(*arguments: object) -> None:
         raise AssertionError("nothing is to be written")
 
-    monkeypatch.setattr(engine_module, "remember_usage", refuse)
+    monkeypatch.setattr("hybrid_k2.engine.kept_usage.remember_usage", refuse)
     routed: Counter[tuple[int, int]] = Counter()
     with Engine.load(write_checkpoint(tmp_path / "model"), "host") as engine:
         layers = {i: layer.mlp for i, layer in enumerate(engine.loaded.text.layers) if isinstance(layer.mlp, Moe)}
