@@ -128,8 +128,10 @@ def test_stop_and_regenerate(go: Go, service: ScriptedService, tokenizer: Tokeni
     visit.say("count")
     visit.page.get_by_role("button", name="Stop").wait_for()
     reply = visit.page.get_by_role("article", name="Reply")
-    while "one" not in (reply.text_content() or ""):
+    for _ in one_by_one(tokenizer, "</think>one two three"):  # and no more, so that it cannot come to its end
         gate.set()
+        eventually(lambda: not gate.is_set())
+    reply.get_by_text("one two").wait_for()
     assert reply.get_attribute("aria-busy") == "true"
     visit.page.keyboard.press("Escape")
     reply.get_by_text("Stopped.").wait_for()

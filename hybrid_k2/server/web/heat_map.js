@@ -28,6 +28,7 @@ export class HeatMap {
     const sums = counts.map((row) => row.reduce((sum, count) => sum + count, 0));
     this._data = { layers, counts, hot, sums, experts: counts[0]?.length ?? 0 };
     this._draw();
+    this._told.ariaLive = "off"; // what changes by itself is not read out
     this._tell();
   }
 
@@ -104,6 +105,7 @@ export class HeatMap {
       { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [];
     if (down === undefined || !this._data?.experts) return;
     event.preventDefault();
+    this._told.ariaLive = "polite";
     const { row, column } = this._at ?? { row: -down, column: -right };
     const last = { row: this._data.layers.length - 1, column: this._data.experts - 1 };
     this._point({ row: clamp(row + down, [0, last.row]), column: clamp(column + right, [0, last.column]) });
@@ -119,7 +121,8 @@ export class HeatMap {
     if (!this._data) return;
     const { layers, counts, hot, sums } = this._data;
     if (!this._at) {
-      this._told.textContent = `${formatCount(sums.reduce((sum, each) => sum + each, 0))} choices in ${layers.length} layers`;
+      const choices = sums.reduce((sum, each) => sum + each, 0);
+      this._told.textContent = `${formatCount(choices)} choices in ${layers.length} layers`;
       return;
     }
     const { row, column } = this._at;

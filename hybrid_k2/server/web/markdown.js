@@ -1,6 +1,6 @@
 // Blocks of Markdown (paragraphs, headings, lists, quotes, tables, code) as a tree of plain objects.
 //
-// HTML in the text stays text. Cost is linear in the text, and the depth of the tree is bounded, whatever a model writes.
+// HTML in the text stays text. Whatever a model writes, the cost is linear in it, and the depth of the tree bounded.
 
 import { parseInline } from "./markdown_inline.js";
 

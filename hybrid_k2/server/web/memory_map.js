@@ -28,7 +28,7 @@ export function memoryMap(plan) {
     return el(
       "section",
       { class: "memory", "aria-label": `Memory of ${device}` },
-      el("h4", {}, deviceName(device)),
+      el("h3", {}, deviceName(device)),
       el("p", { class: "note" }, `${formatBytes(bytes)} of a budget of ${formatBytes(budget)}`, meter),
       bar(held, bytes),
       el(

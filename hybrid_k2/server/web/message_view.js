@@ -169,7 +169,7 @@ function laidOut(text) {
 
 function thinkingTitle({ thinkingMs, content }, running) {
   if (running && !content && !thinkingMs) return "Thinking …";
-  return thinkingMs ? `Thought for ${formatSeconds(thinkingMs / 1000)}` : "Thinking";
+  return thinkingMs ? `Thought for ${formatSeconds(Math.max(0.1, thinkingMs / 1000))}` : "Thinking";
 }
 
 function usageText({ usage, timings }) {
@@ -177,5 +177,6 @@ function usageText({ usage, timings }) {
   const rate = timings?.predicted_per_second;
   const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
   const reply = `${formatCount(usage.completion_tokens)} tokens${rate ? ` at ${formatNumber(rate)} tokens/s` : ""}`;
-  return `${reply} · prompt ${formatCount(usage.prompt_tokens)}${cached ? `, ${formatCount(cached)} from the cache` : ""}`;
+  const prompt = `prompt ${formatCount(usage.prompt_tokens)}`;
+  return `${reply} · ${prompt}${cached ? `, ${formatCount(cached)} from the cache` : ""}`;
 }
