@@ -223,7 +223,7 @@ def test_the_log_says_how_it_went_and_not_what_was_said(
         ({"messages": [{"role": "a secret"}]}, {"param": "messages[0].role"}),
         ({"a secret": 1}, {"code": "unknown_parameter"}),
         ({"response_format": {"type": "a secret"}}, {"param": "response_format.type"}),
-        ({"tools": [WEATHER], "response_format": "a secret"}, {"param": "response_format.type"}),
+        ({"tools": [WEATHER], "response_format": "a secret"}, {"param": "response_format"}),
         ({"logit_bias": {"a secret": 1}}, {"param": "logit_bias"}),
     ],
 )
