@@ -14,7 +14,7 @@ from pydantic import WithJsonSchema
 
 from hybrid_k2.engine.params import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
 from hybrid_k2.errors import shown
-from hybrid_k2.server.body import AnyObject, Body, text_field
+from hybrid_k2.server.body import AnyObject, Body, check_fields, text_field
 from hybrid_k2.server.errors import bad_request
 from hybrid_k2.server.sampling import SamplingFields
 from hybrid_k2.server.thinking import Thinking
@@ -84,9 +84,7 @@ class PromptFields(Body):
             return None, True
         if not isinstance(choice, Mapping) or choice.get("type") not in ("auto", "any", "tool", "none"):
             raise bad_request("tool_choice", f"expected the type auto, any, tool or none, got {shown(choice)}")
-        for name in choice:
-            if name not in ("type", "name", "disable_parallel_tool_use"):
-                raise bad_request(f"tool_choice.{name}", "expected no such field")
+        check_fields(choice, ("type", "name", "disable_parallel_tool_use"), "tool_choice", "a choice")
         single = choice.get("disable_parallel_tool_use", False)
         if not isinstance(single, bool):
             raise bad_request("tool_choice.disable_parallel_tool_use", f"expected true or false, got {shown(single)}")
@@ -194,9 +192,7 @@ def _read_message(message: Any, place: str) -> list[dict[str, Any]]:
     role = message.get("role")
     if role not in ("user", "assistant", "system"):
         raise bad_request(f"{place}.role", f"expected user, assistant or system, got {shown(role)}")
-    for name in message:
-        if name not in ("role", "content"):
-            raise bad_request(f"{place}.{name}", "expected no such field in a message")
+    check_fields(message, ("role", "content"), place, "a message")
     content = message.get("content")
     if isinstance(content, str):
         return [{"role": role, "content": content}]
@@ -286,9 +282,7 @@ def _kind(block: Any, place: str) -> str:
     kind = block.get("type")
     if not isinstance(kind, str) or kind not in _BLOCK_FIELDS:
         raise bad_request(f"{place}.type", f"expected one of {', '.join(_BLOCK_FIELDS)}, got {shown(kind)}")
-    for name, value in block.items():
-        if name not in _EVERY_BLOCK | _BLOCK_FIELDS[kind] and value is not None:
-            raise bad_request(f"{place}.{name}", f"expected no such field in a block of type {kind}")
+    check_fields(block, _EVERY_BLOCK | _BLOCK_FIELDS[kind], place, f"a block of type {kind}")
     return kind
 
 
@@ -297,9 +291,7 @@ def _read_tool(tool: Any, place: str) -> dict[str, Any]:
         raise bad_request(place, f"expected an object, got {shown(tool)}")
     if tool.get("type") not in (None, "custom"):
         raise bad_request(f"{place}.type", f"expected custom: the client runs all tools, got {shown(tool['type'])}")
-    for name, value in tool.items():
-        if name not in _TOOL_FIELDS and value is not None:
-            raise bad_request(f"{place}.{name}", "expected no such field in a tool")
+    check_fields(tool, _TOOL_FIELDS, place, "a tool")
     function = {"name": tool.get("name"), "parameters": tool.get("input_schema", {"type": "object"})}
     for name in ("description", "strict"):
         if tool.get(name) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
@@ -14,6 +14,7 @@ from hybrid_k2.files import parse_json_object
 from hybrid_k2.server.errors import ApiError, bad_request
 
 _INLINE_BYTES = 64 * 2**10  # parsing more than this would hold up the other requests
+_MAX_COMMAS = 1_000_000  # of a body, in texts too: as many values, which take a hundred times the memory of the text
 _MAX_LEVELS = 128  # of a body; far beyond any real one, and well inside the recursion limit of Python
 
 AnyObject = Annotated[Any, WithJsonSchema({"type": "object"})]  # a field whose parts are checked by hand
@@ -33,6 +34,13 @@ def text_field(fields: Mapping[str, Any], name: str, place: str) -> str:
     return value
 
 
+def check_fields(fields: Mapping[str, Any], known: Collection[str], place: str, what: str) -> None:
+    """Refuse a field that is not known; one that is empty, as libraries send them, says nothing. Raises: ApiError."""
+    for name, value in fields.items():
+        if name not in known and value not in (None, [], {}, ""):
+            raise bad_request(f"{place}.{name}", f"expected no such field in {what}")
+
+
 BodyType = TypeVar("BodyType", bound=Body)
 
 
@@ -46,6 +54,8 @@ async def read_body(request: Request, form: type[BodyType]) -> BodyType:
 
 def parse_body(body: bytes, form: type[BodyType]) -> BodyType:
     """Parse and check a JSON body. Raises: ApiError."""
+    if body.count(b",") > _MAX_COMMAS:
+        raise ApiError(413, f"body: expected at most {_MAX_COMMAS} values, got more commas than that")
     try:
         fields = parse_json_object(body, "body", RequestError)
     except RequestError as error:

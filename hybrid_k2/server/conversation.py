@@ -7,10 +7,11 @@ request is dropped in silence.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrid_k2.errors import shown
+from hybrid_k2.server.body import check_fields
 from hybrid_k2.server.errors import bad_request
 from hybrid_k2.server.options import Limits
 
@@ -43,9 +44,7 @@ def _check_message(message: Any, place: str) -> dict[str, Any]:
     role = fields.get("role")
     if role not in ROLES:
         raise bad_request(f"{place}.role", f"expected one of {', '.join(ROLES)}, got {shown(role)}")
-    for name, value in fields.items():
-        # Replies of other servers come back with fields that are empty: `annotations: []`.
-        _check_field(name, value, _MESSAGE_FIELDS | _OF_ROLE.get(role, frozenset()), place, f"a message of {role}")
+    check_fields(fields, _MESSAGE_FIELDS | _OF_ROLE.get(role, frozenset()), place, f"a message of {role}")
     if fields.pop("refusal", ""):
         raise bad_request(f"{place}.refusal", "expected none: this model has no field for it")
     if isinstance(fields.get("content"), list):
@@ -58,15 +57,8 @@ def _check_message(message: Any, place: str) -> dict[str, Any]:
 def _check_part(part: Any, place: str) -> Any:
     if not isinstance(part, Mapping):
         raise bad_request(place, f"expected an object, got {shown(part)}")
-    for name, value in part.items():
-        _check_field(name, value, _PART_FIELDS, place, "a part of a message")
+    check_fields(part, _PART_FIELDS, place, "a part of a message")
     return part
-
-
-def _check_field(name: str, value: Any, known: Collection[str], place: str, what: str) -> None:
-    """Refuse an unknown field; one that is empty says nothing. Raises: ApiError."""
-    if name not in known and value not in (None, [], {}, ""):
-        raise bad_request(f"{place}.{name}", f"expected no such field in {what}")
 
 
 def check_tools(tools: Sequence[Any] | None, limits: Limits) -> list[dict[str, Any]]:
@@ -91,10 +83,8 @@ def _check_tool(tool: Any, place: str, limits: Limits) -> str:
     function = tool.get("function")
     if not isinstance(function, Mapping):
         raise bad_request(f"{place}.function", f"expected an object, got {shown(function)}")
-    for field, value in tool.items():
-        _check_field(field, value, _TOOL_FIELDS, place, "a tool")
-    for field, value in function.items():
-        _check_field(field, value, _FUNCTION_FIELDS, f"{place}.function", "a function")
+    check_fields(tool, _TOOL_FIELDS, place, "a tool")
+    check_fields(function, _FUNCTION_FIELDS, f"{place}.function", "a function")
     name = function.get("name")
     if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
         raise bad_request(
@@ -143,6 +133,8 @@ def read_tool_choice(choice: Any, tools: Sequence[Mapping[str, Any]]) -> str:
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str) or choice.get("type") != "function":
         raise bad_request("tool_choice", f"expected none, auto, required or a function, got {shown(choice)}")
+    check_fields(choice, ("type", "function"), "tool_choice", "a choice")
+    check_fields(choice["function"], ("name",), "tool_choice.function", "a choice")
     if name not in {tool["function"]["name"] for tool in tools}:
         raise bad_request("tool_choice.function.name", f"expected the name of a tool, got {shown(name)}")
     return f"={name}"

@@ -12,7 +12,7 @@ from pydantic import WithJsonSchema
 
 from hybrid_k2.engine.params import MAX_LOGPROBS
 from hybrid_k2.errors import shown
-from hybrid_k2.server.body import AnyObject, Body, text_field
+from hybrid_k2.server.body import AnyObject, Body, check_fields, text_field
 from hybrid_k2.server.errors import bad_request
 from hybrid_k2.server.sampling import CacheSalt, SamplingFields
 from hybrid_k2.server.thinking import Thinking, read_thinking
@@ -180,9 +180,7 @@ def _read_item(item: Any, place: str) -> dict[str, Any]:
     kind = item.get("type", "message")
     if not isinstance(kind, str) or kind not in _ITEM_FIELDS:
         raise bad_request(f"{place}.type", f"expected one of {', '.join(_ITEM_FIELDS)}, got {shown(kind)}")
-    for name, value in item.items():
-        if name not in _EVERY_ITEM | _ITEM_FIELDS[kind] and value is not None:
-            raise bad_request(f"{place}.{name}", f"expected no such field in an item of type {kind}")
+    check_fields(item, _EVERY_ITEM | _ITEM_FIELDS[kind], place, f"an item of type {kind}")
     if kind == "message":
         role = item.get("role")
         if role not in ("user", "assistant", "system", "developer"):
@@ -217,9 +215,7 @@ def _part_texts(content: list[Any], place: str) -> Iterator[str]:
             raise bad_request(here, f"expected an object, got {shown(part)}")
         if part.get("type") not in ("input_text", "output_text", "reasoning_text", "summary_text", "text"):
             raise bad_request(f"{here}.type", f"expected a text, got {shown(part.get('type'))}")
-        for name, value in part.items():
-            if name not in _PART_FIELDS and value is not None:
-                raise bad_request(f"{here}.{name}", "expected no such field in a text")
+        check_fields(part, _PART_FIELDS, here, "a text")
         yield text_field(part, "text", here)
 
 
@@ -230,9 +226,7 @@ def _read_tool(tool: Any, place: str) -> dict[str, Any]:
         raise bad_request(
             f"{place}.type", f"expected function: the client runs all tools, got {shown(tool.get('type'))}"
         )
-    for name, value in tool.items():
-        if name not in _TOOL_FIELDS and value is not None:
-            raise bad_request(f"{place}.{name}", "expected no such field in a tool")
+    check_fields(tool, _TOOL_FIELDS, place, "a tool")
     function = {
         name: tool[name] for name in ("name", "description", "parameters", "strict") if tool.get(name) is not None
     }

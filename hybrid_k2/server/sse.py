@@ -47,17 +47,28 @@ class SseResponse(Response):
 
     async def _stream(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        bug: Exception | None = None
         try:
             async for part in self._with_comments():
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         except ApiError as error:
-            anthropic = is_anthropic(scope["path"])
-            data = error_object(error, anthropic, scope.get("state", {}).get("request_id", ""))
-            facts = scope.setdefault("state", {}).setdefault("log", {})
-            facts.update({**logged(error), **facts})
-            part = frame(data, "error" if anthropic else "")
-            await send({"type": "http.response.body", "body": part, "more_body": True})
+            await self._send_error(error, scope, send)
+        except Exception as error:
+            await self._send_error(ApiError(500, "the server failed at this request"), scope, send)
+            bug = error
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if bug is not None:
+            raise bug  # to the log
+
+    @staticmethod
+    async def _send_error(error: ApiError, scope: Scope, send: Send) -> None:
+        state = scope.setdefault("state", {})
+        facts = state.setdefault("log", {})
+        facts.update({**logged(error), **facts})
+        anthropic = is_anthropic(scope["path"])
+        data = error_object(error, anthropic, state.get("request_id", ""))
+        part = frame(data, "error" if anthropic else "")
+        await send({"type": "http.response.body", "body": part, "more_body": True})
 
     async def _with_comments(self) -> AsyncGenerator[bytes, None]:
         following = asyncio.ensure_future(anext(self._frames, None))

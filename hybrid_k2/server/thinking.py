@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hybrid_k2.errors import shown
+from hybrid_k2.server.body import check_fields
 from hybrid_k2.server.errors import bad_request
 
 # K2.6 thinks or does not: every effort but none lets it think, as much as it wants.
@@ -53,9 +54,7 @@ def read_thinking_object(thinking: Any) -> Thinking:
     """Read `{"type": "enabled" | "disabled", "keep": null | "all"}`. Raises: ApiError."""
     if not isinstance(thinking, Mapping):
         raise bad_request("thinking", f'expected an object like {{"type": "enabled"}}, got {shown(thinking)}')
-    for name in thinking:
-        if name not in ("type", "keep"):
-            raise bad_request(f"thinking.{name}", "expected no such field; it has type and keep")
+    check_fields(thinking, ("type", "keep"), "thinking", "it; it has type and keep")
     if thinking.get("type") not in ("enabled", "disabled"):
         raise bad_request("thinking.type", f"expected enabled or disabled, got {shown(thinking.get('type'))}")
     if thinking.get("keep") not in (None, "all"):

@@ -193,6 +193,12 @@ def test_depth_anywhere(answering: Client, path: str, place: tuple[Any, ...], le
             assert response.json()["error"]["message"].startswith("body: expected"), response.text
 
 
+@pytest.mark.parametrize("value", ["[],", "0,", "{},"])
+def test_small_values_without_end_are_refused_before_they_take_memory(answering: Client, value: str) -> None:
+    body = f'{{"messages": [], "metadata": {{"a": [{value * 10**6} 0, 0]}}}}'.encode()
+    assert answering.request("POST", PATH, content=body).status_code == 413
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hybrid_k2.engine.service_types import QueueFullError, ServiceClosingError
 from hybrid_k2.errors import ConfigError, ContextLengthError, RequestError
 from hybrid_k2.protocol import encode_prompt
+from hybrid_k2.server import openai_chat
 from hybrid_k2.server.options import ServerOptions
 from hybrid_k2.server.request_log import JsonLines, TextLines
 from tests.conftest import REPO
@@ -225,7 +226,7 @@ def test_the_log_says_how_it_went_and_not_what_was_said(
         ({"messages": [{"role": "a secret"}]}, {"param": "messages[0].role"}),
         ({"a secret": 1}, {"code": "unknown_parameter"}),
         ({"response_format": {"type": "a secret"}}, {"param": "response_format.type"}),
-        ({"tools": [WEATHER], "response_format": "a secret"}, {"param": "response_format.type"}),
+        ({"tools": [WEATHER], "response_format": "a secret"}, {"param": "response_format"}),
         ({"logit_bias": {"a secret": 1}}, {"param": "logit_bias"}),
     ],
 )
@@ -328,6 +329,22 @@ def test_a_bug_is_a_500_that_the_log_explains(
     assert response.headers["x-request-id"] in response.json()["error"]["message"]
     assert "IndexError" in caplog.text
     assert "IndexError" not in response.text
+
+
+def test_a_bug_in_mid_stream_is_a_last_frame_that_the_log_explains(
+    client: Client, service: ScriptedService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(*arguments: Any) -> AsyncIterator[bytes]:
+        yield b"data: {}\n\n"
+        raise IndexError("a secret of the server")
+
+    monkeypatch.setattr(openai_chat, "chat_frames", broken)
+    service.scripts = [Script()]
+    response = client.post(PATH, {**HELLO, "stream": True})
+    *_, last, rest = response.text.split("\n\n")
+    assert (json.loads(last.removeprefix("data: "))["error"]["type"], rest) == ("server_error", "")
+    assert "secret" not in response.text
+    assert "IndexError" in caplog.text
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are(
