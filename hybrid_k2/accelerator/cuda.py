@@ -98,7 +98,8 @@ class CudaAccelerator(Accelerator):
         graph = torch.cuda.CUDAGraph()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         recording = torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode="thread_local")
-        with torch.inference_mode(), recording:
+        # The stream once more around it: where a recording fails, torch does not go back to the one before.
+        with torch.cuda.stream(self.stream), torch.inference_mode(), recording:
             op()
         return graph.replay
 

@@ -119,12 +119,11 @@ class CudaHandoff(Handoff):
 
     def progress(self) -> object:
         """See Peer."""
-        return [(slot.request.tolist(), slot.reply.tolist()) for slot in self._memory]
+        return self._flags()
 
     def waiting(self) -> str | None:
         """See Peer."""
-        posted = [(slot.request.tolist(), slot.reply.tolist()) for slot in self._memory]
-        layers = [str(request[1]) for request, reply in posted if request[0] != reply[0]]
+        layers = [str(request[1]) for request, reply in self._flags() if request[0] != reply[0]]
         return f"no answer from the experts of layer {' and '.join(layers)}" if layers else None
 
     def release(self) -> None:
@@ -143,6 +142,10 @@ class CudaHandoff(Handoff):
     def rest(self) -> None:
         """See Peer."""
         self._mailbox.keep_awake(False)
+
+    def _flags(self) -> list[tuple[list[int], list[int]]]:
+        """Read ticket, layer, tokens and form of each slot's request; ticket and status of its reply."""
+        return [(slot.request.tolist(), slot.reply.tolist()) for slot in self._memory]
 
     def _map(self) -> None:
         for address, size in self._mailbox.blocks():

@@ -1,14 +1,15 @@
 """Decode steps as graphs: what a step launches is recorded once for each size of batch, and then launched as one.
 
-A layer of a decode step is some 30 small launches, which together take a host longer than a GPU needs for them. A graph
-repeats launches that were recorded: the same kernels in the same order, with the same numbers among their arguments and
-on the same memory. So everything that differs from step to step lies in memory that stays (`DecodeInputs`), and a batch
-is filled up to the next size that there is a graph for. Rows that fill it up change no other row: they write nothing
-to the cache, the host computes no experts for them, and they are not counted.
+A layer of a decode step is some 30 small launches, and each costs the host some microseconds. A graph repeats launches
+that were recorded: the same kernels in the same order, with the same numbers among their arguments and on the same
+memory. So everything that differs from step to step lies in memory that stays (`DecodeInputs`), and a batch is filled
+up to the next size that there is a graph for. Rows that fill it up change no other row: they write nothing to the
+cache, the host computes no experts for them, and they are not counted.
 
 The first step of each size is launched operation by operation: kernels are compiled and libraries take their memory
 then, which cannot be recorded. Before the second one, the step is recorded. The second is launched both ways, and only
-if both give the same bits is the graph used from then on: what went into it by mistake is of the step before.
+if both give the same bits is the graph used from then on: what went into it by mistake is of the step before. The graph
+goes first, for it would find what the other way had already written to the cache.
 """
 
 from __future__ import annotations
@@ -68,11 +69,21 @@ class Form:
 
 @dataclass
 class Graph:
-    """Hold a recorded step; `same` says, on the device, whether it gave what launching gave. None: not tried yet."""
+    """Hold a recorded step; it is `trusted` once it gave what launching gave."""
 
     launch: Callable[[], None]
-    same: Tensor | None = None
     trusted: bool = False
+    same: Tensor | None = None  # what the comparison gave, on the device
+
+    def compare(self, result: Tensor, expected: Tensor) -> None:
+        """Compare bits, without waiting for the device."""
+        self.same = (result.view(torch.int32) == expected.view(torch.int32)).all()
+
+    def differs(self) -> bool:
+        """Say whether the comparison, if there was one, found a difference; waits for it once."""
+        if self.same is not None and not self.trusted:
+            self.trusted = bool(self.same)
+        return self.same is not None and not self.trusted
 
 
 class DecodeGraphs:
@@ -119,22 +130,20 @@ class DecodeGraphs:
         self._remember(cache)
         form = Form.of(len(batch.token_ids), two_halves=two_halves)
         moves = form.moves(len(batch.token_ids))
-        graph = None
-        if form in self._graphs:
-            graph = self._graphs[form] = self._graphs[form] or self._record(cache, form)
-            if graph is None:
-                yield self._handoff.reset, Label("reset")  # of what was posted while it was recorded
-        self._graphs.setdefault(form, None)
-        trusted = graph is not None and self._trusts(graph)
+        graph = self._graph(cache, form)
+        if self._refused:
+            yield self._handoff.reset, Label("reset")  # of what was posted while it was recorded
         yield partial(self._begin, batch, moves), Label("embed")
-        if graph is not None and trusted:
+        with self._accelerator.allocating():
+            result = logits if graph is None or graph.trusted else torch.empty_like(logits)
+        if graph is not None:
             yield graph.launch, Label("graph")
-        else:
+            yield partial(self._end, batch, moves, result), Label("logits")
+        if graph is None or not graph.trusted:
             yield from self._step(cache, form)
-        yield partial(self._end, batch, moves, logits), Label("logits")
-        if graph is not None and graph.same is None:
-            yield graph.launch, Label("graph")
-            yield partial(self._compare, graph, batch, moves, logits), Label("compare")
+            yield partial(self._end, batch, moves, logits), Label("logits")
+        if graph is not None and not graph.trusted:
+            yield partial(graph.compare, result, logits), Label("compare")
 
     def _remember(self, cache: LatentCache) -> None:
         """Forget the graphs of another cache: they read and write its memory."""
@@ -158,6 +167,17 @@ class DecodeGraphs:
             begun.append(half)
         yield from self._program(begun)
 
+    def _graph(self, cache: LatentCache, form: Form) -> Graph | None:
+        """Return the graph of a step; None for the first step of its form, and where there can be none."""
+        if form not in self._graphs:
+            self._graphs[form] = None
+            return None
+        graph = self._graphs[form] = self._graphs[form] or self._record(cache, form)
+        if graph is not None and graph.differs():
+            self._refuse("a recorded one computed something else")
+            return None
+        return graph
+
     def _record(self, cache: LatentCache, form: Form) -> Graph | None:
         """Record a step; None if that fails, which it will then for every other one."""
 
@@ -171,26 +191,15 @@ class DecodeGraphs:
             self._refuse(f"they cannot be recorded: {error}")
             return None
 
-    def _trusts(self, graph: Graph) -> bool:
-        if graph.same is not None and not graph.trusted:
-            graph.trusted = bool(graph.same)
-            if not graph.trusted:
-                self._refuse("a recorded one computed something else")
-        return graph.trusted
-
     def _refuse(self, why: str) -> None:
         log.warning("graphs: decode steps are launched operation by operation: %s", why)
         self._refused = True
+        self._graphs.clear()
 
     def _end(self, batch: Batch, moves: Moves, logits: Tensor) -> None:
         """Pick the wanted rows."""
         places = torch.cat([torch.arange(here.start, here.stop) for _, here in moves])  # [T]
         logits.copy_(self._logits[upload(places[batch.logit_rows], self._logits.device)])
-
-    def _compare(self, graph: Graph, batch: Batch, moves: Moves, logits: Tensor) -> None:
-        again = torch.empty_like(logits)
-        self._end(batch, moves, again)
-        graph.same = (again.view(torch.int32) == logits.view(torch.int32)).all()
 
 
 def why_not(plan: Plan, accelerator: Accelerator, handoff: Handoff, layers: Sequence[Layer]) -> str | None:

@@ -35,7 +35,7 @@ class TextModel:
     """Compute logits for batches of tokens; owns weights, threads, accelerator and hand-off until `close`.
 
     `ping_pong`: cut batches of several sequences into two halves that alternate. `deferred`: so many of each token's
-    experts are added one layer late. `graphs`: runs decode steps.
+    experts are added one layer late. `graphs`, where there are some, run decode steps.
     """
 
     graphs: DecodeGraphs | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +125,20 @@ def test_a_graph_has_the_time_limit_of_each_thing_that_it_asks_for(peer: Watched
     with pytest.raises(EngineError, match=r"graph: expected .* 0\.01 s, got none; no answer .* of layer 7$"):
         accelerator.synchronize(0.01)
     assert peer.answers == 0
+
+
+def test_a_hand_off_knows_which_experts_have_not_answered() -> None:
+    handoff = object.__new__(CudaHandoff)
+    flags = [(torch.tensor([5, 17, 2, 1]), torch.tensor([5, 0])), (torch.tensor([9, 18, 2, 1]), torch.tensor([8, 0]))]
+    handoff._memory = [SimpleNamespace(request=request, reply=reply) for request, reply in flags]  # type: ignore[misc]
+    assert handoff.waiting() == "no answer from the experts of layer 18"
+    before = handoff.progress()
+    assert before == handoff.progress()
+    flags[0][0][0] = 6  # asked again
+    assert handoff.progress() != before
+    assert handoff.waiting() == "no answer from the experts of layer 17 and 18"
+    flags[0][1][0], flags[1][1][0] = 6, 9
+    assert handoff.waiting() is None
 
 
 def test_a_peer_stays_awake_while_an_abandoned_step_still_runs(peer: Watched) -> None:

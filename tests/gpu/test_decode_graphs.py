@@ -22,6 +22,7 @@ from hybrid_k2.accelerator import handoff_cuda
 from hybrid_k2.accelerator.handoff_cuda import CudaHandoff
 from hybrid_k2.accelerator.host_calls import HostCalls
 from hybrid_k2.accelerator.kernels import mla_decode
+from hybrid_k2.errors import EngineError
 from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.decode_graphs import Form
@@ -44,14 +45,15 @@ devices: {gpu: cuda:0}
 place:
   - {what: embedding, on: host}
   - {what: attention, on: gpu, dtype: bf16}
-  - {what: dense_mlp, on: gpu, dtype: int8}
+  - {what: dense_mlp, on: gpu, dtype: bf16}
   - {what: shared_experts, on: gpu, dtype: bf16}
   - {what: routed_experts, on: host}
   - {what: lm_head, on: gpu, dtype: bf16}
 kv_cache: {dtype: bf16, tokens: 1536}
 prefill: {chunk_tokens: 64}
 """
-HOT = RULES.replace("  - {what: lm_head", "  - {what: routed_experts, on: gpu, hottest: 2}\n  - {what: lm_head")
+NARROW = RULES.replace("dense_mlp, on: gpu, dtype: bf16", "dense_mlp, on: gpu, dtype: int8")
+HOT = NARROW.replace("  - {what: lm_head", "  - {what: routed_experts, on: gpu, hottest: 2}\n  - {what: lm_head")
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +273,26 @@ def test_a_graph_that_computes_something_else_is_not_used(
             assert len(host_card(card).recordings) == (number > 0)
         assert not graphs.fits(sequences.batch(*steps[0]))
         assert "operation by operation: a recorded one computed something else" in caplog.text
+
+
+def test_a_graph_whose_experts_fail_names_the_layer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with on_card(folder, monkeypatch) as card:
+        sequences, graphs = Sequences(card), card.model.graphs
+        assert graphs is not None
+        for step in random_steps(card, [1, 1, 1]):
+            sequences.step(*step)
+        labels: list[str] = []
+        enqueue = card.model.accelerator.enqueue
+        monkeypatch.setattr(
+            card.model.accelerator, "enqueue", lambda op, label: labels.append(str(label)) or enqueue(op, label)
+        )
+        card.model.experts_runtime.close()
+        with pytest.raises(EngineError, match=r"^layer 1: "):
+            sequences.step([0], [1])
+        assert labels == ["embed", "graph", "logits"]
+        with pytest.raises(EngineError, match=r"^layer 1: "):
+            sequences.step([0], [1])
+        assert labels[3:6] == ["reset", "embed", "start, half 0"], "begun anew: operation by operation"
 
 
 # Which batches, and which models

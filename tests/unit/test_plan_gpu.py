@@ -180,6 +180,8 @@ def test_graphs_keep_the_work_memory_of_a_decode_step() -> None:
     assert "graphs" not in {one.what for one in without.overheads}
     assert "\ncuda:0: overlap ping_pong\n" in without.table()
     assert not plan_of().graphs
+    error = refusal("attention gpu", tail="graphs: on\n")
+    assert error.message == "x.yaml:10: graphs: expected one of auto, off, got 'on'"
 
 
 def test_work_memory_holds_the_largest_tensors_of_a_step() -> None:
