@@ -61,6 +61,7 @@ class OverlapReport:
     layer_accelerator_ms: float
     layer_experts_ms: float
     handoff_us: float | None
+    deferred: int
     hot_experts: int
     hot_hit_rates: dict[int, float]
 
@@ -73,6 +74,7 @@ class OverlapReport:
         share = "not known" if self.overlap_share is None else f"{self.overlap_share:.0%}"
         handoff = "not known" if self.handoff_us is None else f"{self.handoff_us:.0f} us"
         rates = ", ".join(f"{layer}: {rate:.0%}" for layer, rate in self.hot_hit_rates.items())
+        late = (f"deferred         {self.deferred} experts of each token, with overlap",) if self.deferred else ()
         hot = (f"hot experts      {self.hot_experts} of each layer; hits by layer {rates}",) if rates else ()
         return "\n".join(
             (
@@ -85,6 +87,7 @@ class OverlapReport:
                 f"MoE layer        {self.layer_ms:.2f} ms: accelerator {self.layer_accelerator_ms:.2f} ms, "
                 f"experts {self.layer_experts_ms:.2f} ms",
                 f"hand-off         {handoff} there and back",
+                *late,
                 *hot,
             )
         )
@@ -100,14 +103,15 @@ def measure_overlap(
     context: int = 256,
     steps: int = 12,
     hot: int = 0,
+    deferred: int = 0,
     seed: int = 0,
     trace_to: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> OverlapReport:
     """Measure decode steps of `sequences` sequences behind `context` tokens each, on "twin" or "cuda".
 
-    `scale` divides the widths of K2.6. `hot` experts of each layer are the device's. `trace_to` gets the trace of the
-    steps with overlap.
+    `scale` divides the widths of K2.6. `hot` experts of each layer are the device's; in the steps with overlap,
+    `deferred` ones of each token act one layer late. `trace_to` gets the trace of these steps.
     Memory and disk: the slice once each, in a temporary folder until it is loaded.
     Raises: HardwareError for a GPU that is not there, or no room on the disk; MemoryBudgetError for a slice that does
     not fit; ConfigError for more tokens than a cache holds, or a trace that cannot be written.
@@ -125,7 +129,9 @@ def measure_overlap(
             progress(f"step {number + 1} of {total}")
             if number == WARM_STEPS:
                 _take_hit_rates(model)  # of what came before
+            model.deferred = 0
             off.append(decoding.step(number, ping_pong=False, trace=None))
+            model.deferred = deferred
             on.append(decoding.step(number, ping_pong=True, trace=trace if number >= WARM_STEPS else None))
         moe_layers = [index for index, layer in enumerate(model.layers) if isinstance(layer.mlp, Moe)]
         report = OverlapReport(
@@ -145,6 +151,7 @@ def measure_overlap(
             layer_accelerator_ms=_busy_ms(trace, "accelerator", moe_layers) / steps / len(moe_layers),
             layer_experts_ms=_busy_ms(trace, "experts", moe_layers) / steps / len(moe_layers),
             handoff_us=_handoff_us(model, moe_layers[0], max(1, sequences // 2)) if device == TWIN else None,
+            deferred=deferred,
             hot_experts=hot,
             hot_hit_rates=_take_hit_rates(model) if hot else {},
         )

@@ -99,6 +99,7 @@ def overlap(
     context: Annotated[int, typer.Option(help="Tokens before the first step.", min=1, max=200000)] = 256,
     steps: Annotated[int, typer.Option(help="Steps that are measured.", min=1, max=10000)] = 12,
     hot: Annotated[int, typer.Option(help="Experts of a layer that the device computes.", min=0, max=384)] = 0,
+    deferred: Annotated[int, typer.Option(help="Experts of a token that act one layer late.", min=0, max=7)] = 0,
     trace: Annotated[str | None, typer.Option(metavar="FILE", help="Write the steps for Chrome or Perfetto.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,
@@ -130,6 +131,7 @@ def overlap(
         context=context,
         steps=steps,
         hot=hot,
+        deferred=deferred,
         trace_to=trace_to,
         progress=lambda text: notes.line(text, "dim"),
     )
