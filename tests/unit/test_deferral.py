@@ -116,10 +116,17 @@ def test_it_is_something_else_than_the_model(folder: Path) -> None:
 
 
 @needs_native
-def test_hot_and_streamed_experts_are_never_late(folder: Path) -> None:
-    """With all experts hot, nothing is left to defer: the results are those without deferral."""
-    steps = random_steps(random.Random(), 200)
-    more = "  - {what: routed_experts, on: gpu, hottest: 16}\n"
+@pytest.mark.parametrize(
+    "more",
+    [
+        "  - {what: routed_experts, on: gpu, hottest: 16}\n",
+        "prefill: {stream: auto, copy_gbps: 99999, read_gbps: 0.001, token_us: 99999}\n",
+    ],
+)
+def test_hot_and_streamed_experts_are_never_late(folder: Path, more: str) -> None:
+    """Where none is left to the host, nothing is deferred: the results are those without deferral."""
+    chance = random.Random()
+    steps = [[(i, [chance.randrange(200) for _ in range(chance.randint(64, 90))])] for i in range(3)]
     with deferring(folder, 3, more=more) as late, loaded(folder, rules_of("ping_pong", more), twin_threads=1) as usual:
         assert same(run(late, steps), run(usual, steps))
 
