@@ -74,7 +74,7 @@ class OverlapReport:
         share = "not known" if self.overlap_share is None else f"{self.overlap_share:.0%}"
         handoff = "not known" if self.handoff_us is None else f"{self.handoff_us:.0f} us"
         rates = ", ".join(f"{layer}: {rate:.0%}" for layer, rate in self.hot_hit_rates.items())
-        late = (f"deferred         {self.deferred} experts of each token, with overlap",) if self.deferred else ()
+        late = (f"deferred         {self.deferred} experts of each token",) if self.deferred else ()
         hot = (f"hot experts      {self.hot_experts} of each layer; hits by layer {rates}",) if rates else ()
         return "\n".join(
             (
@@ -110,8 +110,8 @@ def measure_overlap(
 ) -> OverlapReport:
     """Measure decode steps of `sequences` sequences behind `context` tokens each, on "twin" or "cuda".
 
-    `scale` divides the widths of K2.6. `hot` experts of each layer are the device's; in the steps with overlap,
-    `deferred` ones of each token act one layer late. `trace_to` gets the trace of these steps.
+    `scale` divides the widths of K2.6. `hot` experts of each layer are the device's, `deferred` ones of each
+    token act one layer late. `trace_to` gets the trace of the steps with overlap.
     Memory and disk: the slice once each, in a temporary folder until it is loaded.
     Raises: HardwareError for a GPU that is not there, or no room on the disk; MemoryBudgetError for a slice that does
     not fit; ConfigError for more tokens than a cache holds, or a trace that cannot be written.
@@ -122,16 +122,14 @@ def measure_overlap(
     config = slice_config(widths(scale), layers, experts, "bench overlap")
     torch.manual_seed(seed)
     total = steps + WARM_STEPS
-    with _loaded(_make_rules(device, tokens, hot), config, progress) as (plan, model):
+    with _loaded(_make_rules(device, tokens, hot, deferred), config, progress) as (plan, model):
         decoding = _Decoding(model, LatentCache(plan.kv_cache, config), sequences, context, total)
         trace, on, off = Trace(), [], []
         for number in range(total):
             progress(f"step {number + 1} of {total}")
             if number == WARM_STEPS:
                 _take_hit_rates(model)  # of what came before
-            model.deferred = 0
             off.append(decoding.step(number, ping_pong=False, trace=None))
-            model.deferred = deferred
             on.append(decoding.step(number, ping_pong=True, trace=trace if number >= WARM_STEPS else None))
         moe_layers = [index for index, layer in enumerate(model.layers) if isinstance(layer.mlp, Moe)]
         report = OverlapReport(
@@ -175,13 +173,15 @@ def check_tokens(sequences: int, context: int, steps: int) -> int:
     return sequences * of_each
 
 
-def _make_rules(device: str, tokens: int, hot: int) -> Rules:
-    """Return the shipped rules for the twin or the first GPU, with overlap, a cache of this size, and hot experts."""
+def _make_rules(device: str, tokens: int, hot: int, deferred: int) -> Rules:
+    """Return the shipped rules for the twin or the first GPU, with overlap, a cache of this size, and these experts."""
     rules = shipped_rules(TWIN if device == TWIN else "gpu")
     place, kv_cache = rules.place, replace(rules.kv_cache, tokens=tokens)
     if hot:
         place += (PlaceRule("routed_experts", None, "gpu", "int4", place[-1].line, len(place) + 1, hot),)
-    return replace(rules, place=place, overlap="ping_pong", kv_cache=kv_cache, source="bench overlap")
+    return replace(
+        rules, place=place, overlap="ping_pong", deferred=deferred, kv_cache=kv_cache, source="bench overlap"
+    )
 
 
 def _take_hit_rates(model: TextModel) -> dict[int, float]:

@@ -12,9 +12,8 @@ from hybrid_k2.engine.loading import LoadedModel
 
 
 def fingerprint(loaded: LoadedModel) -> str:
-    """Return a hash of what decides the bits of a latent: checkpoint, plan, software and CPU.
+    """Return a hash of everything that decides the bits of a latent: checkpoint, plan, software and CPU.
 
-    Which experts are hot, and how a prompt is split where experts are streamed, changes bits from step to step, too.
     Of the checkpoint that is its configuration, and name, size and time of change of each file with weights: reading
     the weights again would take as long as loading them.
     """
@@ -26,10 +25,10 @@ def fingerprint(loaded: LoadedModel) -> str:
         "config": hashlib.sha256((loaded.folder / "config.json").read_bytes()).hexdigest(),
         "weights": [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files],
         "rows": [[row.what, row.layers, row.device, row.dtype, row.hottest] for row in plan.rows],
+        "deferred": plan.deferred,
         "numerics": [plan.numerics, plan.activation_dtype, plan.accelerator, loaded.text.experts_runtime.name],
         "gpus": [gpu.name for gpu in plan.machine.gpus],
         "cache": [cache.device, cache.dtype, cache.page_tokens, loaded.block_tokens],
         "nodes": len(plan.nodes),
-        "schedule": [plan.overlap, plan.stream, plan.deferred],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

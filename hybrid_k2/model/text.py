@@ -65,7 +65,7 @@ class TextModel:
         self.split = split
         self._runtimes = list(runtimes)
         self.ping_pong = ping_pong
-        self.deferred = deferred
+        self._deferred = deferred
         self._limit = limit
         self.activation_dtype = activation_dtype
         self.embedding = embedding
@@ -173,7 +173,7 @@ class TextModel:
             embed = partial(half.embed, self.embedding, self.activation_dtype, self._rope, self.layers[0])
             yield embed, Label("embed", half=half.slot)
         head = partial(Half.head, norm=self.final_norm, lm_head=self.lm_head)
-        yield from through_layers(self.layers, halves, head, self.deferred)
+        yield from through_layers(self.layers, halves, head, self._deferred)
 
     def _check(self, batch: Batch, cache: LatentCache) -> None:
         if self._closed:

@@ -104,7 +104,7 @@ def test_hit_rates_of_hot_experts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(NATIVE_ERROR is not None, reason=f"no native extension: {NATIVE_ERROR}")
-def test_experts_are_deferred_in_steps_with_overlap_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_experts_are_deferred(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bench, "HANDOFFS", 5)
     report = measure_overlap("twin", 1, **SMALL, deferred=2, trace_to=tmp_path / "t.json")  # type: ignore[arg-type]
     assert report.deferred == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from hybrid_k2.accelerator import Label, Trace
 from hybrid_k2.engine import Engine
+from hybrid_k2.engine.fingerprint import fingerprint
 from hybrid_k2.errors import EngineError, RulesError
 from hybrid_k2.experts.base import ELSEWHERE
 from hybrid_k2.model.batch import Batch
@@ -221,8 +223,10 @@ def test_what_cannot_be_deferred_is_refused(overlap: str, attention: str, words:
 
 
 @needs_native
-def test_an_engine_warns(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_engine_warns_and_reads_no_latents_of_another_kind(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Engine.load(folder, rules_of("{deferred: 1}")) as engine:
+        usual = replace(engine.loaded, plan=replace(engine.plan, deferred=0))
+        assert fingerprint(usual) != fingerprint(engine.loaded) == fingerprint(replace(usual, plan=engine.plan))
         assert engine.logits([1, 2, 3]).shape == (3, engine.config.vocab_size)
     said = [
         record.message for record in caplog.records if "of each token's experts acts one layer late" in record.message
