@@ -66,6 +66,7 @@ class OverlapReport:
     layer_accelerator_ms: float
     layer_experts_ms: float
     handoff_us: float | None
+    deferred: int
     hot_experts: int
     hot_hit_rates: dict[int, float]
 
@@ -79,6 +80,7 @@ class OverlapReport:
         handoff = "not known" if self.handoff_us is None else f"{self.handoff_us:.0f} us"
         rates = ", ".join(f"{layer}: {rate:.0%}" for layer, rate in self.hot_hit_rates.items())
         graph = "" if self.step_graph_ms is None else f"; {self.step_graph_ms:.2f} ms as a graph"
+        late = (f"deferred         {self.deferred} experts of each token",) if self.deferred else ()
         hot = (f"hot experts      {self.hot_experts} of each layer; hits by layer {rates}",) if rates else ()
         return "\n".join(
             (
@@ -91,6 +93,7 @@ class OverlapReport:
                 f"MoE layer        {self.layer_ms:.2f} ms: accelerator {self.layer_accelerator_ms:.2f} ms, "
                 f"experts {self.layer_experts_ms:.2f} ms",
                 f"hand-off         {handoff} there and back",
+                *late,
                 *hot,
             )
         )
@@ -107,14 +110,16 @@ def measure_overlap(
     steps: int = 12,
     hot: int = 0,
     graphs: bool = False,
+    deferred: int = 0,
     seed: int = 0,
     trace_to: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> OverlapReport:
     """Measure decode steps of `sequences` sequences behind `context` tokens each, on "twin" or "cuda".
 
-    `scale` divides the widths of K2.6. `hot` experts of each layer are the device's. `graphs`: measure steps that are
-    launched as a graph, too. `trace_to` gets the trace of the steps with overlap.
+    `scale` divides the widths of K2.6. `hot` experts of each layer are the device's, `deferred` ones of each
+    token act one layer late. `graphs`: measure steps that are launched as a graph, too. `trace_to` gets the trace of
+    the steps with overlap.
     Memory and disk: the slice once each, in a temporary folder until it is loaded.
     Raises: HardwareError for a GPU that is not there, or no room on the disk; MemoryBudgetError for a slice that does
     not fit; ConfigError for more tokens than a cache holds, a trace that cannot be written, or no graphs to measure.
@@ -125,7 +130,7 @@ def measure_overlap(
     config = slice_config(widths(scale), layers, experts, "bench overlap")
     torch.manual_seed(seed)
     total = steps + WARM_STEPS
-    with _loaded(_make_rules(device, tokens, hot), config, progress) as (plan, model):
+    with _loaded(_make_rules(device, tokens, hot, deferred), config, progress) as (plan, model):
         decoding = _Decoding(model, LatentCache(plan.kv_cache, config), sequences, context, total)
         launches_graphs, model.graphs = model.graphs, None
         if graphs:
@@ -160,6 +165,7 @@ def measure_overlap(
             layer_accelerator_ms=_busy_ms(trace, "accelerator", moe_layers) / steps / len(moe_layers),
             layer_experts_ms=_busy_ms(trace, "experts", moe_layers) / steps / len(moe_layers),
             handoff_us=_handoff_us(model, moe_layers[0], max(1, sequences // 2)) if device == TWIN else None,
+            deferred=deferred,
             hot_experts=hot,
             hot_hit_rates=_take_hit_rates(model) if hot else {},
         )
@@ -192,13 +198,15 @@ def _check_graphs(graphs: DecodeGraphs | None, sequences: int) -> None:
         )
 
 
-def _make_rules(device: str, tokens: int, hot: int) -> Rules:
-    """Return the shipped rules for the twin or the first GPU, with overlap, a cache of this size, and hot experts."""
+def _make_rules(device: str, tokens: int, hot: int, deferred: int) -> Rules:
+    """Return the shipped rules for the twin or the first GPU, with overlap, a cache of this size, and these experts."""
     rules = shipped_rules(TWIN if device == TWIN else "gpu")
     place, kv_cache = rules.place, replace(rules.kv_cache, tokens=tokens)
     if hot:
         place += (PlaceRule("routed_experts", None, "gpu", "int4", place[-1].line, len(place) + 1, hot),)
-    return replace(rules, place=place, overlap="ping_pong", kv_cache=kv_cache, source="bench overlap")
+    return replace(
+        rules, place=place, overlap="ping_pong", deferred=deferred, kv_cache=kv_cache, source="bench overlap"
+    )
 
 
 def _take_hit_rates(model: TextModel) -> dict[int, float]:

@@ -100,6 +100,7 @@ def overlap(
     steps: Annotated[int, typer.Option(help="Steps that are measured.", min=1, max=10000)] = 12,
     hot: Annotated[int, typer.Option(help="Experts of a layer that the device computes.", min=0, max=384)] = 0,
     graphs: Annotated[bool, typer.Option("--graphs", help="Measure steps as CUDA graphs, too.")] = False,
+    deferred: Annotated[int, typer.Option(help="Experts of a token that act one layer late.", min=0, max=7)] = 0,
     trace: Annotated[str | None, typer.Option(metavar="FILE", help="Write the steps for Chrome or Perfetto.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,
@@ -132,6 +133,7 @@ def overlap(
         steps=steps,
         hot=hot,
         graphs=graphs,
+        deferred=deferred,
         trace_to=trace_to,
         progress=lambda text: notes.line(text, "dim"),
     )

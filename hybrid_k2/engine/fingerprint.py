@@ -17,7 +17,6 @@ from hybrid_k2.native import native
 def fingerprint(loaded: LoadedModel) -> str:
     """Return a hash of everything that decides the bits of a latent: checkpoint, plan, software, CPU and GPU.
 
-    Which experts are hot, and how a prompt is split where experts are streamed, changes bits from step to step, too.
     Of the checkpoint that is its configuration, and name, size and time of change of each file with weights: reading
     the weights again would take as long as loading them.
     """

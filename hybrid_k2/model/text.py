@@ -72,7 +72,7 @@ class TextModel:
         self.split = split
         self._runtimes = list(runtimes)
         self.ping_pong = ping_pong
-        self.deferred = deferred
+        self._deferred = deferred
         self._limit = limit
         self.activation_dtype = activation_dtype
         self.embedding = embedding
@@ -206,7 +206,7 @@ class TextModel:
 
     def _through(self, halves: Sequence[Half]) -> Iterator[Operation]:
         head = partial(Half.head, norm=self.final_norm, lm_head=self.lm_head)
-        return through_layers(self.layers, halves, head, self.deferred)
+        return through_layers(self.layers, halves, head, self._deferred)
 
     def _rows(self, batch: Batch) -> tuple[Tensor, Rotation]:
         rows = embedded(batch, self.embedding, self.activation_dtype, self.layers[0].device)

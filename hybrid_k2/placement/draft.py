@@ -289,9 +289,9 @@ def _check_deferred(rules: Rules, config: ModelConfig, attention: str) -> int:
 
 def deferred_warning(count: int) -> str:
     """Say what deferral does to the results."""
-    which = "the last expert" if count == 1 else f"the last {count} experts"
+    which = "the last of each token's experts acts" if count == 1 else f"the last {count} of each token's experts act"
     return (
-        f"overlap: deferred: {which} of each token's choices act one layer late, which the model was not trained for; "
+        f"overlap: deferred: {which} one layer late, which the model was not trained for; "
         "how much worse its text becomes was not measured"
     )
 

@@ -105,6 +105,16 @@ def test_hit_rates_of_hot_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure_overlap("twin", 1, **SMALL).hot_hit_rates == {}  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(NATIVE_ERROR is not None, reason=f"no native extension: {NATIVE_ERROR}")
+def test_experts_are_deferred(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "HANDOFFS", 5)
+    report = measure_overlap("twin", 1, **SMALL, deferred=2, trace_to=tmp_path / "t.json")  # type: ignore[arg-type]
+    assert report.deferred == 2
+    assert "deferred         2 experts of each token" in report.table()
+    names = [event["name"] for event in json.loads((tmp_path / "t.json").read_text())["traceEvents"]]
+    assert names.count("defer") == names.count("collect") == report.steps * (report.moe_layers - 1) > 0
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     if Machine.probe().gpus:
         pytest.skip("this machine has a GPU")

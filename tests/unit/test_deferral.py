@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from hybrid_k2.accelerator import Label, Trace
 from hybrid_k2.engine import Engine
+from hybrid_k2.engine.fingerprint import fingerprint
 from hybrid_k2.errors import EngineError, RulesError
 from hybrid_k2.experts.base import ELSEWHERE
 from hybrid_k2.model.batch import Batch
@@ -116,10 +118,17 @@ def test_it_is_something_else_than_the_model(folder: Path) -> None:
 
 
 @needs_native
-def test_hot_and_streamed_experts_are_never_late(folder: Path) -> None:
-    """With all experts hot, nothing is left to defer: the results are those without deferral."""
-    steps = random_steps(random.Random(), 200)
-    more = "  - {what: routed_experts, on: gpu, hottest: 16}\n"
+@pytest.mark.parametrize(
+    "more",
+    [
+        "  - {what: routed_experts, on: gpu, hottest: 16}\n",
+        "prefill: {stream: auto, copy_gbps: 99999, read_gbps: 0.001, token_us: 99999}\n",
+    ],
+)
+def test_hot_and_streamed_experts_are_never_late(folder: Path, more: str) -> None:
+    """Where none is left to the host, nothing is deferred: the results are those without deferral."""
+    chance = random.Random()
+    steps = [[(i, [chance.randrange(200) for _ in range(chance.randint(64, 90))])] for i in range(3)]
     with deferring(folder, 3, more=more) as late, loaded(folder, rules_of("ping_pong", more), twin_threads=1) as usual:
         assert same(run(late, steps), run(usual, steps))
 
@@ -171,7 +180,7 @@ def test_choices_are_parted_by_rank() -> None:
 def test_the_plan_says_what_it_does_and_counts_its_memory() -> None:
     with_it, without = (make_plan(rules_of(text), K2_6, machine(768)) for text in ("{deferred: 2}", "auto"))
     assert (with_it.deferred, with_it.overlap, without.deferred) == (2, "ping_pong", 0)
-    assert any(note.startswith("overlap: deferred: the last 2 experts") for note in with_it.notes)
+    assert any(note.startswith("overlap: deferred: the last 2 of each token's experts act ") for note in with_it.notes)
     assert not any("deferred" in note for note in without.notes)
     assert "overlap ping_pong; 2 of 8 experts deferred" in with_it.table()
     on_card = [
@@ -214,7 +223,12 @@ def test_what_cannot_be_deferred_is_refused(overlap: str, attention: str, words:
 
 
 @needs_native
-def test_an_engine_warns(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_engine_warns_and_reads_no_latents_of_another_kind(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Engine.load(folder, rules_of("{deferred: 1}")) as engine:
+        usual = replace(engine.loaded, plan=replace(engine.plan, deferred=0))
+        assert fingerprint(usual) != fingerprint(engine.loaded) == fingerprint(replace(usual, plan=engine.plan))
         assert engine.logits([1, 2, 3]).shape == (3, engine.config.vocab_size)
-    assert sum("the last expert of each token's choices act" in record.message for record in caplog.records) == 1
+    said = [
+        record.message for record in caplog.records if "of each token's experts acts one layer late" in record.message
+    ]
+    assert len(said) == 1
