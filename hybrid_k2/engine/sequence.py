@@ -33,7 +33,7 @@ class TokenSequence:
 
     def __init__(
         self,
-        prompt_ids: Sequence[int],
+        prompt_ids: list[int],
         params: SamplingParams,
         max_tokens: int,
         sampler: Sampler,
@@ -45,13 +45,13 @@ class TokenSequence:
         logprobs: LogprobReader | None = None,
         guide: Guide | None = None,
     ) -> None:
-        """Start with nothing cached.
+        """Start with nothing cached. Choices of one request share `prompt_ids`, which is copied when the reply begins.
 
         `turn_end_ids` are the end ids that the output's parser understands: with one, a call whose arguments are whole
         counts as complete. `thinking_end_ids` is empty for a reply that does not think.
         `logprobs` reads log probabilities where the request asks for them; `guide` says what its grammar allows.
         """
-        self.tokens = list(prompt_ids)
+        self.tokens = prompt_ids
         self.prompt_tokens = len(self.tokens)
         self.params = params
         self.max_tokens = max_tokens
@@ -157,6 +157,8 @@ class TokenSequence:
         token = self.sampler.sample(logits, self._allowed(len(logits)))
         if self._logprob_reader is not None:
             self._logprobs.append(self._logprob_reader.read(logits, token))
+        if not self.decoding:
+            self.tokens = [*self.tokens]
         self.tokens.append(token)
         if token in self._end_ids or token in self._stop_ids:
             if token in self._stop_ids:

@@ -35,7 +35,7 @@ def make_cache(pages: int) -> LatentCache:
 def make_sequence(tokens: list[int], *, seed: int | None = None, block: int = 8, salt: str = "") -> TokenSequence:
     nothing = cast(Any, None)
     params = SamplingParams(seed=seed)
-    sequence = TokenSequence(tokens, params, 1, nothing, nothing, (), (), (), block)
+    sequence = TokenSequence([*tokens], params, 1, nothing, nothing, (), (), (), block)
     sequence.salt = salt
     return sequence
 

@@ -495,11 +495,14 @@ def test_a_full_queue_refuses_before_it_reads_the_prompt(engine: Engine, monkeyp
         running.ticket.cancel()
 
 
-def test_a_request_that_waits_takes_no_memory_of_the_vocabulary(engine: Engine) -> None:
-    (sequence,) = engine.sequences(
-        [1], messages=None, tools=None, thinking=True, preserve_thinking=False, params=SamplingParams()
+def test_a_request_that_waits_takes_no_memory_of_the_vocabulary_and_one_prompt(engine: Engine) -> None:
+    first, *others = engine.sequences(
+        [1, 2], messages=None, tools=None, thinking=True, preserve_thinking=False, params=SamplingParams(), n=3
     )
-    assert not any(isinstance(value, np.ndarray) and value.size > 1 for value in vars(sequence.sampler).values())
+    assert not any(isinstance(value, np.ndarray) and value.size > 1 for value in vars(first.sampler).values())
+    assert all(other.tokens is first.tokens for other in others)
+    first.sample(torch.zeros(engine.config.vocab_size))
+    assert [len(sequence.tokens) for sequence in (first, *others)] == [3, 2, 2]
 
 
 def test_many_callers_at_once_break_nothing(engine: Engine) -> None:
