@@ -135,7 +135,7 @@ class Engine:
         _ = self.loaded.guide_vocabulary
 
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
-        """Return the logits after each of the tokens; they are cut into chunks as a prompt is.
+        """Return the logits after each of the tokens; they are cut into chunks as a prompt with a seed is.
 
         Takes 4 * vocab_size bytes for each token, and as much again for the tokens of one prefill chunk.
         Shapes: token_ids: [T] -> [T, vocab_size].

@@ -179,6 +179,7 @@ class PrefixCache:
 
     def release(self) -> None:
         """Drop everything: also when logits were not finite, so that no damaged latent is used again."""
+        self.changes += 1
         for root in self._roots.values():
             for node in [*root.children.values()]:
                 self._drop(node)

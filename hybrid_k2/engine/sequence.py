@@ -28,12 +28,13 @@ class TokenSequence:
     Tokens are those of the prompt, then those of the reply. The latents of the first `cached` of them lie in `pages`;
     the first `repeatable` of these are those of whole blocks of a prompt, so that computing them again gives the same
     bits. Blocks begin at multiples of `block_tokens`, however many of them a step computes. Where that is 1, a token
-    has the same bits in any chunk: prompts are cut anywhere, and everything can be repeated.
+    has the same bits in any chunk: prompts are cut anywhere, and everything can be repeated. Without a seed they are
+    cut anywhere, too: attention to one large chunk costs less than to the blocks in it.
     """
 
     def __init__(
         self,
-        prompt_ids: Sequence[int],
+        prompt_ids: list[int],
         params: SamplingParams,
         max_tokens: int,
         sampler: Sampler,
@@ -45,13 +46,13 @@ class TokenSequence:
         logprobs: LogprobReader | None = None,
         guide: Guide | None = None,
     ) -> None:
-        """Start with nothing cached.
+        """Start with nothing cached. Choices of one request share `prompt_ids`, which is copied when the reply begins.
 
         `turn_end_ids` are the end ids that the output's parser understands: with one, a call whose arguments are whole
         counts as complete. `thinking_end_ids` is empty for a reply that does not think.
         `logprobs` reads log probabilities where the request asks for them; `guide` says what its grammar allows.
         """
-        self.tokens = list(prompt_ids)
+        self.tokens = prompt_ids
         self.prompt_tokens = len(self.tokens)
         self.params = params
         self.max_tokens = max_tokens
@@ -127,22 +128,26 @@ class TokenSequence:
     @property
     def next_tokens(self) -> int:
         """Tokens of the smallest next step."""
-        return chunk_end(self.cached, self.prompt_tokens, self.block_tokens) - self.cached
+        return chunk_end(self.cached, self.prompt_tokens, self._cut_tokens) - self.cached
 
     def next_chunks(self, limit: int) -> list[Chunk]:
         """Return what the next step computes: blocks of the prompt, at least one, together at most `limit` tokens.
 
         Tokens of the reply are chunks of their own, as they were when they were sampled, so that a reply whose latents
-        were given up goes on with the same bits.
+        were given up goes on with the same bits. Where it may be cut anywhere, it is one chunk.
         """
-        return cut(self.tokens, self.cached, self.prompt_tokens, self.block_tokens, limit, self.pages)
+        return cut(self.tokens, self.cached, self.prompt_tokens, self._cut_tokens, limit, self.pages)
 
     def chunks_done(self, chunks: Sequence[Chunk]) -> None:
         """Count chunks whose latents are now in the cache."""
         for chunk in chunks:
-            if self.repeatable == self.cached and len(chunk.token_ids) % self.block_tokens == 0:
+            if self.repeatable == self.cached and self.block_tokens in (1, len(chunk.token_ids)):
                 self.repeatable += len(chunk.token_ids)
             self.cached += len(chunk.token_ids)
+
+    @property
+    def _cut_tokens(self) -> int:
+        return self.block_tokens if self.repeats else 1
 
     def sample(self, logits: Tensor) -> list[Event]:
         """Choose the next token and return the events that it leads to.
@@ -154,6 +159,8 @@ class TokenSequence:
         token = self.sampler.sample(logits, self._allowed(len(logits)))
         if self._logprob_reader is not None:
             self._logprobs.append(self._logprob_reader.read(logits, token))
+        if not self.decoding:
+            self.tokens = [*self.tokens]
         self.tokens.append(token)
         if token in self._end_ids or token in self._stop_ids:
             if token in self._stop_ids:

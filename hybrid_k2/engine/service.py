@@ -35,6 +35,7 @@ from hybrid_k2.engine.service_types import (
 )
 from hybrid_k2.errors import ConfigError, EngineError, HybridK2Error
 from hybrid_k2.model.batch import Chunk
+from hybrid_k2.placement.sizes import format_bytes
 from hybrid_k2.protocol import Event
 
 log = logging.getLogger("hybrid_k2")
@@ -81,6 +82,7 @@ class _Result:
     events: list[Event]
     sampled: bool
     error: HybridK2Error | None = None
+    engine_failed: bool = False  # the error is not of the request's making
 
 
 class Service:
@@ -103,6 +105,13 @@ class Service:
             raise ConfigError(
                 f"step_tokens: expected at most {chunk_tokens} (chunk_tokens of the plan), got {options.step_tokens}",
                 hint="give prefill more chunk_tokens in the placement rules",
+            )
+        memory = engine.plan.machine.host_memory_bytes
+        if options.cache_ram_bytes > memory:
+            raise ConfigError(
+                f"cache_ram_bytes: expected at most the {format_bytes(memory)} of the host, "
+                f"got {format_bytes(options.cache_ram_bytes)}",
+                hint="weights and KV cache need their own part of it",
             )
         self._scheduler = Scheduler(
             self._runner.cache,
@@ -193,6 +202,7 @@ class Service:
             with self._entered:  # nobody enters the engine meanwhile
                 if self._options.cache_path is not None and self._broken is None:
                     save_prefixes(self._runner.prefix, self._options.cache_path, fingerprint(self._engine.loaded))
+                self._runner.prefix.set_ram(0)
 
     def __enter__(self) -> Service:
         return self
@@ -311,7 +321,6 @@ class Service:
         start = time.perf_counter()
         results = self._compute(work)
         elapsed = time.perf_counter() - start
-        failed = sum(result.error is not None for result in results.values())
         self._count(
             steps=1,
             prompt_tokens=sum(prompts.values()),
@@ -323,7 +332,7 @@ class Service:
                 step_s=elapsed,
                 step_prompt_tokens=sum(prompts.values()),
                 step_sequences=len(work),
-                healthy=failed < len(results),
+                healthy=not all(result.engine_failed for result in results.values()),
             )
         for job, result in results.items():
             if job in prompts:
@@ -345,7 +354,7 @@ class Service:
 
     def _compute(self, work: dict[Job, Work]) -> dict[Job, _Result]:
         logits, errors = self._forward(work)
-        results = {job: _Result([], False, error) for job, error in errors.items()}
+        results = {job: _Result([], False, error, engine_failed=True) for job, error in errors.items()}
         for job, row in logits.items():
             results[job] = self._sample(*work[job], row)
         return results
@@ -378,9 +387,10 @@ class Service:
         try:
             return _Result(sequence.sample(logits), True)
         except Exception as error:
-            if isinstance(error, NotFiniteError):
-                self._runner.prefix.release()  # latents may be damaged
-            return _Result([], False, _as_error(error))
+            damaged = isinstance(error, NotFiniteError)
+            if damaged:
+                self._runner.prefix.release()  # latents may be, too
+            return _Result([], False, _as_error(error), engine_failed=damaged)
 
     def _settle(self, job: Job, result: _Result) -> None:
         """Send what a step brought, and end what has come to its end."""

@@ -188,7 +188,7 @@ class _Checks:
         return found, found  # a table has no kernels that could differ
 
     def attention(self, layer: int) -> tuple[Difference, Difference]:
-        """A prompt, a chunk of one and a decode step: rows of both forms of attention, over scattered pages."""
+        """A prompt, a chunk of one and a decode step: rows of both forms that torch has, over scattered pages."""
         steps = list(self._steps())
         cache = self.plan.kv_cache
         placed, layer_device = self.model.layers[layer], self.model.layers[layer].device

@@ -80,6 +80,36 @@ def test_only_keys_that_may_run_are_asked() -> None:
     assert queue.first(lambda key: False) is None
 
 
+def test_who_asks_for_one_thing_after_the_other_keeps_his_counter() -> None:
+    queue = FairQueue[Item]()
+    for _ in range(200):
+        queue.add(Item("patient", 10))
+    turns: Counter[str] = Counter()
+    for _ in range(110):
+        if not queue.waiting("greedy"):
+            queue.add(Item("greedy", 100))
+        (item,) = serve(queue, 1)
+        turns[item.key] += item.tokens
+        if not queue.waiting(item.key):
+            queue.gone(item.key)
+    assert abs(turns["greedy"] - turns["patient"]) <= 110
+
+
+def test_of_many_keys_that_come_once_nothing_is_left() -> None:
+    queue, waiting = FairQueue[Item](), Item("a")
+    queue.add(waiting)
+    for number in range(50):
+        queue.add(Item(f"key {number}", number))
+        queue.remove(item := next(item for item in queue if item is not waiting))
+        queue.charge(item.key, item.tokens)
+        queue.gone(item.key)
+    assert len(queue._left) <= 49  # they have taken more than one who waits
+    queue.remove(waiting)
+    queue.gone("a")
+    assert not queue._left
+    assert not queue._served
+
+
 def test_who_is_gone_is_forgotten() -> None:
     queue, item = FairQueue[Item](), Item("a", 500)
     queue.add(item)

@@ -35,7 +35,7 @@ def make_cache(pages: int) -> LatentCache:
 def make_sequence(tokens: list[int], *, seed: int | None = None, block: int = 8, salt: str = "") -> TokenSequence:
     nothing = cast(Any, None)
     params = SamplingParams(seed=seed)
-    sequence = TokenSequence(tokens, params, 1, nothing, nothing, (), (), (), block)
+    sequence = TokenSequence([*tokens], params, 1, nothing, nothing, (), (), (), block)
     sequence.salt = salt
     return sequence
 
@@ -77,7 +77,7 @@ class World:
             return False
         sequence.pages.extend(self.prefix.allocate(missing))
         for chunk in chunks:
-            whole = sequence.repeatable == chunk.cached and len(chunk.token_ids) % sequence.block_tokens == 0
+            whole = sequence.repeatable == chunk.cached and sequence.block_tokens in (1, len(chunk.token_ids))
             for place in range(chunk.cached, chunk.cached + len(chunk.token_ids)):
                 fraction = 0.0 if whole else self.chance.randrange(1, 64) / 64
                 self.write(sequence, place, self.name(sequence, place) + fraction)
@@ -231,7 +231,7 @@ def test_what_leaves_the_pages_comes_back_from_memory() -> None:
 
 def test_a_request_that_repeats_reuses_whole_blocks_of_prompts_alone() -> None:
     world = World(random.Random(), 100, 0)
-    sequence = run(world, [1] * 21)
+    sequence = run(world, [1] * 21, seed=1)
     for _ in range(6):
         world.compute(sequence, 1)
     world.keep(sequence)
@@ -257,13 +257,23 @@ def test_a_sequence_that_goes_on_gets_its_own_reply_again_in_its_own_bits() -> N
     assert [len(chunk.token_ids) for chunk in sequence.next_chunks(1000)] == [4, *[1] * 7]
 
 
+def test_without_a_seed_a_prompt_is_one_chunk_whose_bits_nobody_repeats() -> None:
+    world = World(random.Random(), 100, 0)
+    sequence = make_sequence([1] * 40)
+    (chunk,) = sequence.next_chunks(33)
+    assert len(chunk.token_ids) == 33
+    world.keep(run(world, [1] * 40))
+    assert hit(world, [1] * 40) == 39
+    assert hit(world, [1] * 40, seed=1) == 0
+
+
 # On disk
 
 
 def saved(tmp_path: Path) -> tuple[World, Path]:
     world = World(random.Random(), 20, 20)
     for tokens in ([1] * 18, [1] * 9 + [2] * 9, [3] * 5):
-        world.keep(run(world, tokens, salt="x"))
+        world.keep(run(world, tokens, seed=1, salt="x"))
     path = tmp_path / "deep" / "cache"
     save_prefixes(world.prefix, path, "this engine")
     return world, path

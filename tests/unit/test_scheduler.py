@@ -25,7 +25,7 @@ PAGE = 4
 def make_job(tokens: list[int], reply: int, *, key: str = "", seed: int | None = None, block: int = 1) -> Job:
     """Make a job without sampler and parser: the tests choose its tokens."""
     nothing = cast(Any, None)
-    return Job(TokenSequence(tokens, SamplingParams(seed=seed), reply, nothing, nothing, (), (), (), block), key)
+    return Job(TokenSequence([*tokens], SamplingParams(seed=seed), reply, nothing, nothing, (), (), (), block), key)
 
 
 class Machine:

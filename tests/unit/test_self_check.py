@@ -175,7 +175,7 @@ def one_wrong(weight: Tensor) -> Tensor:
 FAULTS: list[tuple[str, Callable[[Loaded], None]]] = [
     ("attention of layer 0", in_attention(0, kv_b=lambda w: w.roll(1, 0))),
     ("attention of layer 1", in_attention(1, kv_b=lambda w: w * 1.2)),
-    ("attention of layer 1", in_attention(1, shape=lambda shape: replace(shape, scale=shape.scale * 1.5))),
+    ("attention of layer 1", in_attention(1, shape=lambda s: replace(s, scale=s.scale * 1.5), native=lambda _: None)),
     ("attention of layer 0", in_attention(0, q_a_norm=lambda norm: replace(norm, weight=one_wrong(norm.weight)))),
     ("attention of layer 0", in_layer(0, lambda whole: replace(whole, input_norm=replace(whole.input_norm, eps=1.0)))),
     ("dense_mlp of layer 0", in_layer(0, lambda w: replace(w, mlp=replace(w.mlp, gate=w.mlp.up, up=w.mlp.gate)))),  # type: ignore[arg-type,union-attr]

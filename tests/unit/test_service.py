@@ -287,6 +287,7 @@ def test_keys_take_turns(engine: Engine) -> None:
         ({"max_running": 0}, "max_running: expected an integer of at least 1, got 0"),
         ({"step_tokens": True}, "step_tokens: expected an integer of at least 1, got True"),
         ({"cache_path": Path("x")}, "cache_path: expected cache_ram_bytes above 0 with it"),
+        ({"cache_ram_bytes": 1 << 60}, "cache_ram_bytes: expected at most the .* of the host, got 1073741824.00 GiB"),
         ({"step_tokens": CHUNK + 1}, rf"step_tokens: expected at most {CHUNK} \(chunk_tokens of the plan\), got 49"),
     ],
 )
@@ -424,6 +425,20 @@ def test_a_parser_that_fails_at_a_cancel_ends_its_request_alone(
         assert service.stats().failed == 1
 
 
+def test_a_request_that_fails_by_itself_says_nothing_of_the_engine(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grammar beyond its bounds, say, where nobody else is served: the server is as healthy as before."""
+
+    def refuse(*_: object) -> int:
+        raise RequestError("grammar: expected it within its bounds")
+
+    with serve(engine) as service:
+        monkeypatch.setattr(Sampler, "sample", refuse)
+        assert "within its bounds" in str(Client(service, [1, 2], PARAMS).error)
+        assert service.stats().healthy
+
+
 def test_only_logits_that_are_not_finite_empty_the_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a request brought upon itself costs nobody else the latents of his prompt."""
     prompt = random_ids(random.Random(), 200)
@@ -487,11 +502,14 @@ def test_a_full_queue_refuses_before_it_reads_the_prompt(engine: Engine, monkeyp
         running.ticket.cancel()
 
 
-def test_a_request_that_waits_takes_no_memory_of_the_vocabulary(engine: Engine) -> None:
-    (sequence,) = engine.sequences(
-        [1], messages=None, tools=None, thinking=True, preserve_thinking=False, params=SamplingParams()
+def test_a_request_that_waits_takes_no_memory_of_the_vocabulary_and_one_prompt(engine: Engine) -> None:
+    first, *others = engine.sequences(
+        [1, 2], messages=None, tools=None, thinking=True, preserve_thinking=False, params=SamplingParams(), n=3
     )
-    assert not any(isinstance(value, np.ndarray) and value.size > 1 for value in vars(sequence.sampler).values())
+    assert not any(isinstance(value, np.ndarray) and value.size > 1 for value in vars(first.sampler).values())
+    assert all(other.tokens is first.tokens for other in others)
+    first.sample(torch.zeros(engine.config.vocab_size))
+    assert [len(sequence.tokens) for sequence in (first, *others)] == [3, 2, 2]
 
 
 def test_many_callers_at_once_break_nothing(engine: Engine) -> None:
@@ -546,6 +564,15 @@ def test_drain_waits_and_takes_nothing_new(engine: Engine) -> None:
             service.submit(ServiceRequest(prompt=[1]), lambda event: None)
         assert service.drain(60)
         assert client.reply.finish_reason == "length"
+
+
+def test_its_memory_for_prompts_is_given_back(engine: Engine) -> None:
+    chance = random.Random()
+    with serve(engine, cache_ram_bytes=50 * engine._cache.page_like().nbytes) as service:
+        for _ in range(3):
+            Client(service, random_ids(chance, 400), replace(PARAMS, max_tokens=1)).wait()
+        assert service.stats().ram_pages_kept > 0
+    assert engine._prefix.stored_pages == 0
 
 
 def test_close_cancels_and_lets_go_of_the_engine(engine: Engine) -> None:
