@@ -26,7 +26,7 @@ class Attention:
     kv_b [heads * (nope + value), kv_lora], o [hidden, heads * value].
     `native` computes the absorbed form where weights and cache lie on the host, `gpu` where they lie on a GPU, for few
     new tokens; torch does without them. The native form is for prompts, too: a row has the same bits in any chunk then,
-    and at K2.6's widths it takes no longer than torch's naive form, for all its additional multiplications.
+    and at K2.6's widths it takes as long as torch's naive form from 4096 tokens on, for all its additional products.
     """
 
     layer: int
