@@ -1,5 +1,5 @@
 // The Python module: what the CPU offers, threads, errors. Other files add the rest, each for one kind of layer.
-#include "bindings.h"
+#include "bindings_rows.h"
 
 #include <pybind11/stl.h>
 
@@ -175,5 +175,6 @@ PYBIND11_MODULE(_native, m) {
   bind_experts(m);
   bind_attention(m);
   bind_dense(m);
+  bind_rows(m);
   bind_handoff(m);
 }

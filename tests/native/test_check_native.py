@@ -67,6 +67,7 @@ PROGRAMS: dict[str, Program] = {
     "l32_pack_test": once(seed()),
     "memory_test": once(),
     "moe_job_test": once("under-a-tool"),
+    "rows_test": once(seed()),
     "thread_pool_test": once("under-a-tool"),  # leaves out what the tools cannot follow
 }
 
