@@ -47,6 +47,17 @@ bool finish(ThreadPool& pool, Job& job, Deadline deadline) {
   return true;
 }
 
+void finish_without_gil(ThreadPool& pool, Job& job) {
+  while (!pool.wait(job, Clock::now() + kSignalCheck)) {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() == 0) continue;
+    job.cancel();
+    without_gil([&] { pool.finish(job); });
+    throw py::error_already_set();
+  }
+  job.rethrow();
+}
+
 namespace {
 
 constexpr int kMaxPrefetch = 1 << 16;  // bytes ahead
@@ -177,4 +188,5 @@ PYBIND11_MODULE(_native, m) {
   bind_dense(m);
   bind_rows(m);
   bind_handoff(m);
+  bind_step(m);
 }

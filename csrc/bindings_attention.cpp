@@ -1,10 +1,10 @@
 // Attention in the Python module; see hybrid_k2/model/native_attention.py.
 #include "attention/append.h"
 #include "attention/latent_attention.h"
+#include "bindings_attention.h"
 #include "bindings_rows.h"
 
 namespace k2 {
-namespace {
 
 std::vector<AttentionSequence> read_sequences(const py::array& array) {
   const int64_t count = array.ndim() == 2 ? array.shape(0) : 0;
@@ -14,7 +14,6 @@ std::vector<AttentionSequence> read_sequences(const py::array& array) {
   return sequences;
 }
 
-// pages [pages, page_tokens, latent] float32 or bf16 as uint16; page_table [P] int64.
 LatentPages latent_pages(const MlaSizes& s, const py::array& pages, const py::array& page_table) {
   const int64_t count = pages.ndim() == 3 ? pages.shape(0) : 0, tokens = pages.ndim() == 3 ? pages.shape(1) : 0;
   const int64_t table_size = page_table.ndim() == 1 ? page_table.shape(0) : 0;
@@ -29,6 +28,8 @@ LatentPages latent_pages(const MlaSizes& s, const py::array& pages, const py::ar
           .table = array_data<int64_t>("page_table", page_table, {table_size}),
           .table_size = table_size};
 }
+
+namespace {
 
 int64_t rows_of(const py::array& q) { return q.ndim() == 3 ? q.shape(0) : 0; }
 

@@ -25,6 +25,7 @@ from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
 from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.model.devices import torch_device, torch_dtype
 from hybrid_k2.model.expert_loading import load_experts, make_layer, warn_of_small_pages
+from hybrid_k2.model.host_layer import joined
 from hybrid_k2.model.hot_loading import HotLoader
 from hybrid_k2.model.layer import Layer
 from hybrid_k2.model.moe import Moe
@@ -100,6 +101,9 @@ class _Builder:
         embedding = self.parts.embedding()
         layers = [self.layer(layer) for layer in range(self.config.num_hidden_layers)]
         accelerator = self.accelerator()
+        handoff = self.handoff(layers, accelerator)
+        if isinstance(handoff, DirectHandoff) and self.plan.activation_dtype == "fp32":
+            layers = joined(layers)
         moe = {i: layer.mlp for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)}
         return TextModel(
             config=self.config,
@@ -110,7 +114,7 @@ class _Builder:
             lm_head=self.parts.lm_head(),
             runtimes=list(self.runtimes.values()),
             accelerator=accelerator,
-            handoff=self.handoff(layers, accelerator),
+            handoff=handoff,
             hot=self.hot.hot_set(moe),
             split=make_split(self.plan, moe, self.runtimes, self.undo),
             ping_pong=self.plan.overlap == "ping_pong",

@@ -40,9 +40,16 @@ class Moe:
         Shapes: a routing of T rows -> [T, K] int32, -1 for hot experts.
         """
         on_host = routing.ids if self.hot is None else self.hot.elsewhere(routing.ids)
-        if self.usage is not None:
-            self.usage.add(routing.ids, on_host)
+        self.count(routing.ids, on_host)
         return on_host
+
+    def count(self, ids: Tensor, on_host: Tensor) -> None:
+        """Count a choice, where choices are counted; `on_host` is -1 for hot experts.
+
+        Shapes: [T, K] int32 each.
+        """
+        if self.usage is not None:
+            self.usage.add(ids, on_host)
 
     def begin(self, x: Tensor) -> tuple[Routing, Callable[[], Tensor]]:
         """Route rows, and return what computes their shared expert.

@@ -20,7 +20,7 @@ class NativeAttention:
     """Attend on the threads of the experts; one for all layers of a model."""
 
     def __init__(self, runtime: Any, shape: MlaShape) -> None:
-        self._kernels = native.LatentAttention(
+        self.kernels = native.LatentAttention(
             runtime, shape.heads, shape.nope, shape.rope, shape.value, shape.kv_lora, shape.scale
         )
 
@@ -48,7 +48,7 @@ class NativeAttention:
         Raises: ValueError for shapes that do not fit and pages that do not exist; EngineError if the threads stopped.
         """
         arrays = map(as_array, (rotation.cos, rotation.sin, q, pages, batch.page_table, batch.spans))
-        self._kernels.append(as_array(latent), as_array(norm.weight), norm.eps, *arrays)
+        self.kernels.append(as_array(latent), as_array(norm.weight), norm.eps, *arrays)
 
     def attend(self, q: Tensor, kv_b: Tensor, pages: Tensor, page_table: Tensor, spans: Tensor, out: Tensor) -> None:
         """Fill in the rows of these sequences.
@@ -60,8 +60,8 @@ class NativeAttention:
         Effects: writes to `out`, not to rows of other sequences.
         Raises: ValueError for shapes that do not fit and pages that do not exist; EngineError if the threads stopped.
         """
-        self._kernels.attend(*map(as_array, (q, kv_b, pages, page_table, spans, out)))
+        self.kernels.attend(*map(as_array, (q, kv_b, pages, page_table, spans, out)))
 
     def measure_peak_gflops(self, seconds: float = 0.1) -> float:
         """Return how many 10^9 multiplications and additions per second the threads can do in fp32: the bound."""
-        return float(self._kernels.measure_peak_gops(seconds))
+        return float(self.kernels.measure_peak_gops(seconds))

@@ -13,6 +13,8 @@ With two halves, the front of one runs while the host computes the experts of th
 
     front A, post A, front B, post B, | shared A, take A, front A', post A', | shared B, take B, front B', post B', ...
 
+On a host that has everything itself, few rows take a `layer` as one operation in the place of these.
+
 Nothing in the list depends on data. The result does not depend on the halves: rows meet only in attention, each with
 its own sequence.
 """
@@ -27,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hybrid_k2.accelerator import Handoff, HotExperts, Label
+from hybrid_k2.accelerator.slots import named
 from hybrid_k2.model.batch import Batch
 from hybrid_k2.model.devices import upload
 from hybrid_k2.model.latent_cache import LatentCache
@@ -45,7 +48,8 @@ Operation = tuple[Callable[[], None], Label]
 class Half:
     """Take rows that belong together through the layers; `slot` is the one of the hand-off that they use.
 
-    `logits` gets the result. `split` streams experts of a prompt, if it is one; `alone`: this is all of the batch.
+    `logits` gets the result. `split` streams experts of a prompt, if it is one; `alone`: this is all of the batch;
+    `whole`: layers that can be are computed in one go.
     Shapes: [R, vocab] fp32, R: the batch's logit rows.
     """
 
@@ -59,10 +63,12 @@ class Half:
         *,
         split: PrefillSplit | None = None,
         alone: bool = True,
+        whole: bool = False,
     ) -> None:
         self.slot = slot
         self.split = split
         self._alone = alone
+        self._whole = whole
         self._batch = batch
         self._cache = cache
         self._handoff = handoff
@@ -84,6 +90,18 @@ class Half:
         self._x = upload(functional.embedding(ids, embedding).to(dtype), device)
         self._rotation = rope.rotation(self._batch.positions).to(device)
         self._batch = first.attention.prepare(self._batch)
+
+    def joins(self, layer: Layer) -> bool:
+        """Say whether these rows take the layer in one go."""
+        return self._whole and layer.whole is not None
+
+    def layer(self, index: int, layer: Layer) -> None:
+        """Compute all of a layer that the rows join."""
+        assert layer.whole is not None
+        with named(index):
+            ids = layer.whole.run(self._x, self._batch, self._cache.layers[index], self._rotation)
+        if isinstance(layer.mlp, Moe) and ids is not None:
+            layer.mlp.count(ids, ids)
 
     def front(self, layer: Layer) -> None:
         """Attend; compute a dense MLP, or prepare what the experts read."""
@@ -141,6 +159,9 @@ def through_layers(
         for half in halves:
             if index:
                 yield from _finish(index - 1, layers[index - 1], half)
+            if half.joins(layer):
+                yield partial(half.layer, index, layer), _label("layer", index, half)
+                continue
             yield partial(half.front, layer), _label("front", index, half)
             if isinstance(layer.mlp, Moe):
                 yield partial(half.post, index, layer.mlp), _label("post", index, half)
@@ -150,7 +171,7 @@ def through_layers(
 
 
 def _finish(index: int, layer: Layer, half: Half) -> Iterator[Operation]:
-    if isinstance(layer.mlp, Moe):
+    if isinstance(layer.mlp, Moe) and not half.joins(layer):
         yield half.shared, _label("shared", index, half)
         if layer.mlp.hot is not None:
             yield partial(half.hot, layer.mlp.hot), _label("hot", index, half)
