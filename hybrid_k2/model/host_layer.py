@@ -14,8 +14,10 @@ from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.model.batch import Batch
 from hybrid_k2.model.host_rows import as_array
 from hybrid_k2.model.layer import Layer
+from hybrid_k2.model.layers import Matrix
 from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.moe import Moe
+from hybrid_k2.model.native_attention import NativeAttention
 from hybrid_k2.model.rope import Rotation
 from hybrid_k2.native import native
 
@@ -25,43 +27,45 @@ FEW_ROWS = 64  # more of them take so long that nobody notices the interpreter
 class HostLayer:
     """Compute a layer of which everything is native and on the same threads, with the bits of its parts one by one."""
 
-    def __init__(self, layer: Layer, memory: Any) -> None:
-        """Take over the parts of a layer that `fits`; `memory`: of those that compute one after the other."""
-        a, shared = layer.attention, layer.mlp.shared if isinstance(layer.mlp, Moe) else layer.mlp
-        matrices = {"q_a": a.q_a, "kv_a": a.kv_a, "q_b": a.q_b, "o": a.o}
-        matrices |= {"gate": shared.gate, "up": shared.up, "down": shared.down}
-        norms = {"input_norm": layer.input_norm, "q_a_norm": a.q_a_norm, "kv_a_norm": a.kv_a_norm}
-        norms["post_norm"] = layer.post_norm
-        rule: tuple[Any, int, bool, float] | None = None
-        experts = None
-        if isinstance(layer.mlp, Moe):
-            router, experts = layer.mlp.router, layer.mlp.experts.native
-            matrices["router"] = router.weight
-            rule = as_array(router.bias), router.experts_per_token, router.normalise, router.scale
+    def __init__(self, layer: Layer, attention: NativeAttention, matrices: dict[str, HostMatrix], memory: Any) -> None:
+        """Take over the parts of a layer; see `open`."""
+        a, moe = layer.attention, layer.mlp if isinstance(layer.mlp, Moe) else None
+        norms = {"q_a_norm": a.q_a_norm, "kv_a_norm": a.kv_a_norm}
+        norms |= {"input_norm": layer.input_norm, "post_norm": layer.post_norm}
+        router = moe and moe.router
+        experts = moe.experts.native if moe is not None and isinstance(moe.experts, NativeExperts) else None
         self._layer = native.HostLayer(
-            a.native.kernels,
+            attention.kernels,
             memory,
             {name: (as_array(norm.weight), norm.eps) for name, norm in norms.items()},
             {name: matrix.native for name, matrix in matrices.items()},
             as_array(a.kv_b),
-            rule,
+            router and (as_array(router.bias), router.experts_per_token, router.normalise, router.scale),
             experts,
         )
 
-    @staticmethod
-    def fits(layer: Layer) -> bool:
-        """Say whether all of the layer is native, in one place and on the same threads."""
+    @classmethod
+    def open(cls, layer: Layer, memory: Any) -> HostLayer | None:
+        """Return it if all of the layer is native, in host memory and on the same threads.
+
+        `memory`: a `StepMemory` of the extension, for layers that compute one after the other.
+        """
         a, mlp = layer.attention, layer.mlp
-        shared = mlp.shared if isinstance(mlp, Moe) else mlp
-        matrices = [a.q_a, a.kv_a, a.q_b, a.o, shared.gate, shared.up, shared.down]
-        if isinstance(mlp, Moe):
-            if not isinstance(mlp.experts, NativeExperts) or mlp.hot is not None or mlp.router.kernel:
-                return False
-            matrices.append(mlp.router.weight)
-        threads = {id(matrix.runtime) for matrix in matrices if isinstance(matrix, HostMatrix)}
-        whole = all(isinstance(matrix, HostMatrix) for matrix in matrices) and len(threads) == 1
+        mlp, router = (mlp.shared, mlp.router) if isinstance(mlp, Moe) else (mlp, None)
+        parts: dict[str, Matrix] = {"q_a": a.q_a, "kv_a": a.kv_a, "q_b": a.q_b, "o": a.o}
+        parts |= {"gate": mlp.gate, "up": mlp.up, "down": mlp.down}
+        if router is not None:
+            parts["router"] = router.weight
+        matrices = {name: part for name, part in parts.items() if isinstance(part, HostMatrix)}
+        together = len(matrices) == len(parts) and len({id(matrix.runtime) for matrix in matrices.values()}) == 1
         norms = (layer.input_norm, a.q_a_norm, a.kv_a_norm, layer.post_norm)
-        return whole and a.native is not None and a.gpu is None and all(norm.threads is not None for norm in norms)
+        if not together or a.native is None or a.gpu is not None or any(norm.threads is None for norm in norms):
+            return None
+        if isinstance(layer.mlp, Moe) and (
+            layer.mlp.hot is not None or not isinstance(layer.mlp.experts, NativeExperts)
+        ):
+            return None
+        return cls(layer, a.native, matrices, memory)
 
     def run(self, x: Tensor, batch: Batch, pages: Tensor, rotation: Rotation) -> Tensor | None:
         """Take the residual stream through the layer, where it lies.
@@ -81,7 +85,7 @@ def joined(layers: Sequence[Layer]) -> list[Layer]:
     if native is None:
         return list(layers)
     memory = native.StepMemory()
-    return [replace(layer, whole=HostLayer(layer, memory)) if HostLayer.fits(layer) else layer for layer in layers]
+    return [replace(layer, whole=HostLayer.open(layer, memory)) for layer in layers]
 
 
 def few_rows(batch: Batch, shape: MlaShape) -> bool:
