@@ -38,7 +38,8 @@ def sources() -> list[str]:
     """List the files of the extension."""
     folders = [
         CSRC,
-        *(CSRC / part for part in ("attention", "core", "cpu", "dense", "handoff", "io", "kernels", "moe", "runtime")),
+        *(CSRC / part for part in ("attention", "core", "cpu", "dense", "handoff", "io")),
+        *(CSRC / part for part in ("kernels", "moe", "rows", "runtime", "step")),
     ]
     folders += [CSRC / "kernels" / isa for isa in ("portable", *built_isas())]
     return sorted(str(path) for folder in folders for path in folder.glob("*.cpp"))

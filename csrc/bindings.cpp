@@ -1,5 +1,5 @@
 // The Python module: what the CPU offers, threads, errors. Other files add the rest, each for one kind of layer.
-#include "bindings.h"
+#include "bindings_rows.h"
 
 #include <pybind11/stl.h>
 
@@ -45,6 +45,17 @@ bool finish(ThreadPool& pool, Job& job, Deadline deadline) {
   }
   job.rethrow();
   return true;
+}
+
+void finish_without_gil(ThreadPool& pool, Job& job) {
+  while (!pool.wait(job, Clock::now() + kSignalCheck)) {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() == 0) continue;
+    job.cancel();
+    without_gil([&] { pool.finish(job); });
+    throw py::error_already_set();
+  }
+  job.rethrow();
 }
 
 namespace {
@@ -175,5 +186,7 @@ PYBIND11_MODULE(_native, m) {
   bind_experts(m);
   bind_attention(m);
   bind_dense(m);
+  bind_rows(m);
   bind_handoff(m);
+  bind_step(m);
 }

@@ -11,6 +11,7 @@
 
 #include "core/error.h"
 #include "cpu/thread_pool.h"
+#include "dense/dense_matrix.h"
 #include "moe/layer.h"
 
 namespace k2 {
@@ -73,15 +74,22 @@ void without_gil(Work work) {
 // exception is thrown; else throws what the job threw.
 bool finish(ThreadPool& pool, Job& job, Deadline deadline = std::nullopt);
 
+// The same without a deadline, for a caller that has released the GIL.
+void finish_without_gil(ThreadPool& pool, Job& job);
+
 // hidden: float32, or bf16 as uint16, [T, H]; ids int32 and weights float32 [T, K].
 MoeInput moe_input(const LayerShape& shape, const py::array& hidden, const py::array& ids, const py::array& weights);
 
 // The layer behind its Python object. EngineError if it is closed.
 std::shared_ptr<Layer> open_layer(const py::handle& layer);
 
+// The matrix behind its Python object, of this runtime. EngineError if it is closed, ArgumentError for another runtime.
+std::shared_ptr<DenseMatrix> open_dense(const py::handle& matrix, const Runtime& runtime);
+
 void bind_experts(py::module_& m);
 void bind_attention(py::module_& m);
 void bind_dense(py::module_& m);
 void bind_handoff(py::module_& m);
+void bind_step(py::module_& m);
 
 }  // namespace k2

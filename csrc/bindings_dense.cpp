@@ -142,6 +142,12 @@ double measure_dense_peak(Runtime& runtime, bool int8, double seconds) {
 
 }  // namespace
 
+std::shared_ptr<DenseMatrix> open_dense(const py::handle& matrix, const Runtime& runtime) {
+  const PyDense& dense = matrix.cast<const PyDense&>();
+  check_argument(&dense.runtime() == &runtime, "matrices", "one runtime", "several");
+  return dense.open();
+}
+
 void bind_dense(py::module_& m) {
   py::class_<PyDense>(m, "DenseMatrix")
       .def(py::init<std::shared_ptr<Runtime>, int, int, bool>(), py::arg("runtime"), py::arg("rows"), py::arg("inputs"),

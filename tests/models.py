@@ -68,3 +68,8 @@ def loaded(folder: Path, rules: str | Rules = "reference", **changes: object) ->
         yield Loaded(model, config, plan)
     finally:
         model.close()
+
+
+def part_by_part(model: TextModel) -> None:
+    """Let a model compute the parts of its layers one by one, where it would compute few rows by whole layers."""
+    model.layers = [dataclasses.replace(layer, whole=None) for layer in model.layers]

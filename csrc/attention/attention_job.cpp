@@ -41,32 +41,13 @@ AttentionJob::AttentionJob(ThreadPool& pool, const AttentionTable& table, const 
       scale_(scale),
       input_(std::move(input)),
       workspace_(workspace) {
-  for (const AttentionSequence& sequence : input_.sequences) check(sequence);
+  for (const AttentionSequence& sequence : input_.sequences) input_.pages.check(sequence, input_.tokens);
   plan_ = plan_attention(sizes_, input_.sequences);
   next_.reset(new std::atomic<int64_t>[phase_count(plan_)]());
   reserve_numbers(workspace_.queries, plan_.max_groups * kGroupRows * sizes_.latent);
   reserve_numbers(workspace_.contexts, plan_.max_tokens * sizes_.heads * sizes_.context_width);
   reserve_numbers(workspace_.partials, plan_.max_partials * partial_numbers(sizes_));
   reserve_numbers(workspace_.scratch, size_t(pool.workers()) * scratch_numbers(sizes_));
-}
-
-void AttentionJob::check(const AttentionSequence& s) const {
-  // Texts are made for errors only: this is on the path of every decode step.
-  if (s.rows < 1 || s.first_row < 0 || s.first_row > input_.tokens - s.rows || s.cached < 0 || s.first_page < 0) {
-    check_argument(false, "sequences", text("rows of ", input_.tokens),
-                   text(s.first_row, " + ", s.rows, " behind ", s.cached, " tokens from page ", s.first_page));
-  }
-  const int64_t room = std::max<int64_t>(0, input_.table_pages - s.first_page) * input_.page_tokens;
-  if (s.rows > room || s.cached > room - s.rows) {
-    check_argument(false, "page_table", text("pages for ", s.cached, " + ", s.rows, " tokens"),
-                   text("room for ", room));
-  }
-  const int64_t pages = units_of(s.cached + s.rows, input_.page_tokens);
-  for (int64_t i = s.first_page; i < s.first_page + pages; ++i) {
-    const int64_t page = input_.page_table[i];
-    if (page >= 0 && page < input_.page_count) continue;
-    check_argument(false, "page_table", text("pages below ", input_.page_count), page);
-  }
 }
 
 void AttentionJob::run(Team& team, int worker) {
@@ -138,7 +119,7 @@ void AttentionJob::attend(const Slab& slab, const Unit& unit, float* scratch) co
     }
     table_.attend({.sizes = &sizes_,
                    .latents = latents,
-                   .bf16 = input_.pages_bf16,
+                   .bf16 = input_.pages.bf16,
                    .keys = keys,
                    .q = query_lane(int64_t(unit.group) * kGroupRows),
                    .visible = first + keys <= seen_by_all ? nullptr : visible,
@@ -197,9 +178,9 @@ const uint8_t* AttentionJob::weights(int64_t head, int64_t row) const {
 }
 
 const void* AttentionJob::latent(const AttentionSequence& sequence, int64_t key) const {
-  const int64_t page = input_.page_table[sequence.first_page + key / input_.page_tokens];
-  const int64_t slot = page * input_.page_tokens + key % input_.page_tokens;
-  return static_cast<const uint8_t*>(input_.pages) + slot * sizes_.latent * (input_.pages_bf16 ? 2 : 4);
+  const LatentPages& pages = input_.pages;
+  const int64_t at = pages.slot(sequence, key) * sizes_.latent;
+  return static_cast<const uint8_t*>(pages.data) + at * (pages.bf16 ? 2 : 4);
 }
 
 float* AttentionJob::query_lane(int64_t lane) const {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "attention/attention_plan.h"
+#include "attention/latent_pages.h"
 #include "core/huge_buffer.h"
 #include "cpu/thread_pool.h"
 #include "kernels/attention.h"
@@ -24,12 +25,7 @@ struct AttentionInput {
   int64_t tokens;
   const void* kv_b;  // [heads, nope + value, kv_lora]
   bool kv_b_bf16;    // else fp32
-  const void* pages;  // [page_count, page_tokens, latent]
-  bool pages_bf16;    // else fp32
-  int64_t page_count;
-  int64_t page_tokens;
-  const int64_t* page_table;  // [table_pages]
-  int64_t table_pages;
+  LatentPages pages;
   std::vector<AttentionSequence> sequences;
   float* out;  // [tokens, heads, value]; rows of no sequence are left alone
 };
@@ -51,7 +47,6 @@ class AttentionJob final : public Job {
                AttentionInput input, AttentionWorkspace& workspace);
 
  private:
-  void check(const AttentionSequence& sequence) const;
   void run(Team& team, int worker) override;
   // Calls `work` with units that nobody has taken yet, until none is left.
   template <class Work>

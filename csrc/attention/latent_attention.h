@@ -18,8 +18,11 @@ class LatentAttention {
       : runtime_(std::move(runtime)), table_(find_attention(runtime_->table.name)), sizes_(sizes), scale_(scale) {}
 
   const MlaSizes& sizes() const { return sizes_; }
+  float scale() const { return scale_; }
+  const AttentionTable& table() const { return table_; }
   const char* isa() const { return table_.name; }
   Peak peak() const { return {table_.peak, table_.peak_operations}; }
+  Runtime& runtime() { return *runtime_; }
   ThreadPool& pool() { return runtime_->pool; }
 
   // A call that was started. What it points to and the workspace must outlive it.

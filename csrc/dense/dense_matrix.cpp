@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "core/bf16.h"
 #include "core/error.h"
 
 namespace k2 {
@@ -13,12 +14,6 @@ namespace {
 constexpr float kTooLarge = 127.0f * 255.5f;  // its scale rounds to 256 in bf16, and scales are below that (a16.h)
 constexpr float kSmallestScale = 0x1p-126f;        // below it, exponents cannot be added
 
-uint16_t round_to_bf16(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  if (std::isnan(x)) return uint16_t(bits >> 16) | 0x40;  // quiet, and not an infinity
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 float widen(uint16_t bf16) { return std::bit_cast<float>(uint32_t(bf16) << 16); }
 
 // 32 inputs of one row.
@@ -26,8 +21,7 @@ void load_group(const PlainRows& source, int64_t at, uint16_t* out) {
   if (source.bf16) {
     std::memcpy(out, static_cast<const uint16_t*>(source.values) + at, kDenseGroup * sizeof(uint16_t));
   } else {
-    const float* values = static_cast<const float*>(source.values) + at;
-    for (int i = 0; i < kDenseGroup; ++i) out[i] = round_to_bf16(values[i]);
+    round_to_bf16(static_cast<const float*>(source.values) + at, kDenseGroup, out);
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "core/shuffle.h"
 #include "kernels/a16.h"
 #include "kernels/l32.h"
 #include "moe/l32_digest.h"
@@ -27,12 +28,6 @@ constexpr int kTileBytes = kTileGroups * kBlockBytes;
 constexpr int kPrefetchWords = 4 * kTileGroups * kWordsPerGroup;
 constexpr int16_t kMagnitude = 0x7fff;
 constexpr int16_t kScaleLimit = kScaleExponentLimit << 7;  // the smallest magnitude, in bf16 bits, that is too large
-
-#if defined(__clang__)
-#define K2_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define K2_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a){__VA_ARGS__})
-#endif
 
 // From any address: what is read from a file need not be aligned.
 template <class Value>

@@ -46,17 +46,21 @@ class AttentionCase {
     narrow(pages, pages_bf16, pages_bits);
   }
 
+  LatentPages latent_pages() const {
+    return {.data = pages_bf16 ? static_cast<const void*>(pages_bits.data()) : pages.data(),
+            .bf16 = pages_bf16,
+            .count = int64_t(table.size()),
+            .tokens = page_tokens,
+            .table = table.data(),
+            .table_size = int64_t(table.size())};
+  }
+
   AttentionInput input(float* out) const {
     return {.q = q.data(),
             .tokens = tokens,
             .kv_b = weights_bf16 ? static_cast<const void*>(kv_b_bits.data()) : kv_b.data(),
             .kv_b_bf16 = weights_bf16,
-            .pages = pages_bf16 ? static_cast<const void*>(pages_bits.data()) : pages.data(),
-            .pages_bf16 = pages_bf16,
-            .page_count = int64_t(table.size()),
-            .page_tokens = page_tokens,
-            .page_table = table.data(),
-            .table_pages = int64_t(table.size()),
+            .pages = latent_pages(),
             .sequences = sequences,
             .out = out};
   }

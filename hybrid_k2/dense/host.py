@@ -40,6 +40,11 @@ class HostMatrix:
             warn_unbound()
 
     @property
+    def native(self) -> Any:
+        """The extension's matrix."""
+        return self._matrix
+
+    @property
     def bound(self) -> bool:
         """Whether each node's rows are in its own memory, as its threads were spread; True where they were not."""
         return bool(self._matrix.bound)

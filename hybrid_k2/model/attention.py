@@ -57,6 +57,9 @@ class Attention:
         q = q.view(len(q), self.shape.heads, -1)  # [T, heads, nope + rope]
         if self.gpu is not None and batch.places is not None:
             values = self._by_kernels(self.gpu, batch.places, q, latent, batch, cache, rotation)
+        elif self.native is not None and self.native.takes(latent, q, cache.layers[self.layer]):
+            self.native.append(latent, self.kv_a_norm, rotation, q, batch, cache.layers[self.layer])
+            values = self._attend(q, batch, cache)  # [T, heads, value] fp32
         else:
             latents = self._latents(latent, rotation)  # [T, kv_lora + rope] fp32
             for sequence in batch.sequences:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,15 +15,22 @@ from hybrid_k2.model.layers import RmsNorm, SwiGlu
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.rope import Rotation
 
+if TYPE_CHECKING:
+    from hybrid_k2.model.host_layer import HostLayer
+
 
 @dataclass(frozen=True)
 class Layer:
-    """Hold one layer; the residual stream lies on the device of its attention."""
+    """Hold one layer; the residual stream lies on the device of its attention.
+
+    `whole` computes all of it in one go, where it can be.
+    """
 
     input_norm: RmsNorm
     attention: Attention
     post_norm: RmsNorm
     mlp: SwiGlu | Moe
+    whole: HostLayer | None = None
 
     @property
     def device(self) -> torch.device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from hybrid_k2.accelerator.gpu_matrix import GpuMatrix
 from hybrid_k2.dense import HostMatrix, Int8Weight, multiply_all
+from hybrid_k2.model import host_rows
 
 Matrix = Tensor | HostMatrix | Int8Weight | GpuMatrix
 WIDENED_NUMBERS = 1 << 20  # 4 MiB in fp32: stays in a CPU's caches, and is work for many threads
@@ -108,11 +110,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """Hold one norm's weight and epsilon; `kernel`: in one launch by Triton's, the same but for the last bits."""
+    """Hold one norm's weight and epsilon.
+
+    `kernel`: in one launch by Triton's, `threads`: natively where rows are fp32 on the host (`host_rows`); both are the
+    same but for the last bits.
+    """
 
     weight: Tensor
     eps: float
     kernel: bool = False
+    threads: Any = None
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.device)
@@ -120,6 +127,8 @@ class RmsNorm:
             from hybrid_k2.accelerator.kernels.norm_rope import rms_norm as launch
 
             return launch(x, self.weight, self.eps)
+        if self.threads is not None and host_rows.on_host(x):
+            return host_rows.rms_norm(self.threads, x, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -148,4 +157,6 @@ class SwiGlu:
 
         Shapes: gate, up [T, inner] -> [T, hidden].
         """
+        if isinstance(self.down, HostMatrix) and host_rows.on_host(gate, up):
+            return self.down(host_rows.silu_times(self.down.runtime, gate, up))
         return linear(rowwise(functional.silu, gate) * up, self.down)

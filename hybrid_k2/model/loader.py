@@ -27,6 +27,7 @@ from hybrid_k2.experts.cpu import NativeExperts
 from hybrid_k2.model.decode_graphs import why_not
 from hybrid_k2.model.devices import torch_device, torch_dtype
 from hybrid_k2.model.expert_loading import load_experts, make_layer, warn_of_small_pages
+from hybrid_k2.model.host_layer import joined
 from hybrid_k2.model.hot_loading import HotLoader
 from hybrid_k2.model.layer import Layer
 from hybrid_k2.model.moe import Moe
@@ -105,6 +106,8 @@ class _Builder:
         layers = [self.layer(layer) for layer in range(self.config.num_hidden_layers)]
         accelerator = self.accelerator()
         handoff = self.handoff(layers, accelerator)
+        if isinstance(handoff, DirectHandoff) and self.plan.activation_dtype == "fp32":
+            layers = joined(layers)
         moe = {i: layer.mlp for i, layer in enumerate(layers) if isinstance(layer.mlp, Moe)}
         no_graphs = why_not(self.plan, accelerator, handoff, layers)
         if no_graphs is not None:

@@ -44,8 +44,7 @@ class Moe:
         Shapes: a routing of T rows, live [T] bool (None: all) -> [T, K] int32, -1 for hot experts and such rows.
         """
         on_host = routing.ids if self.hot is None else self.hot.elsewhere(routing.ids)
-        if self.usage is not None:
-            self.usage.add(routing.ids, on_host, live)
+        self.count(routing.ids, on_host, live)
         return on_host if live is None else torch.where(live[:, None], on_host, ELSEWHERE)
 
     @property
@@ -53,6 +52,14 @@ class Moe:
         """Whether a row has the same bits whatever other rows there are."""
         native = isinstance(self.experts, NativeExperts) and isinstance(self.router.weight, HostMatrix)
         return native and self.shared.any_batch
+
+    def count(self, ids: Tensor, on_host: Tensor, live: Tensor | None = None) -> None:
+        """Count a choice, where choices are counted; `on_host` is -1 for hot experts.
+
+        Shapes: [T, K] int32 each, live [T] bool (None: all).
+        """
+        if self.usage is not None:
+            self.usage.add(ids, on_host, live)
 
     def begin(self, x: Tensor) -> tuple[Routing, Callable[[], Tensor]]:
         """Route rows, and return what computes their shared expert.

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from hybrid_k2.experts import ExpertsRuntime
+from hybrid_k2.model.batch import Batch
+from hybrid_k2.model.host_rows import as_array, on_host
+from hybrid_k2.model.layers import RmsNorm
 from hybrid_k2.model.mla import MlaShape
+from hybrid_k2.model.rope import Rotation
 from hybrid_k2.native import native
 
 
@@ -16,7 +20,7 @@ class NativeAttention:
     """Attend on the threads of the experts; one for all layers of a model."""
 
     def __init__(self, runtime: Any, shape: MlaShape) -> None:
-        self._kernels = native.LatentAttention(
+        self.kernels = native.LatentAttention(
             runtime, shape.heads, shape.nope, shape.rope, shape.value, shape.kv_lora, shape.scale
         )
 
@@ -30,6 +34,22 @@ class NativeAttention:
             return None
         return cls(experts.native, shape)
 
+    @staticmethod
+    def takes(latent: Tensor, q: Tensor, pages: Tensor) -> bool:
+        """Say whether `append` can take these: rows in fp32, and a cache that it can write, on the host."""
+        return on_host(latent, q) and pages.device.type == "cpu" and pages.dtype in (torch.bfloat16, torch.float32)
+
+    def append(self, latent: Tensor, norm: RmsNorm, rotation: Rotation, q: Tensor, batch: Batch, pages: Tensor) -> None:
+        """Norm and rotate new latents into the cache, and rotate the queries where they lie.
+
+        Shapes: latent [T, kv_lora + rope or more] and q [T, heads, nope + rope] fp32, contiguous; norm [kv_lora]; pages
+        [pages, page_tokens, kv_lora + rope] bf16 or fp32.
+        Effects: writes `pages` and the last columns of `q`.
+        Raises: ValueError for shapes that do not fit and pages that do not exist; EngineError if the threads stopped.
+        """
+        arrays = map(as_array, (rotation.cos, rotation.sin, q, pages, batch.page_table, batch.spans))
+        self.kernels.append(as_array(latent), as_array(norm.weight), norm.eps, *arrays)
+
     def attend(self, q: Tensor, kv_b: Tensor, pages: Tensor, page_table: Tensor, spans: Tensor, out: Tensor) -> None:
         """Fill in the rows of these sequences.
 
@@ -40,13 +60,8 @@ class NativeAttention:
         Effects: writes to `out`, not to rows of other sequences.
         Raises: ValueError for shapes that do not fit and pages that do not exist; EngineError if the threads stopped.
         """
-        self._kernels.attend(*map(_array, (q, kv_b, pages, page_table, spans, out)))
+        self.kernels.attend(*map(as_array, (q, kv_b, pages, page_table, spans, out)))
 
     def measure_peak_gflops(self, seconds: float = 0.1) -> float:
         """Return how many 10^9 multiplications and additions per second the threads can do in fp32: the bound."""
-        return float(self._kernels.measure_peak_gops(seconds))
-
-
-def _array(tensor: Tensor) -> Any:
-    """Return the tensor's memory as a numpy array; bf16 becomes its bits as uint16."""
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        return float(self.kernels.measure_peak_gops(seconds))

@@ -71,8 +71,9 @@ class PartLoader:
 
     def norm(self, name: str, what: str, layer: int | None, eps: float | None = None) -> RmsNorm:
         """Load a norm, with the model's epsilon or another one."""
-        eps = self.config.rms_norm_eps if eps is None else eps
-        return RmsNorm(self.weight(name, what, layer), eps, self.has_kernels(what, layer))
+        eps, placement = self.config.rms_norm_eps if eps is None else eps, self.where(what, layer)
+        threads = self.runtime_of(placement).native if placement.memory == HOST else None
+        return RmsNorm(self.weight(name, what, layer), eps, self.has_kernels(what, layer), threads)
 
     def has_kernels(self, what: str, layer: int | None) -> bool:
         """Say whether Triton's kernels compute this group: on a GPU, where triton is there."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hybrid_k2.dense import HostMatrix
+from hybrid_k2.model import host_rows
 from hybrid_k2.model.layers import rowwise
 
 NO_SCORE = 1e-20  # keeps the normalisation finite where every chosen score underflows; the original model's value
@@ -30,7 +31,8 @@ class Router:
     """Score experts with a sigmoid; choose by score plus correction bias, weigh by score alone.
 
     `kernel`: choose and weigh in one launch by Triton's, the same but for the last bits of the sigmoid.
-    With a HostMatrix a row's routing depends on that row alone, bit for bit; its rows beyond the experts are padding.
+    With a HostMatrix choosing and weighing are native too, and a row's routing depends on that row alone, bit for bit;
+    its rows beyond the experts are padding.
     Shapes: weight [E, hidden], bias [E] fp32.
     """
 
@@ -58,6 +60,9 @@ class Router:
             from hybrid_k2.accelerator.kernels.router import route
 
             return Routing(*route(logits, self.bias, self.experts_per_token, self.normalise, self.scale))
+        if isinstance(self.weight, HostMatrix) and host_rows.on_host(logits):
+            threads, rule = self.weight.runtime, (self.experts_per_token, self.normalise, self.scale)
+            return Routing(*host_rows.route(threads, logits, self.bias, *rule))
         scores = self._scores(logits)  # [T, E]
         order = torch.sort(scores + self.bias, dim=-1, descending=True, stable=True).indices  # [T, E]
         ids = order[:, : self.experts_per_token]  # [T, K]

@@ -15,6 +15,8 @@ With two halves, the front of one runs while the host computes the experts of th
 
     front A, post A, front B, post B, | shared A, take A, front A', post A', | shared B, take B, front B', post B', ...
 
+On a host that has everything itself, few rows take a `layer` as one operation in the place of these.
+
 Nothing in the list depends on data. The result does not depend on the halves: rows meet only in attention, each with
 its own sequence.
 """
@@ -29,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hybrid_k2.accelerator import Handoff, HotExperts, Label
+from hybrid_k2.accelerator.slots import named
 from hybrid_k2.model.batch import Batch
 from hybrid_k2.model.deferral import part_choices
 from hybrid_k2.model.devices import upload
@@ -48,7 +51,8 @@ Operation = tuple[Callable[[], None], Label]
 class Half:
     """Take rows that belong together through the layers; `slot` is the one of the hand-off that they use.
 
-    `logits` gets the result. `split` streams experts of a prompt, if it is one; `alone`: this is all of the batch.
+    `logits` gets the result. `split` streams experts of a prompt, if it is one; `alone`: this is all of the batch;
+    `whole`: layers that can be are computed in one go.
     Shapes: [R, vocab] fp32, R: the batch's logit rows.
     """
 
@@ -62,10 +66,12 @@ class Half:
         *,
         split: PrefillSplit | None = None,
         alone: bool = True,
+        whole: bool = False,
     ) -> None:
         self.slot = slot
         self.split = split
         self._alone = alone
+        self._whole = whole
         self._batch = batch
         self._cache = cache
         self._handoff = handoff
@@ -98,6 +104,18 @@ class Half:
         """
         self._x, self._rotation = x, rotation
         self._live = None if live is None else live.bool()
+
+    def joins(self, layer: Layer) -> bool:
+        """Say whether these rows take the layer in one go."""
+        return self._whole and layer.whole is not None
+
+    def layer(self, index: int, layer: Layer) -> None:
+        """Compute all of a layer that the rows join."""
+        assert layer.whole is not None
+        with named(index):
+            ids = layer.whole.run(self._x, self._batch, self._cache.layers[index], self._rotation)
+        if isinstance(layer.mlp, Moe) and ids is not None:
+            layer.mlp.count(ids, ids)
 
     def front(self, layer: Layer) -> None:
         """Attend; compute a dense MLP, or prepare what the experts read."""
@@ -177,6 +195,9 @@ def through_layers(
         for half in halves:
             if index:
                 yield from _finish(index - 1, layers[index - 1], half)
+            if half.joins(layer):
+                yield partial(half.layer, index, layer), _label("layer", index, half)
+                continue
             if late:
                 yield partial(half.defer, index - 1), _label("defer", index - 1, half)
             yield partial(half.front, layer), _label("front", index, half)
@@ -197,7 +218,7 @@ def _may_defer(layers: Sequence[Layer], index: int) -> bool:
 
 
 def _finish(index: int, layer: Layer, half: Half) -> Iterator[Operation]:
-    if isinstance(layer.mlp, Moe):
+    if isinstance(layer.mlp, Moe) and not half.joins(layer):
         yield half.shared, _label("shared", index, half)
         if layer.mlp.hot is not None:
             yield partial(half.hot, layer.mlp.hot), _label("hot", index, half)

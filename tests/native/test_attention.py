@@ -13,6 +13,7 @@ from tests.native.test_kernel_tables import AVX2, AVX512_VNNI, supported
 SOURCES = (
     "attention/attention_plan.cpp",
     "attention/attention_job.cpp",
+    "attention/latent_pages.cpp",
     "cpu/thread_pool.cpp",
     "cpu/affinity.cpp",
     "core/huge_buffer.cpp",

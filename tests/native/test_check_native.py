@@ -66,7 +66,9 @@ PROGRAMS: dict[str, Program] = {
     "handoff_test": once(seed(), "300", "under-a-tool"),
     "l32_pack_test": once(seed()),
     "memory_test": once(),
+    "layer_step_test": once(seed()),
     "moe_job_test": once("under-a-tool"),
+    "rows_test": once(seed()),
     "thread_pool_test": once("under-a-tool"),  # leaves out what the tools cannot follow
 }
 

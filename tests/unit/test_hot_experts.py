@@ -29,7 +29,7 @@ from hybrid_k2.model.text import TextModel
 from hybrid_k2.native import NATIVE_ERROR
 from hybrid_k2.placement import Rules, parse_rules
 from tests.generators import write_checkpoint
-from tests.models import Loaded, loaded
+from tests.models import Loaded, loaded, part_by_part
 from tests.unit.experts_common import load_random_experts, native_runtime, random_routing
 from tests.unit.test_schedule import BLOCKS, Delayed, moe_layers, random_steps, run, same, watch
 
@@ -97,6 +97,7 @@ class Split(ExpertsBackend):
 def split_host(folder: Path, hot: Callable[[int], frozenset[int]]) -> Iterator[Loaded]:
     """Everything on the host, with the sums of a model that has hot experts; `hot` says which, by layer."""
     with loaded(folder, "host") as model:
+        part_by_part(model.model)
         for index, layer in enumerate(list(model.model.layers)):
             if index in moe_layers(model.model):
                 split = Split(layer.mlp.experts, lambda index=index: hot(index))  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ from hybrid_k2.model.router import Router
 from hybrid_k2.native import NATIVE_ERROR
 from hybrid_k2.placement import shipped_rules
 from tests.generators import read_tensors, write_checkpoint
-from tests.models import Loaded, loaded
+from tests.models import Loaded, loaded, part_by_part
 from tests.reference import text as oracle
 
 # A sum of n fp32 products errs by about sqrt(n) * 2^-24 of its size. Up to the logits 37 of them follow each other
@@ -231,6 +231,7 @@ def test_the_threads_are_asked_for_router_and_shared_expert_at_once_where_nobody
         raise AssertionError("the router's products by themselves")
 
     with loaded(folder, "host") as host:
+        part_by_part(host.model)
         with monkeypatch.context() as patch:
             patch.setattr(Router, "_logits", refuse)
             joined = host.logits([5, 6, 7, 8], [3])
