@@ -15,7 +15,6 @@ from hybrid_k2.model.batch import Batch
 from hybrid_k2.model.host_rows import as_array
 from hybrid_k2.model.layer import Layer
 from hybrid_k2.model.layers import Matrix
-from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.native_attention import NativeAttention
 from hybrid_k2.model.rope import Rotation
@@ -86,10 +85,3 @@ def joined(layers: Sequence[Layer]) -> list[Layer]:
         return list(layers)
     memory = native.StepMemory()
     return [replace(layer, whole=HostLayer.open(layer, memory)) for layer in layers]
-
-
-def few_rows(batch: Batch, shape: MlaShape) -> bool:
-    """Say whether whole layers compute this batch: few rows, each of which attends in the absorbed form."""
-    return len(batch.token_ids) <= FEW_ROWS and all(
-        shape.prefer_absorbed(sequence.stop - sequence.start, sequence.length) for sequence in batch.sequences
-    )

@@ -16,7 +16,7 @@ from hybrid_k2.experts import ExpertsRuntime
 from hybrid_k2.experts.usage import ExpertUse, LayerUsage
 from hybrid_k2.model.batch import Batch
 from hybrid_k2.model.decode_graphs import DecodeGraphs
-from hybrid_k2.model.host_layer import few_rows
+from hybrid_k2.model.host_layer import FEW_ROWS
 from hybrid_k2.model.hot_set import HotSet
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.layer import Layer
@@ -193,7 +193,7 @@ class TextModel:
                 place,
                 split=self.split if len(part.token_ids) >= LEAST_TOKENS else None,
                 alone=len(parts) == 1,
-                whole=self.trace is None and few_rows(part, self.layers[0].attention.shape),
+                whole=self.trace is None and len(part.token_ids) <= FEW_ROWS,
             )
             for slot, (part, place) in enumerate(zip(parts, places, strict=True))
         ]

@@ -20,11 +20,9 @@ from hybrid_k2.dense import HostMatrix
 from hybrid_k2.errors import EngineError
 from hybrid_k2.experts.usage import LayerUsage
 from hybrid_k2.host.threads import NodeThreads
-from hybrid_k2.model import host_layer
 from hybrid_k2.model.batch import Batch, Chunk
-from hybrid_k2.model.host_layer import HostLayer, few_rows
+from hybrid_k2.model.host_layer import FEW_ROWS, HostLayer
 from hybrid_k2.model.latent_cache import LatentCache
-from hybrid_k2.model.mla import MlaShape
 from hybrid_k2.model.moe import Moe
 from hybrid_k2.native import NATIVE_ERROR
 from hybrid_k2.placement import Rules, shipped_rules
@@ -134,17 +132,13 @@ def test_other_rules_stay_apart(folder: Path, name: str) -> None:
         assert [layer.whole for layer in model.model.layers] == [None] * 3
 
 
-def test_few_rows_that_attend_in_the_absorbed_form_are_joined() -> None:
-    shape = MlaShape(4, 16, 8, 16, 32, 1.0)
-
-    def batch(*sizes: int) -> Batch:
-        return Batch.build([Chunk([0] * size, 500, range(64)) for size in sizes])
-
-    assert few_rows(batch(1), shape)
-    assert few_rows(batch(*[1] * host_layer.FEW_ROWS), shape)
-    assert not few_rows(batch(*[1] * host_layer.FEW_ROWS, 1), shape)
-    assert not shape.prefer_absorbed(60, 560)
-    assert not few_rows(batch(1, 60), shape)
+def test_as_many_rows_as_are_few_are_joined(host: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    run = HostLayer.run
+    monkeypatch.setattr(HostLayer, "run", lambda self, x, *rest: taken.append(len(x)) or run(self, x, *rest))
+    for rows in (1, FEW_ROWS, FEW_ROWS + 1):
+        host.model.forward(Batch.build([Chunk([0] * rows, 0, [0, 1])]), host.cache())
+    assert taken == [1] * 3 + [FEW_ROWS] * 3
 
 
 def test_a_trace_gets_the_parts(host: Loaded) -> None:
