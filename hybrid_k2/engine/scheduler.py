@@ -32,6 +32,7 @@ class Job:
     choice: int = 0
     began: bool = False
     prompt_done: bool = False
+    charged: int = 0  # its first tokens, which its key has paid for
     turn: tuple[int, int] = (0, 0)  # the last step that computed something of it, and its place there
     logprobs_sent: int = 0
 
@@ -89,7 +90,10 @@ class Scheduler:
                 taken += self._take(job, limit, work)
         for place, (job, (_, chunks)) in enumerate(work.items()):
             job.turn = self._step, place
-            self.queue.charge(job.key, sum(len(chunk.token_ids) for chunk in chunks))
+            stop = chunks[-1].cached + len(chunks[-1].token_ids)
+            # Not again for what it computes again: that it gave up its pages was for others.
+            self.queue.charge(job.key, max(0, stop - max(job.charged, chunks[0].cached)))
+            job.charged = max(job.charged, stop)
         return begun, work
 
     def end(self, job: Job) -> None:

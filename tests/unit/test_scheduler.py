@@ -192,6 +192,17 @@ def test_a_job_that_gave_up_its_pages_does_not_come_back_before_there_is_room() 
     assert computed <= 2 * 4 * 44
 
 
+def test_a_key_pays_once_for_what_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(12)
+    charged: Counter[str] = Counter()
+    monkeypatch.setattr(machine.scheduler.queue, "charge", lambda key, tokens: charged.update({key: tokens}))
+    jobs = [machine.add(make_job([number] * 8, 36, key=str(number), seed=1, block=3)) for number in range(4)]
+    while machine.jobs:
+        machine.step()
+    assert machine.scheduler.preemptions > 0
+    assert charged == {job.key: 8 + 35 for job in jobs}
+
+
 def test_new_prompts_do_not_keep_an_old_one_waiting() -> None:
     """With a new short request in every step, and a budget for one prompt at a time."""
     machine = Machine(100, step_tokens=8)
