@@ -38,7 +38,7 @@ from hybrid_k2.model.moe import Moe
 from hybrid_k2.model.text import TextModel
 from hybrid_k2.native import NATIVE_ERROR
 from tests.generators import write_checkpoint
-from tests.models import Loaded, loaded
+from tests.models import Loaded, loaded, part_by_part
 
 needs_native = pytest.mark.skipif(NATIVE_ERROR is not None, reason="the native extension is not installed")
 
@@ -143,6 +143,7 @@ def watch(model: TextModel, before: Callable[[str], None], *, only: int | None =
     model.handoff.close()
     inline = isinstance(model.accelerator, InlineAccelerator)
     model.handoff = DirectHandoff(experts) if inline else SubmitHandoff(experts)
+    part_by_part(model)  # whole layers know their experts
 
 
 def random_steps(chance: random.Random, vocab: int) -> list[Step]:
