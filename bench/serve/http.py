@@ -86,10 +86,10 @@ class Exchange:
 def post(body: bytes, path: str = CHAT, length: int | None = None) -> bytes:
     """Write a request; `length` is what its header says, if not the truth."""
     size = len(body) if length is None else length
-    head = f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {size}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {size}\r\n"
     return f"{head}connection: close\r\n\r\n".encode() + body
 
 
 def get(path: str) -> bytes:
     """Write a request for a resource."""
-    return f"GET {path} HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n\r\n".encode()
+    return f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()

@@ -84,9 +84,11 @@ class OwnServer(Server):
         super().__init__(self._listening(), self.process.pid)
 
     async def wait_ready(self) -> None:
-        """Wait until requests are taken."""
+        """Wait until requests are taken. Raises: RuntimeError: it answers something else."""
         deadline = time.monotonic() + START_S
-        while (await self.get("/health"))[0] != 200:
+        while (status := (await self.get("/health"))[0]) != 200:
+            if status != 503:
+                raise RuntimeError(f"/health: expected 200, or 503 while the model loads, got {status}")
             self._check_alive(deadline)
             await asyncio.sleep(0.1)
 

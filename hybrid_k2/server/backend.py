@@ -48,9 +48,11 @@ class Served:
     service: Service
 
     def close(self) -> None:
-        """End what still runs, and free everything."""
-        self.service.close()
-        self.model.close()
+        """End what still runs, and free everything, whatever one of them raises."""
+        try:
+            self.service.close()
+        finally:
+            self.model.close()
 
 
 class Backend:
