@@ -40,8 +40,8 @@ class Taken {
 // Holds the Python objects of its parts; they can be closed, which the next step finds.
 class PyHostLayer {
  public:
-  using Norm = std::pair<py::array, float>;                            // weight, epsilon
-  using Router = std::tuple<py::array, int, bool, float>;              // bias [E], experts per token, normalise, scale
+  using Norm = std::pair<py::array, float>;                // weight, epsilon
+  using Router = std::tuple<py::array, int, bool, float>;  // bias [E], experts per token, normalise, scale
 
   PyHostLayer(py::object attention, py::object memory, std::map<std::string, Norm> norms,
               std::map<std::string, py::object> matrices, py::array kv_b, std::optional<Router> router,
@@ -106,8 +106,9 @@ class PyHostLayer {
         const auto& [weight, eps] = from.norms_.at(name);
         return norm_weight(weight, columns, eps);
       };
-      parts.attention = {matrix("q_a"), matrix("kv_a"), matrix("q_b"), matrix("o"), {}, {}, nullptr, is_bf16(from.kv_b_)};
       AttentionParts& a = parts.attention;
+      a.q_a = matrix("q_a"), a.kv_a = matrix("kv_a"), a.q_b = matrix("q_b"), a.o = matrix("o");
+      a.kv_b_bf16 = is_bf16(from.kv_b_);
       a.q_a_norm = norm("q_a_norm", a.q_a->rows());
       a.kv_a_norm = norm("kv_a_norm", s.kv_lora);
       a.kv_b = numbers("kv_b", from.kv_b_, a.kv_b_bf16, {int64_t(s.heads) * (s.nope + s.value), s.kv_lora});
@@ -119,7 +120,8 @@ class PyHostLayer {
       const auto& [bias, chosen, normalise, scale] = *from.router_;
       const int64_t experts = bias.ndim() == 1 ? bias.shape(0) : 0;
       check_argument(chosen >= 1 && chosen <= experts, "experts per token", text("1..", experts), chosen);
-      parts.router = {matrix("router"), {array_data<float>("bias", bias, {experts}), int(experts), chosen, normalise, scale}};
+      const float* biases = array_data<float>("bias", bias, {experts});
+      parts.router = {matrix("router"), {biases, int(experts), chosen, normalise, scale}};
       layer = open_layer(from.experts_);
       check_argument(&layer->runtime() == &attention.runtime(), "experts", "one runtime", "several");
       parts.experts = layer.get();

@@ -182,7 +182,9 @@ std::vector<DenseProduct> LayerStep::products(int rows, const Matrices& matrices
 void LayerStep::norm(const float* from, int rows, int columns, const NormWeight& weight, std::vector<float>& out) {
   float* to = grow(out, int64_t(rows) * columns);
   for_rows(rows, columns, [&](int64_t first, int64_t last) {
-    for (int64_t at = first * columns; at < last * columns; at += columns) rms_norm(from + at, columns, weight, to + at);
+    for (int64_t at = first * columns; at < last * columns; at += columns) {
+      rms_norm(from + at, columns, weight, to + at);
+    }
   });
 }
 

@@ -2,6 +2,7 @@
 // interpreter calls them one by one, with the same bits, without going back to it in between.
 #pragma once
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "attention/append.h"

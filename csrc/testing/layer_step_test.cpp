@@ -1,6 +1,6 @@
-// Whole layers on the portable kernels, dense ones and ones with experts: the same bits for every number of workers and
-// each row alone, and nothing left behind by a step that is given up at any of its waits. Their numbers are compared with
-// those of the parts from Python: layer_step_test SEED
+// Whole layers on the portable kernels, dense ones and ones with experts: the same bits with 1 and 3 workers and for a
+// row alone, and nothing left behind by a step that is given up at any of its waits. Python's tests compare them with
+// their parts. layer_step_test SEED
 #include "step/layer_step.h"
 
 #include <memory>
