@@ -15,6 +15,7 @@ from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.layers import Matrix, RmsNorm, linear, linear_all
 from hybrid_k2.model.mla import MlaShape, absorb_queries, expand_values, latent_attention, naive_attention
 from hybrid_k2.model.native_attention import NativeAttention
+from hybrid_k2.model.prompt_attention import prompt_attention
 from hybrid_k2.model.rope import Rotation
 
 
@@ -126,13 +127,14 @@ class Attention:
         self, q: Tensor, sequences: Sequence[SequenceSlice], cache: LatentCache, values: Tensor
     ) -> list[int]:
         """Fill in the rows of the sequences for which the naive form is cheaper; return the numbers of the others."""
+        attend = naive_attention if self.gpu is None else prompt_attention
         others: list[int] = []
         for i, sequence in enumerate(sequences):
             if self.shape.prefer_absorbed(sequence.stop - sequence.start, sequence.length):
                 others.append(i)
             else:
                 rows = sequence.rows
-                values[rows] = naive_attention(q[rows], cache.gather(self.layer, sequence), self._heads, self.shape)
+                values[rows] = attend(q[rows], cache.gather(self.layer, sequence), self._heads, self.shape)
         return others
 
     def _attend_absorbed(
