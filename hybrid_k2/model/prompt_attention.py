@@ -1,4 +1,4 @@
-"""Attention of prompts on a GPU: the naive form in bf16, by torch's fused kernels. Never run on one: docs/verified.md."""
+"""Attention of prompts on a GPU: the naive form in bf16, by torch's fused kernels. Never run on one so far."""
 
 from __future__ import annotations
 
