@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from hybrid_k2.engine.prefix import PrefixCache
@@ -49,9 +50,13 @@ class Runner:
             missing = self.cache.pages_for(chunks[-1].cached + len(chunks[-1].token_ids)) - len(sequence.pages)
             sequence.pages.extend(self.prefix.allocate(max(0, missing)))
         batch = Batch.build([chunk for _, chunks in work for chunk in chunks])
-        logits = iter(self.model.forward(batch, self.cache).cpu())  # the rows of all at once
+        logits = self.model.forward(batch, self.cache).cpu()  # the rows of all at once
         self.after_step()
-        return [next(logits) if chunks[-1].logits else None for _, chunks in work]
+        parts = torch.split(logits, [sum(chunk.logit_rows for chunk in chunks) for _, chunks in work])
+        for (sequence, chunks), rows in zip(work, parts, strict=True):
+            if sequence.reads_prompt:
+                sequence.read_prompt(chunks, rows)
+        return [rows[-1] if chunks[-1].logits else None for (_, chunks), rows in zip(work, parts, strict=True)]
 
     def reply(self, sequence: TokenSequence, *, alone: bool = True) -> Reply:
         """Put together the reply of a sequence; an unfinished one counts as cancelled.
@@ -72,6 +77,7 @@ class Runner:
             timings=timings,
             token_ids=tuple(sequence.completion),
             logprobs=sequence.logprobs,
+            prompt_logprobs=sequence.prompt_logprobs,
         )
 
 

@@ -58,6 +58,7 @@ class SamplingParams:
     min_tokens: int = 0  # before so many tokens, neither an end token nor one of `stop_token_ids` is chosen
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> -100 to 100, added to its logit
     logprobs: int | None = None  # 0 to 20: report each token's log probability, and those of so many of the likeliest
+    prompt_logprobs: bool = False  # beside `logprobs`: the same of the prompt's tokens, which are all computed then
     grammar: Grammar | None = None  # what content or tool calls must look like
     forbidden_token_ids: Sequence[int] = ()  # never chosen, whatever their logits
     ignore_eos: bool = False  # go on after the model's end tokens (for measurements)
@@ -79,9 +80,11 @@ class SamplingParams:
         _check_integer("max_tokens", self.max_tokens, 1, _INTEGER_BOUND - 1)
         _check_integer("min_tokens", self.min_tokens, 0, _INTEGER_BOUND - 1, optional=False)
         _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        for name, flag in (("ignore_eos", self.ignore_eos), ("include_stop", self.include_stop)):
-            if not isinstance(flag, bool):
+        for name in ("ignore_eos", "include_stop", "prompt_logprobs"):
+            if not isinstance(flag := getattr(self, name), bool):
                 raise RequestError(f"{name}: expected True or False, got {shown(flag)}")
+        if self.prompt_logprobs and self.logprobs is None:
+            raise RequestError("prompt_logprobs: expected logprobs beside it, which says how many, got none")
         if not isinstance(self.grammar, (Grammar, type(None))):
             raise RequestError(f"grammar: expected a Grammar, got {shown(self.grammar)}")
         if self.grammar is not None and self.ignore_eos:

@@ -224,6 +224,8 @@ class PrefixCache:
 
     def _reusable(self, sequence: TokenSequence) -> tuple[list[Node], int, int]:
         """Return the nodes of the longest common prefix, the tokens to reuse, and how many are repeatable blocks."""
+        if sequence.reads_prompt:
+            return [], 0, 0
         path, common, repeatable = self._find(sequence)
         if sequence.repeats:
             return path, min(repeatable, sequence.repeats_until), repeatable

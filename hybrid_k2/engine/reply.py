@@ -87,6 +87,7 @@ class Reply:
     timings: Timings
     token_ids: tuple[int, ...] = field(repr=False)  # all that were generated
     logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)  # of each of them, if asked for
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = field(default=None, repr=False)  # from the second token on
 
     def message(self) -> dict[str, Any]:
         """Return the assistant message to append to the conversation."""
@@ -110,8 +111,13 @@ class Reply:
             **asdict(self),
             "tool_calls": [asdict(call) for call in self.tool_calls],
             "token_ids": list(self.token_ids),
-            "logprobs": None if self.logprobs is None else [logprob.to_dict() for logprob in self.logprobs],
+            "logprobs": _dicts(self.logprobs),
+            "prompt_logprobs": _dicts(self.prompt_logprobs),
         }
+
+
+def _dicts(logprobs: tuple[TokenLogprob, ...] | None) -> list[dict[str, Any]] | None:
+    return None if logprobs is None else [logprob.to_dict() for logprob in logprobs]
 
 
 @dataclass(frozen=True)

@@ -134,8 +134,11 @@ def _sequences(
 
 
 def _of_choice(params: SamplingParams, choice: int) -> SamplingParams:
-    """Give each choice a seed of its own, in 64 bits."""
-    if params.seed is None or choice == 0:
+    """Give each choice a seed of its own, in 64 bits; the first one reads the prompt for all."""
+    if choice == 0:
+        return params
+    params = replace(params, prompt_logprobs=False)
+    if params.seed is None:
         return params
     return replace(params, seed=(params.seed + choice + 2**63) % 2**64 - 2**63)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,8 @@ from hybrid_k2.protocol import Event
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+LOGIT_TOKENS = 64  # of a prompt in a step whose logits are all wanted: 42 MB of them at the size of K2.6
 
 
 class TokenSequence:
@@ -78,6 +81,7 @@ class TokenSequence:
         self._reasoning_tokens = 0
         self._logprob_reader = logprobs
         self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: list[TokenLogprob] = []  # of the tokens from the second one on
         self._guide = guide
 
     @property
@@ -94,6 +98,16 @@ class TokenSequence:
     def logprobs(self) -> tuple[TokenLogprob, ...] | None:
         """Log probabilities of the reply's tokens so far; None if the request did not ask for them."""
         return tuple(self._logprobs) if self._logprob_reader is not None else None
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprob, ...] | None:
+        """Log probabilities of the prompt's tokens from the second one on, so far; None if nobody asked for them."""
+        return tuple(self._prompt_logprobs) if self.params.prompt_logprobs else None
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether all of the prompt must be computed, for log probabilities of it are missing."""
+        return self.params.prompt_logprobs and len(self._prompt_logprobs) < self.prompt_tokens - 1
 
     def logprobs_after(self, count: int) -> tuple[TokenLogprob, ...]:
         """Log probabilities of the reply's tokens behind the first so many."""
@@ -136,7 +150,22 @@ class TokenSequence:
         Tokens of the reply are chunks of their own, as they were when they were sampled, so that a reply whose latents
         were given up goes on with the same bits. Where it may be cut anywhere, it is one chunk.
         """
+        if self.reads_prompt:
+            chunks = cut(
+                self.tokens, self.cached, self.prompt_tokens, self._cut_tokens, min(limit, LOGIT_TOKENS), self.pages
+            )
+            return [replace(chunk, all_logits=True) for chunk in chunks]
         return cut(self.tokens, self.cached, self.prompt_tokens, self._cut_tokens, limit, self.pages)
+
+    def read_prompt(self, chunks: Sequence[Chunk], rows: Tensor) -> None:
+        """Read the log probabilities of the prompt's tokens that follow those of the chunks; known ones are left out.
+
+        Shapes: rows: [tokens of the chunks, V].
+        """
+        assert self._logprob_reader is not None
+        for place, row in enumerate(rows, start=chunks[0].cached + 1):
+            if place == len(self._prompt_logprobs) + 1 < self.prompt_tokens:
+                self._prompt_logprobs.append(self._logprob_reader.read(row, self.tokens[place]))
 
     def chunks_done(self, chunks: Sequence[Chunk]) -> None:
         """Count chunks whose latents are now in the cache."""

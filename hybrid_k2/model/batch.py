@@ -21,7 +21,8 @@ class Chunk:
     """Ask for the next tokens of one sequence; a chunk of one token is a decode step.
 
     `cached` tokens of the sequence are already in the cache; `pages` hold them and have room for the new ones.
-    `logits`: whether those after the chunk's last token are wanted (not in the middle of a prompt).
+    `logits`: whether those after the chunk's last token are wanted (not in the middle of a prompt); `all_logits`: those
+    after each token.
     `follows`: it goes on where the chunk before it in the batch ends. A sequence's bits depend on the chunks that it is
     cut into, not on how many of them one batch holds.
     """
@@ -31,6 +32,12 @@ class Chunk:
     pages: Sequence[int] | Tensor
     logits: bool = True
     follows: bool = False
+    all_logits: bool = False
+
+    @property
+    def logit_rows(self) -> int:
+        """How many rows of logits are wanted."""
+        return len(self.token_ids) if self.all_logits else int(self.logits)
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,8 @@ class Batch:
                 raise ValueError(f"chunk: expected tokens and cached >= 0, got {stop - start} and {chunk.cached}")
             ids.extend(chunk.token_ids)
             positions.append(torch.arange(chunk.cached, chunk.cached + stop - start))
-            rows.extend(range(start, stop) if all_logits else [stop - 1] if chunk.logits else [])
+            wanted = stop - start if all_logits else chunk.logit_rows
+            rows.extend(range(stop - wanted, stop))
             slices.append(_slice(start, stop, chunk))
             spans.append((start, stop - start, chunk.cached, pages))
             pages += len(chunk.pages)

@@ -45,6 +45,11 @@ class CompletionRequest(SamplingFields):
     cache_salt: CacheSalt = ""
     user: str | None = None
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the log probabilities of the prompt are asked for: those of all that is echoed."""
+        return self.echo and self.logprobs is not None
+
     def prompts(self) -> list[Prompt]:
         """Return the prompts: texts, or lists of token ids, which the engine checks. Raises: ApiError."""
         given = self.prompt
@@ -62,8 +67,8 @@ class CompletionRequest(SamplingFields):
             raise bad_request("best_of", f"expected n = {self.n}, or nothing, got {shown(self.best_of)}")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise bad_request("logprobs", f"expected 0 to {MAX_LOGPROBS}, got {shown(self.logprobs)}")
-        if self.logprobs is not None and self.echo:
-            raise bad_request("logprobs", "expected echo = false beside it: those of a prompt are not computed")
+        if self.reads_prompt and self.stream:
+            raise bad_request("logprobs", "expected no stream beside echo: those of a prompt come with the whole reply")
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options", "expected stream = true beside it")
 

@@ -46,6 +46,7 @@ def completion_routes(context: Context) -> APIRouter:
             head={"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": name},
             prompts=prompts,
             echoes=[_echo(prompt, model.tokenizer) if body.echo else "" for prompt in prompts],
+            first_tokens=[_first_token(prompt, model.tokenizer) for prompt in prompts] if body.reads_prompt else [],
             runs=[context.run(request) for _ in prompts],
         )
         if not body.stream:
@@ -64,6 +65,7 @@ class Completion:
     head: dict[str, Any]  # the fields that begin every object
     prompts: list[Prompt]
     echoes: list[str]  # what goes before each prompt's choices
+    first_tokens: list[bytes]  # of each prompt, where their log probabilities are wanted
     runs: list[Run]
 
     async def submit(self, owner: str) -> None:
@@ -71,7 +73,7 @@ class Completion:
         body = self.body
         request = partial(
             ServiceRequest,
-            params=body.params(max_tokens=body.max_tokens, logprobs=body.logprobs),
+            params=body.params(max_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=body.reads_prompt),
             key=owner,
             cache_salt=cache_salt(owner, body.cache_salt),
             n=body.n,
@@ -95,12 +97,10 @@ class Completion:
             groups = [await run.replies() for run in self.runs]
         finally:
             self.cancel()
-        texts = [(echo, reply) for echo, group in zip(self.echoes, groups, strict=True) for reply in group]
         choices = [
-            _choice(
-                index, echo + reply.content, reply.finish_reason, self._logprobs(reply.logprobs, _Offsets(len(echo)))
-            )
-            for index, (echo, reply) in enumerate(texts)
+            _choice(len(group) * number + index, echo + reply.content, reply.finish_reason, logprobs)
+            for number, (echo, group) in enumerate(zip(self.echoes, groups, strict=True))
+            for index, (reply, logprobs) in enumerate(zip(group, self._group_logprobs(number, group), strict=True))
         ]
         return json_response(
             {**self.head, "choices": choices, "usage": _usage(groups), "timings": timings(groups[0][0])}
@@ -131,6 +131,25 @@ class Completion:
 
     def _frame(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         return frame({**self.head, "choices": choices, **more})
+
+    def _group_logprobs(self, number: int, group: Sequence[Reply]) -> list[dict[str, Any] | None]:
+        """Return the log probabilities of the choices of one prompt, behind those of the prompt if they are wanted."""
+        if not self.body.reads_prompt:
+            return [self._logprobs(reply.logprobs, _Offsets(len(self.echoes[number]))) for reply in group]
+        known = group[0].prompt_logprobs or ()
+        return [self._echoed(self.first_tokens[number], [*known, *(reply.logprobs or ())]) for reply in group]
+
+    def _echoed(self, first: bytes, others: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Put a prompt's first token, which nothing leads to, before the others."""
+        offsets = _Offsets(0)
+        alone: dict[str, list[Any]] = {
+            "tokens": [_text(first)],
+            "token_logprobs": [None],
+            "top_logprobs": [None],
+            "text_offset": [offsets.pass_token(first)],
+        }
+        rest = self._logprobs(others, offsets) or {}
+        return {name: [*alone[name], *values] for name, values in rest.items()}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob] | None, offsets: _Offsets) -> dict[str, Any] | None:
         """Return the log probabilities in the old form: parallel lists."""
@@ -195,6 +214,11 @@ def _choice(index: int, text: str, finish_reason: str | None, logprobs: dict[str
 
 def _echo(prompt: Prompt, tokenizer: Tokenizer) -> str:
     return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+
+
+def _first_token(prompt: Prompt, tokenizer: Tokenizer) -> bytes:
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    return tokenizer.token_bytes(ids[0]) if ids else b""
 
 
 def _text(token: bytes) -> str:

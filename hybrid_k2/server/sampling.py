@@ -75,6 +75,7 @@ class SamplingFields(Body):
         *,
         max_tokens: int | None,
         logprobs: int | None = None,
+        prompt_logprobs: bool = False,
         grammar: Grammar | None = None,
         forbidden_ids: Iterable[int] = (),
     ) -> SamplingParams:
@@ -96,6 +97,7 @@ class SamplingFields(Body):
             logit_bias=_token_bias(self.logit_bias or {}),
             forbidden_token_ids=tuple(forbidden_ids),
             min_tokens=self.min_tokens,
+            prompt_logprobs=prompt_logprobs,
             max_tokens=max_tokens,
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,

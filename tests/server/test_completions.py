@@ -89,7 +89,7 @@ def test_log_probabilities(client: Client, service: ScriptedService, tokenizer: 
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
         ({"logprobs": 6}, "logprobs"),
-        ({"logprobs": 1, "echo": True}, "logprobs"),
+        ({"logprobs": 1, "echo": True, "stream": True}, "logprobs"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"stream_options": {}}, "stream_options"),
         ({"messages": []}, "messages"),

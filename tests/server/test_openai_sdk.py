@@ -168,6 +168,20 @@ def test_completions(client: Any) -> None:
     assert streamed == whole.choices[0].text
     echoed = client.completions.create(**asked, echo=True)
     assert echoed.choices[0].text == "Once upon a time" + whole.choices[0].text
+    scored = client.completions.create(**asked, logprobs=2, echo=True)
+    assert scored.choices[0].text == echoed.choices[0].text
+    logprobs = scored.choices[0].logprobs
+    assert "".join(logprobs.tokens) == scored.choices[0].text
+    assert logprobs.token_logprobs[0] is None
+    assert logprobs.top_logprobs[0] is None
+    assert all(value <= 0 for value in logprobs.token_logprobs[1:])
+    assert all(len(top) == 2 for top in logprobs.top_logprobs[1:])
+    assert logprobs.text_offset == [len("".join(logprobs.tokens[:i])) for i in range(len(logprobs.tokens))]
+    assert logprobs.token_logprobs[-12:] == pytest.approx(whole.choices[0].logprobs.token_logprobs, abs=1e-4)
+    both = client.completions.create(**asked, logprobs=2, echo=True, n=2, seed=1)
+    first, second = (choice.logprobs.token_logprobs for choice in both.choices)
+    assert len(first) == len(logprobs.tokens)
+    assert second == first, "at temperature 0"
     several = client.completions.create(**{**asked, "prompt": ["Once upon a time", "hello"]}, n=2, seed=1)
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
     assert several.choices[0].text == several.choices[1].text == whole.choices[0].text

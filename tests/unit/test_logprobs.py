@@ -13,6 +13,7 @@ import torch
 
 from hybrid_k2.engine import Engine, SamplingParams
 from hybrid_k2.engine.logprobs import LOWEST, LogprobReader
+from hybrid_k2.errors import RequestError
 from tests.engines import GREEDY, generated, random_engine
 from tests.protocol_strategies import small_tokenizer
 
@@ -98,3 +99,30 @@ def test_asking_for_them_changes_no_token_and_not_asking_gives_none(engine: Engi
     written = json.loads(json.dumps(asked.to_dict()))["logprobs"]
     assert [entry["token_id"] for entry in written] == list(asked.token_ids)
     assert bytes(written[0]["bytes"]) == asked.logprobs[0].text_bytes
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 64, 65, 150])
+@pytest.mark.parametrize("seed", [None, 7])
+def test_those_of_a_prompt_are_the_models_own_whatever_is_cached(engine: Engine, size: int, seed: int | None) -> None:
+    prompt = np.random.default_rng().integers(0, 500, size).tolist()
+    params = SamplingParams(temperature=0.0, ignore_eos=True, seed=seed)
+    plain = generated(engine, prompt, params, max_tokens=3)
+    reply = generated(engine, prompt, params, max_tokens=3, logprobs=2, prompt_logprobs=True)
+    assert reply.token_ids == plain.token_ids
+    assert plain.prompt_logprobs is None
+    assert size == 1 or reply.usage.cached_tokens == 0
+    assert reply.prompt_logprobs is not None
+    assert [read.token_id for read in reply.prompt_logprobs] == prompt[1:]
+    logits = engine.logits(prompt)
+    for place, read in enumerate(reply.prompt_logprobs):
+        expected = by_definition(logits[place])
+        assert read.logprob == pytest.approx(expected[read.token_id], abs=1e-4)
+        assert [best.logprob for best in read.top] == pytest.approx(sorted(expected)[: -2 - 1 : -1], abs=1e-4)
+    assert len(json.loads(json.dumps(reply.to_dict()))["prompt_logprobs"]) == size - 1
+
+
+def test_those_of_a_prompt_need_to_know_how_many() -> None:
+    with pytest.raises(RequestError, match="prompt_logprobs: expected logprobs beside it"):
+        SamplingParams(prompt_logprobs=True)
+    with pytest.raises(RequestError, match="prompt_logprobs: expected True or False, got 1"):
+        SamplingParams(prompt_logprobs=1, logprobs=1)  # type: ignore[arg-type]
