@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,6 +52,13 @@ def test_a_few_heads_at_a_time_are_all_heads(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_without_a_fused_kernel_it_is_the_readable_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_fused", lambda q, k, v: False)
+    monkeypatch.setattr(module, "_fused", lambda q, k, v, mask: False)
     q, latent, kv_b = inputs(SHAPES[0], 9, 40)
     assert torch.equal(prompt_attention(q, latent, kv_b, SHAPES[0]), naive_attention(q, latent, kv_b, SHAPES[0]))
+
+
+def test_the_model_loads_without_compilers() -> None:
+    """Triton and torch's own compiler take seconds, and read their environment when they are first imported."""
+    code = "import sys, hybrid_k2.model.loader; print(sorted({'triton', 'torch._dynamo', 'sympy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
