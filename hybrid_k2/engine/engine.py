@@ -118,7 +118,8 @@ class Engine:
     def expert_use(self) -> dict[int, ExpertUse]:
         """Return how often each expert was chosen, by MoE layer; any thread, any time.
 
-        Beside an accelerator, the counts go on from what was remembered. They are halved now and then.
+        Beside an accelerator, the counts go on from what was remembered. Where there are hot experts, they
+        are halved now and then.
         """
         return self.loaded.text.expert_use()
 

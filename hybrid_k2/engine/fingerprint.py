@@ -34,7 +34,7 @@ def fingerprint(loaded: LoadedModel) -> str:
         "numerics": [plan.numerics, plan.activation_dtype, plan.accelerator, loaded.text.experts_runtime.name],
         "gpus": [[gpu.name, gpu.capability] for gpu in plan.machine.gpus],
         # On a GPU the size of a batch decides who computes an expert, and by which kernel.
-        "batches": [plan.stream, plan.chunk_tokens, plan.overlap] if plan.accelerator else None,
+        "batches": [plan.stream, plan.chunk_tokens, plan.overlap, plan.graphs] if plan.accelerator else None,
         "deferred": plan.deferred,
         "cache": [cache.device, cache.dtype, cache.page_tokens, loaded.block_tokens],
         "nodes": len(plan.nodes),

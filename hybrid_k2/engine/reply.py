@@ -72,9 +72,8 @@ class Timings:
 class Reply:
     """Hold one finished (or cancelled) reply.
 
-    A request that states `seed` repeats the reply bit for bit on the host's native kernels; elsewhere if its own
-    request stated it. There one that drew its seed may have reused latents computed while decoding: with that seed it
-    repeats the draws, on logits equal up to rounding.
+    A request that states `seed` repeats the reply bit for bit on the host's native kernels. Elsewhere it repeats the
+    draws, on logits equal up to rounding.
     """
 
     content: str

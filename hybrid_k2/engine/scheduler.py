@@ -83,8 +83,12 @@ class Scheduler:
         for job in decoding[: max(1, self._most_tokens - reserved)]:
             self._take(job, 1, work)
         budget = self._step_tokens - len(work)
-        taken = 0
+        taken, reads = 0, False
         for job in prompts:
+            if job.sequence.reads_prompt:
+                if reads:
+                    continue  # one at a time: its logits take memory, and reading them keeps the others waiting
+                reads = True
             limit = budget - taken if taken else max(budget, self._portion)
             if not taken or job.sequence.next_tokens <= limit:
                 taken += self._take(job, limit, work)

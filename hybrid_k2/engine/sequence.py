@@ -22,7 +22,7 @@ from hybrid_k2.protocol import Event
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-LOGIT_TOKENS = 64  # of a prompt in a step whose logits are all wanted: 42 MB of them at the size of K2.6
+LOGIT_TOKENS = 64  # of a prompt in a step whose logits are all wanted, or one block: 42 or 168 MB of them for K2.6
 
 
 class TokenSequence:

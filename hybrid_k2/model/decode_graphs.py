@@ -142,7 +142,7 @@ class DecodeGraphs:
         if graph is None or not graph.trusted:
             yield from self._step(cache, form)
             yield partial(self._end, batch, moves, logits), Label("logits")
-        if graph is not None and not graph.trusted:
+        if graph is not None and not graph.trusted and len(logits):  # none of this step may be wanted
             yield partial(graph.compare, result, logits), Label("compare")
 
     def _remember(self, cache: LatentCache) -> None:

@@ -60,7 +60,7 @@ def draft_plan(
     if streams != "off":
         _check_streamed(rules, experts_packed)
     chunk_tokens = rules.prefill.chunk_tokens or (AUTO_CHUNK_TOKENS if streams == "off" else AUTO_STREAM_TOKENS)
-    graphs = rules.graphs and accelerator not in (None, TWIN)
+    graphs = _records(rules, rows, accelerator)
     work = Work(
         config,
         accelerator,
@@ -127,6 +127,13 @@ def _overheads(work: Work, rows: tuple[PlanRow, ...], kv_cache: KvCachePlan | No
         matrices, nbytes = matrices + work.config.num_hidden_layers, nbytes + kv_cache.nbytes
         work = replace(work, context_tokens=kv_cache.tokens)
     return gpu_overheads(work, matrices, nbytes)
+
+
+def _records(rules: Rules, rows: tuple[PlanRow, ...], accelerator: str | None) -> bool:
+    """Say whether decode steps are recorded: on a GPU that has all of a step but embedding and experts of the host."""
+    placed = {row.device for row in rows if row.what not in ("embedding", "routed_experts")}
+    in_bf16 = rules.kv_cache.dtype == "bf16" and rules.kv_cache.on in (None, "gpu")
+    return rules.graphs and accelerator not in (None, TWIN) and placed == {accelerator} and in_bf16
 
 
 def _count_hot(

@@ -46,7 +46,7 @@ def completion_routes(context: Context) -> APIRouter:
             head={"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": name},
             prompts=prompts,
             echoes=[_echo(prompt, model.tokenizer) if body.echo else "" for prompt in prompts],
-            first_tokens=[_first_token(prompt, model.tokenizer) for prompt in prompts] if body.reads_prompt else [],
+            first_tokens=await asyncio.to_thread(_first_tokens, prompts, model.tokenizer) if body.reads_prompt else [],
             runs=[context.run(request) for _ in prompts],
         )
         if not body.stream:
@@ -216,9 +216,9 @@ def _echo(prompt: Prompt, tokenizer: Tokenizer) -> str:
     return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
 
 
-def _first_token(prompt: Prompt, tokenizer: Tokenizer) -> bytes:
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    return tokenizer.token_bytes(ids[0]) if ids else b""
+def _first_tokens(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[bytes]:
+    all_ids = (tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
+    return [tokenizer.token_bytes(ids[0]) if ids else b"" for ids in all_ids]
 
 
 def _text(token: bytes) -> str:

@@ -29,6 +29,9 @@ _PLAN = (
     "accelerator",
     "twin_threads",
     "overlap",
+    "deferred",
+    "stream",
+    "graphs",
     "chunk_tokens",
     "bytes_per_token",
 )

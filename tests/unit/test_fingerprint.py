@@ -94,6 +94,7 @@ def test_what_decides_bits_is_in_it(engine: Engine) -> None:
         with_plan(loaded, accelerator="twin", overlap="ping_pong"),
         with_plan(loaded, accelerator="twin", deferred=2),
         with_plan(loaded, accelerator="cuda:0"),
+        with_plan(loaded, accelerator="cuda:0", graphs=True),
         with_plan(loaded, accelerator="cuda:0", stream="auto"),
         with_plan(loaded, nodes=loaded.plan.nodes * 2),
         with_machine(loaded, gpus=(Gpu(0, "a card", 1 << 34),)),

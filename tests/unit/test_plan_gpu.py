@@ -170,16 +170,19 @@ def test_graphs_keep_the_work_memory_of_a_decode_step() -> None:
     partial_sums = 8 * 128 * 64 * 512 * 4  # of 8 rows: 128 splits, 64 heads, 512 numbers
     assert whole - 4 * 61 * (256 << 10) - partial_sums < 24 << 20
     assert whole - half > partial_sums / 2
-    plan = plan_of("attention gpu")
+    dense = ("attention gpu", "router gpu", "dense_mlp gpu", "shared_experts gpu", "lm_head gpu")
+    plan = plan_of(*dense)
     sizes = {one.what: one.nbytes for one in plan.overheads}
     assert plan.graphs
     assert sizes["graphs"] > 0
     assert "\ncuda:0: overlap ping_pong; decode steps as graphs\n" in plan.table()
-    without = plan_of("attention gpu", tail="graphs: off\n")
+    without = plan_of(*dense, tail="graphs: off\n")
     assert not without.graphs
     assert "graphs" not in {one.what for one in without.overheads}
     assert "\ncuda:0: overlap ping_pong\n" in without.table()
     assert not plan_of().graphs
+    assert not plan_of("attention gpu").graphs, "torch computes the others on the host in between"
+    assert not plan_of(*dense, tail="kv_cache: {dtype: fp32}\n").graphs, "the kernels read bf16"
     error = refusal("attention gpu", tail="graphs: on\n")
     assert error.message == "x.yaml:10: graphs: expected one of auto, off, got 'on'"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from hybrid_k2.engine import Engine, Reply, SamplingParams, request
+from hybrid_k2.engine.generation import Runner, Work
 from hybrid_k2.engine.sampling import Sampler
+from hybrid_k2.engine.sequence import LOGIT_TOKENS
 from hybrid_k2.engine.service import Service
 from hybrid_k2.engine.service_types import (
     Finished,
@@ -59,9 +61,10 @@ def alone(engine: Engine, prompt: list[int], params: SamplingParams) -> Reply:
 
 def same(reply: Reply, expected: Reply) -> bool:
     assert expected.logprobs is not None
-    return (reply.token_ids, reply.logprobs, reply.content, reply.finish_reason) == (
+    return (reply.token_ids, reply.logprobs, reply.prompt_logprobs, reply.content, reply.finish_reason) == (
         expected.token_ids,
         expected.logprobs,
+        expected.prompt_logprobs,
         expected.content,
         expected.finish_reason,
     )
@@ -89,6 +92,7 @@ def test_replies_are_those_of_each_request_alone(engine: Engine, step_tokens: in
             chance, chance.choice([0, 3, 70])
         )
         params = replace(PARAMS, seed=number, max_tokens=chance.choice([1, 8, 60]))
+        params = replace(params, prompt_logprobs=chance.random() < 0.3)
         jobs.append((prompt, params, alone(engine, prompt, params)))
     engine._prefix.release()
     ram_bytes = ram_pages * engine._cache.page_like().nbytes
@@ -184,6 +188,24 @@ def test_prompts_take_turns(engine: Engine) -> None:
 
 
 # Cancel
+
+
+def test_one_prompt_at_a_time_has_all_its_logits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take memory, and reading them keeps the others waiting."""
+    reading, forward = [], Runner.forward
+
+    def watched(self: Runner, work: Sequence[Work]) -> list[torch.Tensor | None]:
+        reading.append(sum(sequence.reads_prompt for sequence, _ in work))
+        assert sum(chunk.logit_rows for _, chunks in work for chunk in chunks) <= LOGIT_TOKENS + len(work)
+        return forward(self, work)
+
+    monkeypatch.setattr(Runner, "forward", watched)
+    chance = random.Random()
+    with serve(engine, max_running=6) as service:
+        params = replace(PARAMS, prompt_logprobs=True, max_tokens=5)
+        clients = [Client(service, random_ids(chance, 10), params) for _ in range(4)]
+        assert [len(client.reply.prompt_logprobs or ()) for client in clients] == [9] * 4
+    assert max(reading) == 1
 
 
 @pytest.mark.parametrize("when", ["queue", "prompt", "reply", "last"])
