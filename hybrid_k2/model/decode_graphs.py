@@ -204,15 +204,12 @@ class DecodeGraphs:
 
 def why_not(plan: Plan, accelerator: Accelerator, handoff: Handoff, layers: Sequence[Layer]) -> str | None:
     """Say why a model's decode steps cannot be graphs; None: they can."""
-    placed = {row.device for row in plan.rows if row.what not in ("embedding", "routed_experts")}
     if not plan.graphs:
         return "the plan has none"
     if not accelerator.captures:
         return f"{accelerator.name} cannot record what it launches"
     if not handoff.replays:
         return "the hand-off to the experts is no kernel"
-    if placed != {plan.accelerator}:
-        return f"dense groups are on {' and '.join(sorted(placed))}"
     if any(layer.attention.gpu is None for layer in layers):
         return "torch computes attention, whose operations depend on the length of each sequence"
     return None

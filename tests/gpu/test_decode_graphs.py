@@ -311,8 +311,8 @@ def test_prompts_and_many_sequences_are_launched(folder: Path, monkeypatch: pyte
     ("change", "reason"),
     [
         (("kv_cache: {", "graphs: off\nkv_cache: {"), "the plan has none"),
-        (("cache: {dtype: bf16", "cache: {dtype: fp32"), "torch computes attention"),
-        (("shared_experts, on: gpu", "shared_experts, on: host"), "dense groups are on cuda:0 and host"),
+        (("cache: {dtype: bf16", "cache: {dtype: fp32"), "the plan has none"),
+        (("shared_experts, on: gpu", "shared_experts, on: host"), "the plan has none"),
         (("devices: {gpu: cuda:0}", "devices: {gpu: twin}"), "the plan has none"),
     ],
 )
