@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hybrid_k2.engine import Reply, SamplingParams
+from hybrid_k2.engine import Engine, Reply, SamplingParams
 from hybrid_k2.engine.service import Service, Ticket
-from hybrid_k2.engine.service_types import Failed, Finished, Piece, Progress, ServiceEvent, ServiceRequest
+from hybrid_k2.engine.service_types import (
+    Failed,
+    Finished,
+    Piece,
+    Progress,
+    ServiceEvent,
+    ServiceOptions,
+    ServiceRequest,
+)
 from hybrid_k2.errors import HybridK2Error
+from tests.engines import generated
 
+CHUNK, PAGES = 48, 10
+ODD = 501  # a token that no prompt has by chance, and no reply
+# Log probabilities show a logit that differs in its last bit.
+PARAMS = SamplingParams(
+    temperature=3.0, top_p=1.0, seed=0, max_tokens=12, ignore_eos=True, logprobs=3, logit_bias={ODD: -100.0}
+)
 TIMEOUT_S = 120  # tests may be frozen for a minute
 
 
@@ -78,3 +94,28 @@ class Client:
     def reply(self) -> Reply:
         (reply,) = self.replies
         return reply
+
+
+def alone(engine: Engine, prompt: list[int], params: SamplingParams) -> Reply:
+    """Compute a reply with nothing in the cache and nobody else there."""
+    engine._prefix.release()
+    return generated(engine, prompt, params)
+
+
+def same(reply: Reply, expected: Reply) -> bool:
+    assert expected.logprobs is not None
+    return (reply.token_ids, reply.logprobs, reply.prompt_logprobs, reply.content, reply.finish_reason) == (
+        expected.token_ids,
+        expected.logprobs,
+        expected.prompt_logprobs,
+        expected.content,
+        expected.finish_reason,
+    )
+
+
+def random_ids(chance: random.Random, length: int) -> list[int]:
+    return [chance.randrange(500) for _ in range(length)]
+
+
+def serve(engine: Engine, **options: Any) -> Service:
+    return Service(engine, ServiceOptions(**options))
