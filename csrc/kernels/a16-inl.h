@@ -16,7 +16,7 @@ K2_INLINE FixedPoint fixed_point(F32x16 x0, F32x16 x1) {
   // largest NaN carries into the sign.
   int32_t k = int32_t((uint32_t(largest) + 0x1ffff) >> 23) - (127 + 14);
   const bool fits = k <= kExponentBase;
-  k = k < -kExponentBase ? -kExponentBase : k;
+  k = k < kLeastExponent ? kLeastExponent : k;
   if (!fits) {
     x0 = x1 = f32(0.0f);
     k = 0;

@@ -1,7 +1,7 @@
 // Numerics A16: activations in 16-bit fixed point, as two planes of 8 bits.
 //
 // A group of 32 activations x is stored as integers n = round(x * 2^-k) with |n| <= 32512 and split n = 256 * high +
-// low into two signed bytes. k is the smallest exponent for which the largest |x| of the group fits, at least -60. Then
+// low into two signed bytes. k is the smallest exponent for which the largest |x| of the group fits, at least -59. Then
 //   sum over the group of q * n = 256 * dot(q, high) + dot(q, low)
 // is an exact integer below 2^23 (32 * 8 * 32512), hence exact in fp32, and
 //   result = fma(float(sum), scale * 2^k, result)
@@ -10,7 +10,7 @@
 // the multiplier pipes; `exponent` holds (k + 60) << 23, and the common factor 2^60 is taken back once at the end.
 //
 // Range: a scale must be finite and below 256 in magnitude (checked when weights are packed), so that exponents cannot
-// overflow. Activations below 2^-61 become zero. A group with a NaN, an infinity or a magnitude above 32512 * 2^60
+// overflow. Activations below 2^-60 become zero. A group with a NaN, an infinity or a magnitude above 32512 * 2^60
 // (3.7e22) has no fixed-point form: it is stored as zeros and reported, and the token's output row becomes NaN.
 // A scale of zero acts as 2^-127: its weights contribute less than 1e-33 of the group's largest activation.
 #pragma once
@@ -38,6 +38,7 @@ struct A16Words {
 constexpr uint8_t kWordOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
 
 constexpr int kExponentBase = 60;
+constexpr int kLeastExponent = 1 - kExponentBase;  // a factor scale * 2^(k + 60) is a normal number for every scale
 constexpr int kScaleExponentLimit = 135;  // biased exponent of a bf16 scale must be below: |scale| < 256
 
 }  // namespace k2

@@ -10,7 +10,7 @@ from hybrid_k2.checkpoint import ExpertWeights, PackedWeight
 
 GROUP = 32
 LARGEST = 32512  # of the integers that stand for a group's activations
-LEAST_EXPONENT = -60
+LEAST_EXPONENT = -59
 
 
 def fixed_point(x: Tensor) -> Tensor:

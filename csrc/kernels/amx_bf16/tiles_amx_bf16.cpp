@@ -33,10 +33,10 @@ constinit const KernelTable exact = with_kernels<A16Group, A16Group>({
     .max_tokens = kTileCallTokens,
     .chunk_tokens = kTileChunk,
     .scratch_group_bytes = kTokenGroupBytes,
-    .peak_operations = kPeakOperations / 2,  // two planes
+    .peak_operations = kPeakOperations * 3 / 4,  // of bf16 hidden states: one plane for gate and up, two for down
     .has_tiles = true,
     .tuning = {.policy = kTilePolicy, .token_cost = 0.25f},
-}, pack_rows<A16Group, float>, gate_up_any<2>, down_any);
+}, pack_rows<A16Group, float>, gate_up_any, down_any);
 
 extern const KernelTable bf16;
 constinit const KernelTable bf16 = with_kernels<A16Group, A16Group>({
@@ -49,6 +49,6 @@ constinit const KernelTable bf16 = with_kernels<A16Group, A16Group>({
     .peak_operations = kPeakOperations * 3 / 4,  // one plane for gate and up, two for down
     .has_tiles = true,
     .tuning = {.policy = kTilePolicy, .token_cost = 0.2f},
-}, pack_hidden_fp32<A16Group>, gate_up_any<1>, down_any);
+}, pack_hidden_fp32<A16Group>, gate_up_any, down_any);
 
 }  // namespace k2::amx_bf16

@@ -42,6 +42,7 @@ inline __m512i _mm512_setzero_si512() { K2_MODEL_LANES(__m512i, 0); }
 inline __m512 _mm512_set1_ps(float x) { K2_MODEL_LANES(__m512, x); }
 inline __m512i _mm512_set1_epi32(int32_t x) { K2_MODEL_LANES(__m512i, x); }
 inline __m512i _mm512_set1_epi8(int8_t x) { K2_MODEL_LANES(__m512i, int32_t(uint32_t(uint8_t(x)) * 0x01010101u)); }
+inline __m512i _mm512_set1_epi16(int16_t x) { K2_MODEL_LANES(__m512i, int32_t(uint32_t(uint16_t(x)) * 0x00010001u)); }
 inline __m512 _mm512_castsi512_ps(__m512i x) { return avx512_model::reinterpret<__m512>(x); }
 inline __m512i _mm512_castps_si512(__m512 x) { return avx512_model::reinterpret<__m512i>(x); }
 
@@ -116,6 +117,12 @@ inline __m512i _mm512_srai_epi32(__m512i x, unsigned n) { K2_MODEL_LANES(__m512i
 inline __m512i _mm512_srli_epi16(__m512i x, unsigned n) {
   auto words = avx512_model::reinterpret<avx512_model::Lanes<uint16_t, 32>>(x);
   for (uint16_t& word : words.v) word = n > 15 ? 0 : uint16_t(word >> n);
+  return avx512_model::reinterpret<__m512i>(words);
+}
+inline __m512i _mm512_mulhi_epu16(__m512i a, __m512i b) {
+  auto words = avx512_model::reinterpret<avx512_model::Lanes<uint16_t, 32>>(a);
+  const auto factors = avx512_model::reinterpret<avx512_model::Lanes<uint16_t, 32>>(b);
+  for (int i = 0; i < 32; ++i) words.v[i] = uint16_t(uint32_t(words.v[i]) * factors.v[i] >> 16);
   return avx512_model::reinterpret<__m512i>(words);
 }
 inline int32_t _mm512_reduce_add_epi32(__m512i x) {

@@ -31,7 +31,7 @@ def pack_a16_kernel(x, planes, words, fits, groups, GROUPS: tl.constexpr):
     largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     k = (((largest.to(tl.uint32, bitcast=True) + 0x1FFFF) >> 23).to(tl.int32)) - 141
     fit = k <= 60
-    k = tl.where(fit, tl.maximum(k, -60), 0)
+    k = tl.where(fit, tl.maximum(k, -59), 0)
     inverse = ((127 - k) << 23).to(tl.float32, bitcast=True)
     # Adding 1.5 * 2^23 rounds to a whole number, to nearest even.
     whole = (tl.where(fit[:, None], values, 0.0) * inverse[:, None] + 12582912.0) - 12582912.0
