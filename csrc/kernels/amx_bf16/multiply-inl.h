@@ -235,7 +235,7 @@ class Multiply {
   K2_INLINE void half(int g, int tile) {
     multiply_tile<Planes, Half>();
     publish();
-    if (tile == 0 && prefetch_) prefetch<Half>(weights_ + ptrdiff_t(g) * kBlockBytes + prefetch_);
+    if (tile == 0) prefetch<Half>(g);
     if constexpr (Odd) {
       for (int ahead = tile; ahead < 2; ahead += tokens_.tiles) {
         if (g + 2 + ahead < groups_) unpack<Half>(g + 2 + ahead);
@@ -253,9 +253,9 @@ class Multiply {
   }
 
   template <int Half>
-  K2_INLINE static void prefetch(const uint8_t* block) {
+  K2_INLINE void prefetch(int g) {
     for (int line = Half == 0 ? 0 : 5; line < (Half == 0 ? 5 : 9); ++line) {
-      _mm_prefetch(reinterpret_cast<const char*>(block + 64 * line), _MM_HINT_T1);
+      prefetch_line(weights_ + ptrdiff_t(g) * kBlockBytes, prefetch_, line);
     }
   }
 

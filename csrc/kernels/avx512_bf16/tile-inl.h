@@ -50,7 +50,7 @@ K2_INLINE void add_group(__m512& total, __m512 dot, __m512i scale, int32_t expon
 // Products of one group. Few tokens take several chains per sum, because each step of a chain waits for the one before;
 // the sums are exact, so it does not matter how they are split.
 template <int N>
-K2_INLINE void dot_pairs(const uint8_t* block, const Bf16Group* const (&x)[N], int g, __m512 (&dot)[2][N]) {
+K2_INLINE void dot_pairs(const uint8_t* block, const Bf16Group* const (&x)[N], int g, int prefetch, __m512 (&dot)[2][N]) {
   constexpr int kChains = N == 1 ? 4 : N == 2 ? 2 : 1;
   const __m512i table = nibble_table();
   __m512 chain[2][N][kChains];
@@ -61,6 +61,8 @@ K2_INLINE void dot_pairs(const uint8_t* block, const Bf16Group* const (&x)[N], i
   }
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) {
+    prefetch_line(block, prefetch, 2 * q);
+    prefetch_line(block, prefetch, 2 * q + 1);
     const __m512i values0 = _mm512_load_si512(block + kScaleBytes + q * 128);
     const __m512i values1 = _mm512_load_si512(block + kScaleBytes + q * 128 + 64);
 #pragma GCC unroll 4
@@ -88,9 +90,9 @@ void tile(const uint8_t* weights, int groups, const Bf16Group* const (&input)[T]
   __m512 totals[2][T];
   for (int t = 0; t < T; ++t) totals[0][t] = totals[1][t] = _mm512_setzero_ps();
   for (int g = 0; g < groups; ++g, weights += kBlockBytes) {
-    if (prefetch) prefetch_block(weights, prefetch);
     __m512 dot[2][T];
-    dot_pairs<T>(weights, input, g, dot);
+    dot_pairs<T>(weights, input, g, prefetch, dot);
+    prefetch_line(weights, prefetch, 8);
     const __m512i pairs = _mm512_load_si512(weights);
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) {
@@ -115,9 +117,9 @@ void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const 
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {
       const uint8_t* block = weights + s * distance;
-      if (prefetch) prefetch_block(block, prefetch);
       __m512 dot[2][1];
-      dot_pairs<1>(block, x, g, dot);
+      dot_pairs<1>(block, x, g, prefetch, dot);
+      prefetch_line(block, prefetch, 8);
       const __m512i pairs = _mm512_load_si512(block);
       add_group(totals[s][0], dot[0][0], strip_scale(pairs, 0), input[g].exponent);
       add_group(totals[s][1], dot[1][0], strip_scale(pairs, 1), input[g].exponent);

@@ -16,7 +16,7 @@ K2_INLINE void add_scaled(__m512& total, __m512i dot, __m512i scale, float facto
 // Products of one group. One and two tokens take two chains per sum, because each step of a chain waits for the one
 // before.
 template <int N>
-K2_INLINE void dot_bytes(const uint8_t* block, const A8Group* const (&x)[N], int g, __m512i (&dot)[2][N]) {
+K2_INLINE void dot_bytes(const uint8_t* block, const A8Group* const (&x)[N], int g, int prefetch, __m512i (&dot)[2][N]) {
   constexpr int kChains = N <= 2 ? 2 : 1;
   __m512i chains[kChains][2][N];
   for (int n = 0; n < N; ++n) {
@@ -25,6 +25,8 @@ K2_INLINE void dot_bytes(const uint8_t* block, const A8Group* const (&x)[N], int
   }
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) {
+    prefetch_line(block, prefetch, 2 * q);
+    prefetch_line(block, prefetch, 2 * q + 1);
     const Values values0 = load_values(block + kScaleBytes + q * 128);
     const Values values1 = load_values(block + kScaleBytes + q * 128 + 64);
 #pragma GCC unroll 6
@@ -44,9 +46,11 @@ K2_INLINE void dot_bytes(const uint8_t* block, const A8Group* const (&x)[N], int
 
 // Adds one block for N tokens.
 template <int N>
-K2_INLINE void add_block(const uint8_t* block, const A8Group* const (&x)[N], int g, __m512 (&totals)[2][N]) {
+K2_INLINE void add_block(const uint8_t* block, const A8Group* const (&x)[N], int g, int prefetch,
+                         __m512 (&totals)[2][N]) {
   __m512i dot[2][N];
-  dot_bytes<N>(block, x, g, dot);
+  dot_bytes<N>(block, x, g, prefetch, dot);
+  prefetch_line(block, prefetch, 8);
   const __m512i pairs = _mm512_load_si512(block);
 #pragma GCC unroll 6
   for (int n = 0; n < N; ++n) {

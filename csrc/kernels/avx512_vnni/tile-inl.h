@@ -8,20 +8,12 @@ struct Tile {
   F32x16 rows[2][N];
 };
 
-// Into L2: prefetching into L1 loses 8-30 % on Zen 4.
-K2_INLINE void prefetch_block(const uint8_t* block, int ahead) {
-  for (int line = 0; line < kBlockBytes; line += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(block) + ahead + line, _MM_HINT_T1);
-  }
-}
-
 template <int T, class Group>
 void tile(const uint8_t* weights, int groups, const Group* const (&input)[T], int prefetch, Tile<T>& sums) {
   __m512 totals[2][T];
   for (int t = 0; t < T; ++t) totals[0][t] = totals[1][t] = _mm512_setzero_ps();
   for (int g = 0; g < groups; ++g, weights += kBlockBytes) {
-    if (prefetch) prefetch_block(weights, prefetch);
-    add_block<T>(weights, input, g, totals);
+    add_block<T>(weights, input, g, prefetch, totals);
   }
   for (int t = 0; t < T; ++t) {
     sums.rows[0][t] = totals[0][t];
@@ -38,8 +30,7 @@ void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const 
   for (int g = 0; g < groups; ++g, weights += kBlockBytes) {
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {
-      if (prefetch) prefetch_block(weights + s * distance, prefetch);
-      add_block<1>(weights + s * distance, x, g, totals[s]);
+      add_block<1>(weights + s * distance, x, g, prefetch, totals[s]);
     }
   }
   for (int s = 0; s < S; ++s) {
