@@ -145,10 +145,12 @@ K2_INLINE __m512i weight_pair_by_product(__m512i values, int i, __m512i table) {
   return weight_pair(i == 0 ? values : _mm512_mulhi_epu16(values, _mm512_set1_epi16(short(1 << (16 - 4 * i)))), 0, table);
 }
 
-K2_INLINE void unpack_half(const uint8_t* block, int half, uint8_t* tile) {
+K2_INLINE void unpack_half(const uint8_t* block, int half, int prefetch, uint8_t* tile) {
   const __m512i table = nibble_table();
+  if (half == 0) prefetch_line(block, prefetch, 0);
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) {
+    prefetch_line(block, prefetch, 1 + 2 * q + half);
     const __m512i values = _mm512_load_si512(block + kScaleBytes + q * 128 + half * 64);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -235,7 +237,6 @@ class Multiply {
   K2_INLINE void half(int g, int tile) {
     multiply_tile<Planes, Half>();
     publish();
-    if (tile == 0) prefetch<Half>(g);
     if constexpr (Odd) {
       for (int ahead = tile; ahead < 2; ahead += tokens_.tiles) {
         if (g + 2 + ahead < groups_) unpack<Half>(g + 2 + ahead);
@@ -249,14 +250,7 @@ class Multiply {
 
   template <int Half>
   K2_INLINE void unpack(int g) {
-    unpack_half(weights_ + ptrdiff_t(g) * kBlockBytes, Half, stage_.weights[g & 3][Half]);
-  }
-
-  template <int Half>
-  K2_INLINE void prefetch(int g) {
-    for (int line = Half == 0 ? 0 : 5; line < (Half == 0 ? 5 : 9); ++line) {
-      prefetch_line(weights_ + ptrdiff_t(g) * kBlockBytes, prefetch_, line);
-    }
+    unpack_half(weights_ + ptrdiff_t(g) * kBlockBytes, Half, prefetch_, stage_.weights[g & 3][Half]);
   }
 
   // Adds the results of Count groups from the even one `g` on to the sums of a tile's tokens, in ascending order.
