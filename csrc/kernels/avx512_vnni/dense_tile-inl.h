@@ -43,6 +43,7 @@ void bf16_tile(const DenseStep& step) {
         }
       }
     }
+    fetch.end_group();
   }
   float* out = step.ends ? step.output : step.sums;
   const ptrdiff_t stride = step.ends ? step.output_stride : kDenseRows;
@@ -162,6 +163,7 @@ void int8_tile(const DenseStep& step) {
         }
       }
     }
+    fetch.end_group();
     const __m512i pairs = _mm512_load_si512(block);
     const __m512i scales[2] = {as_i32(low_bf16(pairs)), as_i32(high_bf16(pairs))};
 #pragma GCC unroll 12
