@@ -3,9 +3,9 @@
 // Of the row blocks in a node's memory its workers own half, a contiguous range each; the other half they take in pieces
 // as they get done, so that one who is slower, for a neighbour on its core or another program, does not keep the others
 // waiting. A row block is columns of the outputs: nothing is reduced, so results do not depend on the number of workers or
-// nodes, nor on who computed what. Batches run in chunks of tokens, so
-// that a chunk's rows stay in the caches while every row block meets them. The workers first bring a chunk's rows into
-// the order that the kernels read, each some groups; one row in fp32 has it.
+// nodes, nor on who computed what. Batches run in chunks of tokens, so that a chunk's rows stay in the caches while every
+// row block meets them. The workers first bring a chunk's rows into the order that the kernels read, each some groups; one
+// row in fp32 has it.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -63,7 +63,7 @@ class DenseJob final : public Job {
   std::vector<uint8_t>& packed_;              // [groups, tokens of the chunk, group_bytes]
   const int prefetch_one_;
   const std::unique_ptr<std::atomic<int>[]> taken_;  // [chunks, nodes] of the row blocks that no worker owns
-  std::unique_ptr<std::atomic<bool>[]> bad_;  // [tokens] the row has no packed form
+  std::unique_ptr<std::atomic<bool>[]> bad_;         // [tokens] the row has no packed form
 };
 
 // Packs plain rows into consecutive row blocks of a matrix, from `first_block` on.
