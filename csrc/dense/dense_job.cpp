@@ -5,12 +5,20 @@
 #include <limits>
 
 #include "cpu/share.h"
+#include "kernels/dense_step.h"
 
 namespace k2 {
 namespace {
 
 // Row blocks between two looks at whether the job was cancelled: well below a second, but for the portable kernels.
 constexpr int kCheckBlocks = 128;
+
+// Blocks that a worker takes at a time of those that belong to none: an eighth of a share, and above four whole streams of
+// the kernels for one token.
+int piece_of(int blocks, int workers) {
+  const int piece = blocks / (8 * workers);
+  return piece < kDenseStreams ? std::max(1, piece) : piece / kDenseStreams * kDenseStreams;
+}
 
 int blocks_on(int node, const DenseProduct& product) {
   const BlockRange range = product.matrix->range(node);
@@ -26,7 +34,8 @@ DenseJob::DenseJob(ThreadPool& pool, const DenseTable& table, std::vector<DenseP
       products_(std::move(products)),
       input_(input),
       packed_(scratch),
-      prefetch_one_(prefetch_one) {
+      prefetch_one_(prefetch_one),
+      taken_(new std::atomic<int>[size_t((input.tokens + kDenseTokens - 1) / kDenseTokens) * pool.map().nodes()]()) {
   if (!packs()) return;
   const size_t bytes = size_t(std::min(kDenseTokens, input.tokens)) * groups() * group_bytes();
   packed_.resize(std::max(packed_.size(), bytes));
@@ -34,11 +43,11 @@ DenseJob::DenseJob(ThreadPool& pool, const DenseTable& table, std::vector<DenseP
 }
 
 void DenseJob::run(Team& team, int worker) {
-  const int node = team.node(worker);
-  const Share share{team.rank(worker), team.node_workers(node)};
+  const int node = team.node(worker), workers = team.node_workers(node);
   int blocks = 0, round = 0;
   for (const DenseProduct& product : products_) blocks += blocks_on(node, product);
-  const int begin = share.begin(blocks), end = share.end(blocks);
+  const Share share{team.rank(worker), workers};
+  const int shared = blocks / 2, owned = blocks - shared, piece = piece_of(blocks, workers);
   for (int first = 0; first < input_.tokens; first += kDenseTokens) {
     const Chunk chunk{first, std::min(kDenseTokens, input_.tokens - first)};
     if (packs()) {
@@ -46,12 +55,10 @@ void DenseJob::run(Team& team, int worker) {
       pack(chunk, team, worker);
       team.sync(++round);
     }
-    int before = 0;  // blocks of the node's part of the products so far
-    for (const DenseProduct& product : products_) {
-      const int start = product.matrix->range(node).first, count = blocks_on(node, product);
-      multiply(chunk, product, team, start + std::clamp(begin - before, 0, count),
-               start + std::clamp(end - before, 0, count));
-      before += count;
+    multiply(chunk, team, node, {share.begin(owned), share.end(owned)});
+    std::atomic<int>& taken = taken_[size_t(first / kDenseTokens) * team.nodes() + node];
+    for (int at; (at = taken.fetch_add(piece)) < shared;) {
+      multiply(chunk, team, node, {owned + at, owned + std::min(at + piece, shared)});
     }
   }
 }
@@ -71,15 +78,25 @@ void DenseJob::pack(const Chunk& chunk, const Team& team, int worker) {
   }
 }
 
-void DenseJob::multiply(const Chunk& chunk, const DenseProduct& product, const Team& team, int first, int last) {
+void DenseJob::multiply(const Chunk& chunk, const Team& team, int node, BlockRange part) {
+  int before = 0;  // blocks of the node's part of the products so far
+  for (const DenseProduct& product : products_) {
+    const int start = product.matrix->range(node).first, count = blocks_on(node, product);
+    multiply(chunk, product, team,
+             {start + std::clamp(part.first - before, 0, count), start + std::clamp(part.last - before, 0, count)});
+    before += count;
+  }
+}
+
+void DenseJob::multiply(const Chunk& chunk, const DenseProduct& product, const Team& team, BlockRange part) {
   const DenseMatrix& matrix = *product.matrix;
   float* output = product.output + int64_t(chunk.first) * matrix.rows();
-  for (int block = first; block < last; block += kCheckBlocks) {
+  for (int block = part.first; block < part.last; block += kCheckBlocks) {
     team.check_cancelled();
     (int8() ? table_.int8 : table_.bf16)({
         .weights = matrix.block(block),
         .groups = groups(),
-        .blocks = std::min(kCheckBlocks, last - block),
+        .blocks = std::min(kCheckBlocks, part.last - block),
         .tokens = chunk.tokens,
         .input = packs() ? packed_.data() : reinterpret_cast<const uint8_t*>(input_.rows),
         .output = output + block * kDenseRows,
@@ -87,15 +104,15 @@ void DenseJob::multiply(const Chunk& chunk, const DenseProduct& product, const T
         .prefetch_one = prefetch_one_,
     });
   }
-  if (int8()) refuse(chunk, product, first, last);
+  if (int8()) refuse(chunk, product, part);
 }
 
 // A row that has no packed form gives NaN.
-void DenseJob::refuse(const Chunk& chunk, const DenseProduct& product, int first, int last) {
+void DenseJob::refuse(const Chunk& chunk, const DenseProduct& product, BlockRange part) {
   for (int token = chunk.first; token < chunk.first + chunk.tokens; ++token) {
     if (!bad_[token].load()) continue;
     float* row = product.output + int64_t(token) * product.matrix->rows();
-    std::fill(row + first * kDenseRows, row + last * kDenseRows, std::numeric_limits<float>::quiet_NaN());
+    std::fill(row + part.first * kDenseRows, row + part.last * kDenseRows, std::numeric_limits<float>::quiet_NaN());
   }
 }
 

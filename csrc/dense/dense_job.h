@@ -1,9 +1,11 @@
 // Products of one batch of rows with dense matrices on all workers of the pool.
 //
-// Each worker owns a contiguous range of row blocks, of those in its node's memory, and with it columns of the outputs:
-// nothing is reduced, so results do not depend on the number of workers or nodes. Batches run in chunks of tokens, so
-// that a chunk's rows stay in the caches while every row block meets them. The workers first bring a chunk's rows into
-// the order that the kernels read, each some groups; one row in fp32 has it.
+// Of the row blocks in a node's memory its workers own half, a contiguous range each; the other half they take in pieces
+// as they get done, so that one who is slower, for a neighbour on its core or another program, does not keep the others
+// waiting. A row block is columns of the outputs: nothing is reduced, so results do not depend on the number of workers or
+// nodes, nor on who computed what. Batches run in chunks of tokens, so that a chunk's rows stay in the caches while every
+// row block meets them. The workers first bring a chunk's rows into the order that the kernels read, each some groups; one
+// row in fp32 has it.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -44,8 +46,10 @@ class DenseJob final : public Job {
 
   void run(Team& team, int worker) override;
   void pack(const Chunk& chunk, const Team& team, int worker);
-  void multiply(const Chunk& chunk, const DenseProduct& product, const Team& team, int first, int last);
-  void refuse(const Chunk& chunk, const DenseProduct& product, int first, int last);
+  // `part` of the node's row blocks of all products, one after the other; of one product's matrix.
+  void multiply(const Chunk& chunk, const Team& team, int node, BlockRange part);
+  void multiply(const Chunk& chunk, const DenseProduct& product, const Team& team, BlockRange part);
+  void refuse(const Chunk& chunk, const DenseProduct& product, BlockRange part);
 
   int inputs() const { return products_.front().matrix->inputs(); }
   int groups() const { return products_.front().matrix->groups(); }
@@ -58,7 +62,8 @@ class DenseJob final : public Job {
   const DenseInput input_;
   std::vector<uint8_t>& packed_;              // [groups, tokens of the chunk, group_bytes]
   const int prefetch_one_;
-  std::unique_ptr<std::atomic<bool>[]> bad_;  // [tokens] the row has no packed form
+  const std::unique_ptr<std::atomic<int>[]> taken_;  // [chunks, nodes] of the row blocks that no worker owns
+  std::unique_ptr<std::atomic<bool>[]> bad_;         // [tokens] the row has no packed form
 };
 
 // Packs plain rows into consecutive row blocks of a matrix, from `first_block` on.
