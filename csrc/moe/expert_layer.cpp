@@ -64,7 +64,6 @@ ExpertLayer::ExpertLayer(const LayerShape& shape, const std::vector<int>& memory
       room_(room),
       packer_(packer),
       places_(new std::atomic<int>[shape.experts]),
-      first_(new bool[shape.experts]()),
       checksums_(new uint64_t[shape.experts]()),
       loaded_(new std::atomic<bool>[shape.experts]()) {
   check_argument(!memory_nodes.empty(), "nodes", "at least one", "none");
@@ -121,19 +120,13 @@ void ExpertLayer::check_expert(int expert) const {
 
 void ExpertLayer::begin(int expert) {
   check_expert(expert);
-  first_[expert] = places_[expert].load() == kNoPlace;
-  if (first_[expert]) {
+  if (places_[expert].load() == kNoPlace) {
     const int place = taken_.fetch_add(1);
     check_argument(place < room_, "expert", text("at most ", room_, " of them"), text("one more, ", expert));
     places_[expert].store(place);
   }
   loaded_[expert].store(false);
   checksums_[expert] = 0;
-}
-
-Packer ExpertLayer::packer(const Slice& slice, int expert) const {
-  // Memory that is not bound was touched by its node's workers (cpu/first_touch.h).
-  return {packer_, first_[expert] && slice.memory.bound() ? PackInto::kFresh : PackInto::kUsed};
 }
 
 void ExpertLayer::pack_gate_up(int expert, const PackedMatrix& gate, const PackedMatrix& up) {
@@ -145,8 +138,7 @@ void ExpertLayer::pack_gate_up(int expert, const PackedMatrix& gate, const Packe
     const int first = std::max(gate.first_row, begin), last = std::min(gate.first_row + gate.rows, end);
     if (first >= last) continue;
     uint8_t* out = place(slice, expert) + (first - begin) / kHalfBlock * block_bytes;
-    checksums_[expert] +=
-        pack_l32_gate_up(packer(slice, expert), row_range(gate, first, last), row_range(up, first, last), out);
+    checksums_[expert] += pack_l32_gate_up(packer_, row_range(gate, first, last), row_range(up, first, last), out);
   }
 }
 
@@ -155,7 +147,7 @@ void ExpertLayer::pack_down(int expert, const PackedMatrix& down) {
   for (const Slice& slice : slices_) {
     const int64_t block_bytes = int64_t(slice.channels.count) * kBlockBytes;
     uint8_t* out = place(slice, expert) + slice.w13_bytes + down.first_row / kRowBlock * block_bytes;
-    checksums_[expert] += pack_l32(packer(slice, expert), down, slice.channels, out);
+    checksums_[expert] += pack_l32(packer_, down, slice.channels, out);
   }
 }
 

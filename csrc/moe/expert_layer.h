@@ -99,8 +99,6 @@ class ExpertLayer {
   uint8_t* place(const Slice& slice, int expert) const {
     return slice.memory.data() + places_[expert].load(std::memory_order_relaxed) * slice.expert_bytes;
   }
-  // How an expert that was begun is packed into a slice.
-  Packer packer(const Slice& slice, int expert) const;
   // Calls visit(bytes here, where they are in w13 or w2 as one node would hold them, which of the two, how many).
   template <class Visit>
   void each_run(int expert, Visit visit) const;
@@ -111,7 +109,6 @@ class ExpertLayer {
   std::vector<Slice> slices_;
   std::unique_ptr<std::atomic<int>[]> places_;  // among the experts in memory; of the others -1
   std::atomic<int> taken_{0};                   // places
-  std::unique_ptr<bool[]> first_;               // whether nothing was written to the place before
   std::unique_ptr<uint64_t[]> checksums_;
   std::unique_ptr<std::atomic<bool>[]> loaded_;
 };

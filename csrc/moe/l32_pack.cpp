@@ -85,13 +85,14 @@ void finish_writing() {
 }
 
 // `row_index` is the index of the row block's first block in the whole matrix.
-uint64_t pack_row_block(const Packer& packer, const RowBlock<PackedMatrix>& rows, GroupRange groups, L32Matrix kind,
+uint64_t pack_row_block(const PackTable& packer, const RowBlock<PackedMatrix>& rows, GroupRange groups, L32Matrix kind,
                         int64_t row_index, uint8_t* out) {
   const PackedMatrix& any = *rows.half[0];
   TileRows tile{{rows.words(0) + groups.first * kWordsPerGroup, rows.words(kHalfBlock) + groups.first * kWordsPerGroup},
                 {rows.scales(0) + groups.first, rows.scales(kHalfBlock) + groups.first},
                 any.inputs / 8,
-                any.inputs / kGroup};
+                any.inputs / kGroup,
+                {rows.half[0]->fetch, rows.half[1]->fetch}};
   uint64_t digest = 0;
   const int last = groups.first + groups.count;
   for (int first = groups.first; first < last; first += kTileGroups) {
@@ -99,11 +100,11 @@ uint64_t pack_row_block(const Packer& packer, const RowBlock<PackedMatrix>& rows
     const int count = std::min(kTileGroups, last - first);
     bool in_range;
     if (count == kTileGroups) {
-      in_range = packer.table.tile(tile, packer.into, out, sums);
+      in_range = packer.tile(tile, out, sums);
     } else {
       alignas(64) uint8_t blocks[kTileGroups * kBlockBytes];
       const Remainder remainder(rows, first, count);
-      in_range = packer.table.tile(remainder.rows(), PackInto::kFresh, blocks, sums);
+      in_range = packer.tile(remainder.rows(), blocks, sums);
       std::memcpy(out, blocks, size_t(count) * kBlockBytes);
     }
     if (!in_range) refuse_scale(rows, first);
@@ -151,7 +152,7 @@ GroupRange all_groups(const Matrix& matrix) {
 
 }  // namespace
 
-uint64_t pack_l32(const Packer& packer, const PackedMatrix& matrix, GroupRange groups, uint8_t* out) {
+uint64_t pack_l32(const PackTable& packer, const PackedMatrix& matrix, GroupRange groups, uint8_t* out) {
   const int64_t row_groups = matrix.inputs / kGroup, first_block = matrix.first_row / kRowBlock;
   uint64_t digest = 0;
   for (int block = 0; block < matrix.rows / kRowBlock; ++block) {
@@ -167,7 +168,7 @@ void unpack_l32(const uint8_t* packed, GroupRange groups, const MutablePackedMat
   }
 }
 
-uint64_t pack_l32_gate_up(const Packer& packer, const PackedMatrix& gate, const PackedMatrix& up, uint8_t* out) {
+uint64_t pack_l32_gate_up(const PackTable& packer, const PackedMatrix& gate, const PackedMatrix& up, uint8_t* out) {
   const GroupRange groups = all_groups(gate);
   const int64_t first_block = gate.first_row / kHalfBlock;
   uint64_t digest = 0;

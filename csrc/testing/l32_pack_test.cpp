@@ -115,7 +115,7 @@ void slices_make_the_whole(Random& random) {
   }
 }
 
-// Ragged numbers of groups, memory that is fresh and that was used, and two nodes with a part of each row of down.
+// Ragged numbers of groups, and perhaps two nodes with a part of each row of down.
 void packers_agree(Random& random, const PackTable& packer) {
   const LayerShape shape{32 * int(1 + random() % 11), 32 * int(2 + random() % 9), 1, 1};
   const std::vector<int> nodes(1 + random() % 2, kAnyNode);

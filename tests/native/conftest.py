@@ -36,10 +36,7 @@ PACKER_SOURCES = (
     "cpu/features.cpp",
 )
 MOE_SOURCES = (
-    *(
-        f"moe/{name}.cpp"
-        for name in ("expert_layer", "layer", "moe_job", "moe_part", "routing", "slots")
-    ),
+    *(f"moe/{name}.cpp" for name in ("expert_layer", "layer", "moe_job", "moe_part", "routing", "slots")),
     *PACKER_SOURCES,
     *(f"cpu/{name}.cpp" for name in ("thread_pool", "first_touch", "affinity")),
     *CORE_SOURCES,

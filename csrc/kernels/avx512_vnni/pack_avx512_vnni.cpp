@@ -7,17 +7,13 @@
 namespace k2::avx512_vnni {
 namespace {
 
-constexpr int kPrefetchBytes = 256;  // ahead of the words of a row: no prefetcher of a CPU follows 32 streams
 constexpr int kSelect = 0xca;        // of `vpternlog`: bits of the second operand where the first has ones, else the third
 
-template <PackInto kInto>
-K2_INLINE void write(uint8_t* out, __m512i line) {
-  if (kInto == PackInto::kUsed) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(out), line);
-  } else {
-    _mm512_store_si512(out, line);
-  }
+K2_INLINE void fetch(const uint32_t* words, intptr_t distance) {
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<intptr_t>(words) + distance), _MM_HINT_T1);
 }
+
+K2_INLINE void write(uint8_t* out, __m512i line) { _mm512_stream_si512(reinterpret_cast<__m512i*>(out), line); }
 
 // The sums of a block's 36 words by their place in a line: BlockSums without the last addition. A line of the block is
 // 8 lanes of 64 bits; with line i of 9, `running` counts it 9 - i times.
@@ -71,7 +67,6 @@ K2_INLINE Four transpose_quarters(const __m512i (&rows)[4]) {
 }
 
 // The vectors of 16 rows: 4 of each group, one for each of a row's words. Adds them to the sums.
-template <PackInto kInto>
 K2_INLINE void pack_half(const TileRows& rows, int half, uint8_t* blocks, LineSums (&sums)[kTileGroups]) {
   __m512i word[kWordsPerGroup][4];  // [of a row][rows / 4]: a quarter for each group, with lanes for 4 rows
 #pragma GCC unroll 4
@@ -81,8 +76,8 @@ K2_INLINE void pack_half(const TileRows& rows, int half, uint8_t* blocks, LineSu
     for (int p = 0; p < 2; ++p) {
       const uint32_t* a = rows.words[half] + (4 * i + 2 * p) * rows.words_stride;
       const uint32_t* b = a + rows.words_stride;
-      __builtin_prefetch(reinterpret_cast<const char*>(a) + kPrefetchBytes);
-      __builtin_prefetch(reinterpret_cast<const char*>(b) + kPrefetchBytes);
+      fetch(a, rows.fetch[half]);
+      fetch(b, rows.fetch[half]);
       pair[p] = spread_rows(_mm512_loadu_si512(a), _mm512_loadu_si512(b));
     }
     word[0][i] = _mm512_unpacklo_epi64(pair[0].low, pair[1].low);
@@ -97,7 +92,7 @@ K2_INLINE void pack_half(const TileRows& rows, int half, uint8_t* blocks, LineSu
     const Four lines = transpose_quarters(word[q]);
 #pragma GCC unroll 4
     for (int g = 0; g < kTileGroups; ++g) {
-      write<kInto>(blocks + g * kBlockBytes + kScaleBytes + (2 * q + half) * 64, lines.v[g]);
+      write(blocks + g * kBlockBytes + kScaleBytes + (2 * q + half) * 64, lines.v[g]);
       of_half[g].plain = q ? _mm512_add_epi64(of_half[g].plain, lines.v[g]) : lines.v[g];
       of_half[g].running = q ? _mm512_add_epi64(of_half[g].running, of_half[g].plain) : lines.v[g];
     }
@@ -111,7 +106,6 @@ K2_INLINE void pack_half(const TileRows& rows, int half, uint8_t* blocks, LineSu
 }
 
 // Starts the sums. Returns whether every scale is finite and small enough.
-template <PackInto kInto>
 K2_INLINE bool pack_scales(const TileRows& rows, uint8_t* blocks, LineSums (&sums)[kTileGroups]) {
   __m512i pairs[4];  // quarter l of vector k: row 4l + k with its partner of the other half, a word for each group
 #pragma GCC unroll 4
@@ -135,26 +129,20 @@ K2_INLINE bool pack_scales(const TileRows& rows, uint8_t* blocks, LineSums (&sum
 #pragma GCC unroll 4
   for (int g = 0; g < kTileGroups; ++g) {
     too_large |= _mm512_cmpge_epi16_mask(_mm512_and_si512(line[g], magnitude), limit);
-    write<kInto>(blocks + g * kBlockBytes, line[g]);
+    write(blocks + g * kBlockBytes, line[g]);
     sums[g] = {line[g], _mm512_add_epi64(_mm512_slli_epi64(line[g], 3), line[g])};  // the first of 9 lines
   }
   return too_large == 0;
 }
 
-template <PackInto kInto>
 bool pack_tile(const TileRows& rows, uint8_t* blocks, BlockSums* sums) {
   LineSums lines[kTileGroups];
-  if (!pack_scales<kInto>(rows, blocks, lines)) return false;
-  pack_half<kInto>(rows, 0, blocks, lines);
-  pack_half<kInto>(rows, 1, blocks, lines);
+  if (!pack_scales(rows, blocks, lines)) return false;
+  pack_half(rows, 0, blocks, lines);
+  pack_half(rows, 1, blocks, lines);
 #pragma GCC unroll 4
   for (int g = 0; g < kTileGroups; ++g) add_lanes(lines[g], &sums[g]);
   return true;
-}
-
-bool pack_tile(const TileRows& rows, PackInto into, uint8_t* blocks, BlockSums* sums) {
-  return into == PackInto::kFresh ? pack_tile<PackInto::kFresh>(rows, blocks, sums)
-                                  : pack_tile<PackInto::kUsed>(rows, blocks, sums);
 }
 
 }  // namespace

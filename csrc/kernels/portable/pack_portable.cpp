@@ -17,8 +17,6 @@ typedef int16_t Halves __attribute__((vector_size(16)));
 typedef uint64_t Pairs __attribute__((vector_size(16)));
 
 constexpr int kTileBytes = kTileGroups * kBlockBytes;
-// How far ahead of the tile its rows are fetched: no prefetcher of a CPU follows 32 streams.
-constexpr int kPrefetchWords = 4 * kTileGroups * kWordsPerGroup;
 
 // From any address: what is read from a file need not be aligned.
 template <class Value>
@@ -26,6 +24,10 @@ Value load(const void* from) {
   Value v;
   memcpy(&v, from, sizeof(v));
   return v;
+}
+
+const void* at_distance(const uint32_t* words, intptr_t bytes) {
+  return reinterpret_cast<const void*>(reinterpret_cast<intptr_t>(words) + bytes);
 }
 
 // Lanes (0 of row 0, 0 of row 1, 1 of row 0, 1 of row 1) and (2, 2, 3, 3).
@@ -66,7 +68,8 @@ void pack_values(const TileRows& rows, uint8_t* tile) {
     const uint32_t* from[4];
     for (int r = 0; r < 4; ++r) {
       from[r] = rows.words[row / kHalfBlock] + (row % kHalfBlock + r) * rows.words_stride;
-      __builtin_prefetch(from[r] + kPrefetchWords);
+      __builtin_prefetch(at_distance(from[r], kFetchAhead));
+      __builtin_prefetch(at_distance(from[r], rows.fetch[row / kHalfBlock]), 0, 2);
     }
     for (int g = 0; g < kTileGroups; ++g, lanes += kBlockBytes) {
       const int at = g * kWordsPerGroup;
@@ -108,17 +111,16 @@ bool pack_scales(const TileRows& rows, uint8_t* tile) {
   return (any[0] | any[1] | any[2] | any[3]) == 0;
 }
 
-template <PackInto kInto>
+// Past the caches: lines that are written whole need not be read first.
 void write(Pairs word, uint8_t* out) {
 #if defined(__SSE2__)
-  // Lines that are written whole past the caches need not be read first.
-  if (kInto == PackInto::kUsed) return _mm_stream_si128(reinterpret_cast<__m128i*>(out), reinterpret_cast<__m128i>(word));
-#endif
+  _mm_stream_si128(reinterpret_cast<__m128i*>(out), reinterpret_cast<__m128i>(word));
+#else
   memcpy(out, &word, sizeof(word));
+#endif
 }
 
 // Copies a tile into its place.
-template <PackInto kInto>
 void write_blocks(const uint8_t* tile, uint8_t* out, BlockSums* sums) {
   for (int block = 0; block < kTileGroups; ++block) {
     Pairs plain = {}, running = {};
@@ -126,19 +128,18 @@ void write_blocks(const uint8_t* tile, uint8_t* out, BlockSums* sums) {
       const auto word = load<Pairs>(tile + block * kBlockBytes + i);
       plain += word;
       running += plain;
-      write<kInto>(word, out + block * kBlockBytes + i);
+      write(word, out + block * kBlockBytes + i);
     }
     memcpy(sums[block].plain, &plain, sizeof(plain));
     memcpy(sums[block].running, &running, sizeof(running));
   }
 }
 
-bool pack_tile(const TileRows& rows, PackInto into, uint8_t* blocks, BlockSums* sums) {
+bool pack_tile(const TileRows& rows, uint8_t* blocks, BlockSums* sums) {
   alignas(64) uint8_t tile[kTileBytes];  // in the L1 cache: a line that is written in pieces would be read first
   if (!pack_scales(rows, tile)) return false;
   pack_values(rows, tile);
-  into == PackInto::kFresh ? write_blocks<PackInto::kFresh>(tile, blocks, sums)
-                           : write_blocks<PackInto::kUsed>(tile, blocks, sums);
+  write_blocks(tile, blocks, sums);
   return true;
 }
 
