@@ -66,13 +66,13 @@ class FetchWindow {
   FetchWindow(FetchWindow&& other) noexcept { *this = std::move(other); }
   FetchWindow& operator=(FetchWindow&& other) noexcept;
 
-  // Where a byte of the file is to be fetched, null outside. For prefetch instructions alone: where the file was cut short
-  // meanwhile a read would end the process, and they do nothing.
+  // Where a byte of the file is to be fetched, null outside. For prefetch instructions alone: where the file was cut
+  // short meanwhile a read would end the process, and they do nothing.
   const uint8_t* at(int64_t offset) const { return offset >= first_ && offset < last_ ? mapping_ + offset : nullptr; }
 
  private:
   uint8_t* mapping_ = nullptr;
-  int64_t first_ = 0, last_ = 0;  // whole pages
+  int64_t first_ = 0, last_ = 0;  // from the beginning of a page
 };
 
 }  // namespace k2

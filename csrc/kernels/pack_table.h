@@ -25,8 +25,8 @@ struct TileRows {
   intptr_t fetch[2] = {kFetchAhead, kFetchAhead};
 };
 
-// Of the 16-byte words of a block in their order, as two 64-bit lanes modulo 2^64: their sum, and the sum of the sums up to
-// each of them. A block's checksum is made of these (moe/l32_digest.h).
+// Of the 16-byte words of a block in their order, as two 64-bit lanes modulo 2^64: their sum, and the sum of the sums up
+// to each of them. A block's checksum is made of these (moe/l32_digest.h).
 struct BlockSums {
   uint64_t plain[2], running[2];
 };

@@ -15,8 +15,8 @@
 namespace k2 {
 namespace {
 
-// From a lane of L32 to the checkpoint's word: in the number of a nibble the lowest of the three bits moves up to the end,
-// by two exchanges.
+// From a lane of L32 to the checkpoint's word: in the number of a nibble the lowest of the three bits moves up to the
+// end, by two exchanges.
 constexpr uint32_t gather(uint32_t lane) {
   uint32_t move = (lane ^ (lane >> 4)) & 0x00f000f0;  // the middle nibbles of each half
   lane ^= move ^ (move << 4);

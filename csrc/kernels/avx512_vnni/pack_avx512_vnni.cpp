@@ -7,7 +7,7 @@
 namespace k2::avx512_vnni {
 namespace {
 
-constexpr int kSelect = 0xca;        // of `vpternlog`: bits of the second operand where the first has ones, else the third
+constexpr int kSelect = 0xca;  // of `vpternlog`: bits of the second operand where the first has ones, else the third
 
 K2_INLINE void fetch(const uint32_t* words, intptr_t distance) {
   _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<intptr_t>(words) + distance), _MM_HINT_T1);
