@@ -1,6 +1,7 @@
 #include "io/expert_reader.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <list>
 
 #include "core/error.h"
@@ -42,22 +43,32 @@ class MatrixReader {
   int64_t row_bytes() const { return words_row_bytes() + scales_row_bytes(); }
 
   ReadFrom locate(int first_row, int rows) const {
-    return words_file_.locate(stored_.words.offset + first_row * words_row_bytes(), rows * words_row_bytes());
+    return words_file_.locate(words_offset(first_row), rows * words_row_bytes());
+  }
+
+  // Says which rows are read next, and from where: from the page cache, each piece is fetched while the one before it is
+  // packed.
+  void expect(int first_row, int rows, ReadFrom from) {
+    window_ = FetchWindow();  // before the new one: both would be memory of the process
+    if (from == ReadFrom::kCache) window_ = FetchWindow(words_file_, words_offset(first_row), rows * words_row_bytes());
   }
 
   PackedMatrix read(int first_row, int rows, ReadFrom from, HugeBuffer& words, HugeBuffer& scales) const {
     const uint8_t* w = read_rows(words_file_, stored_.words, words_row_bytes(), first_row, rows, from, words);
     const uint8_t* s = read_rows(scales_file_, stored_.scales, scales_row_bytes(), first_row, rows, from, scales);
+    const uint8_t* next = window_.at(words_offset(first_row + rows));
     return {.words = reinterpret_cast<const uint32_t*>(w),
             .scales = reinterpret_cast<const uint16_t*>(s),
             .rows = rows,
             .inputs = inputs_,
             .first_row = first_row,
             .name = stored_.scales.name.c_str(),
-            .file = stored_.scales.path.c_str()};
+            .file = stored_.scales.path.c_str(),
+            .fetch = next ? reinterpret_cast<intptr_t>(next) - reinterpret_cast<intptr_t>(w) : kFetchAhead};
   }
 
  private:
+  int64_t words_offset(int row) const { return stored_.words.offset + row * words_row_bytes(); }
   int64_t words_row_bytes() const { return inputs_ / 2; }
   int64_t scales_row_bytes() const { return inputs_ / kGroup * int64_t(sizeof(uint16_t)); }
 
@@ -78,6 +89,7 @@ class MatrixReader {
   const ShardFile& words_file_;
   const ShardFile& scales_file_;
   const int inputs_;
+  FetchWindow window_;
 };
 
 // `use(first row, rows, where to read them from)` for pieces of about `bytes`, in whole multiples of `multiple` rows.
@@ -87,10 +99,13 @@ void for_pieces(int first, int last, int64_t row_bytes, int64_t bytes, int multi
   for (int row = first; row < last; row += rows) use(row, std::min(rows, last - row));
 }
 
+// The same for matrices of which the same rows are read together, `row_bytes` of one row of each.
 template <class Use>
-void for_located_pieces(const MatrixReader& matrix, int rows, int64_t row_bytes, int multiple, const Use& use) {
+void for_located_pieces(std::initializer_list<MatrixReader*> matrices, int rows, int64_t row_bytes, int multiple,
+                        const Use& use) {
   for_pieces(0, rows, row_bytes, kDiskPiece, multiple, [&](int first, int count) {
-    const ReadFrom from = matrix.locate(first, count);
+    const ReadFrom from = (*matrices.begin())->locate(first, count);
+    for (MatrixReader* matrix : matrices) matrix->expect(first, count, from);
     const int64_t bytes = from == ReadFrom::kCache ? kCachePiece : kDiskPiece;
     for_pieces(first, first + count, row_bytes, bytes, multiple, [&](int row, int part) { use(row, part, from); });
   });
@@ -108,15 +123,16 @@ void read_expert(const StoredExpert& stored, ReadMode mode, ExpertLayer& layer, 
   HugeBuffer* scales = staging.scales;
   const LayerShape& shape = layer.shape();
   Files files(mode);
-  const MatrixReader gate(stored.gate, files, shape.intermediate, shape.hidden);
-  const MatrixReader up(stored.up, files, shape.intermediate, shape.hidden);
-  const MatrixReader down(stored.down, files, shape.hidden, shape.intermediate);
+  MatrixReader gate(stored.gate, files, shape.intermediate, shape.hidden);
+  MatrixReader up(stored.up, files, shape.intermediate, shape.hidden);
+  MatrixReader down(stored.down, files, shape.hidden, shape.intermediate);
   layer.begin(expert);
-  for_located_pieces(gate, shape.intermediate, 2 * gate.row_bytes(), kHalfBlock, [&](int row, int rows, ReadFrom from) {
+  const int64_t both_bytes = gate.row_bytes() + up.row_bytes();
+  for_located_pieces({&gate, &up}, shape.intermediate, both_bytes, kHalfBlock, [&](int row, int rows, ReadFrom from) {
     const PackedMatrix g = gate.read(row, rows, from, words[0], scales[0]);
     layer.pack_gate_up(expert, g, up.read(row, rows, from, words[1], scales[1]));
   });
-  for_located_pieces(down, shape.hidden, down.row_bytes(), kRowBlock, [&](int row, int rows, ReadFrom from) {
+  for_located_pieces({&down}, shape.hidden, down.row_bytes(), kRowBlock, [&](int row, int rows, ReadFrom from) {
     layer.pack_down(expert, down.read(row, rows, from, words[0], scales[0]));
   });
   layer.finish(expert);

@@ -53,7 +53,7 @@ ShardFile::ShardFile(int fd, ReadMode mode) : fd_(fd), mode_(mode) {
   if (mode == ReadMode::kDirect || fstat(fd, &info) != 0 || info.st_size <= 0 || !residency_is_told(fd, info)) return;
   void* mapping = mmap(nullptr, size_t(info.st_size), PROT_READ, MAP_SHARED, fd, 0);
   if (mapping == MAP_FAILED) return;
-  mapping_ = mapping;
+  mapping_ = static_cast<uint8_t*>(mapping);
   mapping_bytes_ = info.st_size;
 }
 
@@ -68,14 +68,18 @@ ReadFrom ShardFile::locate(int64_t offset, int64_t bytes) const {
 }
 
 bool ShardFile::in_cache(int64_t offset, int64_t bytes) const {
-  if (!mapping_ || offset < 0 || bytes <= 0 || offset + bytes > mapping_bytes_) return false;
+  if (!inside(offset, bytes)) return false;
   const int64_t page = sysconf(_SC_PAGESIZE), first = offset / page * page;
   std::vector<unsigned char> resident(size_t((offset + bytes - first + page - 1) / page));
-  if (mincore(static_cast<char*>(mapping_) + first, size_t(offset + bytes - first), resident.data()) != 0) return false;
+  if (mincore(mapping_ + first, size_t(offset + bytes - first), resident.data()) != 0) return false;
   for (const unsigned char flags : resident) {
     if (!(flags & 1)) return false;
   }
   return true;
+}
+
+bool ShardFile::inside(int64_t offset, int64_t bytes) const {
+  return mapping_ && offset >= 0 && bytes > 0 && offset + bytes <= mapping_bytes_;
 }
 
 const uint8_t* ShardFile::read(int64_t offset, int64_t bytes, ReadFrom from, HugeBuffer& staging) const {
@@ -95,6 +99,31 @@ const uint8_t* ShardFile::read(int64_t offset, int64_t bytes, ReadFrom from, Hug
   }
   if (done < bytes) throw ReadError(text("expected ", bytes, " bytes, got ", done));
   return staging.data() + skip;
+}
+
+FetchWindow::FetchWindow(const ShardFile& file, int64_t offset, int64_t bytes) {
+#if defined(MADV_POPULATE_READ)
+  if (!file.inside(offset, bytes)) return;
+  const int64_t page = sysconf(_SC_PAGESIZE), first = offset / page * page;
+  // Fails, without a signal, where the file has become too short, and on kernels before 5.14.
+  if (madvise(file.mapping_ + first, size_t(offset + bytes - first), MADV_POPULATE_READ) != 0) return;
+  mapping_ = file.mapping_;
+  first_ = first;
+  last_ = offset + bytes;
+#else
+  static_cast<void>(file), static_cast<void>(offset), static_cast<void>(bytes);
+#endif
+}
+
+FetchWindow::~FetchWindow() {
+  if (mapping_) static_cast<void>(madvise(mapping_ + first_, size_t(last_ - first_), MADV_DONTNEED));
+}
+
+FetchWindow& FetchWindow::operator=(FetchWindow&& other) noexcept {
+  std::swap(mapping_, other.mapping_);
+  std::swap(first_, other.first_);
+  std::swap(last_, other.last_);
+  return *this;
 }
 
 }  // namespace k2

@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 #include <stdexcept>
+#include <utility>
 
 #include "core/huge_buffer.h"
 
@@ -43,13 +44,35 @@ class ShardFile {
   bool direct() const { return direct_fd_ >= 0; }
 
  private:
+  friend class FetchWindow;
   bool in_cache(int64_t offset, int64_t bytes) const;
+  bool inside(int64_t offset, int64_t bytes) const;  // of the mapping
 
   const int fd_;
   const ReadMode mode_;
   int direct_fd_ = -1;
-  void* mapping_ = nullptr;  // never touched: it names the pages that mincore is asked about
+  uint8_t* mapping_ = nullptr;  // never read: it names the pages that mincore is asked about, and those to be fetched
   int64_t mapping_bytes_ = 0;
+};
+
+// A range of a file that lies in the page cache, where the processor can fetch it into its own caches while it does
+// something else. Its pages count as the process's memory as long as this exists; the file has to exist as long.
+class FetchWindow {
+ public:
+  FetchWindow() = default;
+  // Empty where the system cannot; never fails.
+  FetchWindow(const ShardFile& file, int64_t offset, int64_t bytes);
+  ~FetchWindow();
+  FetchWindow(FetchWindow&& other) noexcept { *this = std::move(other); }
+  FetchWindow& operator=(FetchWindow&& other) noexcept;
+
+  // Where a byte of the file is to be fetched, null outside. For prefetch instructions alone: where the file was cut
+  // short meanwhile a read would end the process, and they do nothing.
+  const uint8_t* at(int64_t offset) const { return offset >= first_ && offset < last_ ? mapping_ + offset : nullptr; }
+
+ private:
+  uint8_t* mapping_ = nullptr;
+  int64_t first_ = 0, last_ = 0;  // from the beginning of a page
 };
 
 }  // namespace k2

@@ -58,9 +58,11 @@ std::vector<GroupRange> slice_channels(int groups, int nodes) {
   return slices;
 }
 
-ExpertLayer::ExpertLayer(const LayerShape& shape, const std::vector<int>& memory_nodes, int room)
+ExpertLayer::ExpertLayer(const LayerShape& shape, const std::vector<int>& memory_nodes, int room,
+                         const PackTable& packer)
     : shape_((shape.check(), shape)),
       room_(room),
+      packer_(packer),
       places_(new std::atomic<int>[shape.experts]),
       checksums_(new uint64_t[shape.experts]()),
       loaded_(new std::atomic<bool>[shape.experts]()) {
@@ -136,7 +138,7 @@ void ExpertLayer::pack_gate_up(int expert, const PackedMatrix& gate, const Packe
     const int first = std::max(gate.first_row, begin), last = std::min(gate.first_row + gate.rows, end);
     if (first >= last) continue;
     uint8_t* out = place(slice, expert) + (first - begin) / kHalfBlock * block_bytes;
-    checksums_[expert] += pack_l32_gate_up(row_range(gate, first, last), row_range(up, first, last), out);
+    checksums_[expert] += pack_l32_gate_up(packer_, row_range(gate, first, last), row_range(up, first, last), out);
   }
 }
 
@@ -145,7 +147,7 @@ void ExpertLayer::pack_down(int expert, const PackedMatrix& down) {
   for (const Slice& slice : slices_) {
     const int64_t block_bytes = int64_t(slice.channels.count) * kBlockBytes;
     uint8_t* out = place(slice, expert) + slice.w13_bytes + down.first_row / kRowBlock * block_bytes;
-    checksums_[expert] += pack_l32(down, slice.channels, out);
+    checksums_[expert] += pack_l32(packer_, down, slice.channels, out);
   }
 }
 

@@ -11,6 +11,7 @@
 
 #include "core/page_count.h"
 #include "kernels/l32.h"
+#include "kernels/pack_list.h"
 #include "moe/l32_pack.h"
 
 namespace k2 {
@@ -38,9 +39,9 @@ std::vector<GroupRange> slice_channels(int groups, int nodes);
 class ExpertLayer {
  public:
   // `memory_nodes`: for each node the NUMA node that its memory is bound to, or kAnyNode. `room`: for so many experts.
-  ExpertLayer(const LayerShape& shape, const std::vector<int>& memory_nodes, int room);
+  ExpertLayer(const LayerShape& shape, const std::vector<int>& memory_nodes, int room, const PackTable& packer);
   explicit ExpertLayer(const LayerShape& shape, const std::vector<int>& memory_nodes = {kAnyNode})
-      : ExpertLayer(shape, memory_nodes, shape.experts) {}
+      : ExpertLayer(shape, memory_nodes, shape.experts, portable::pack_table) {}
 
   const LayerShape& shape() const { return shape_; }
   size_t bytes() const;
@@ -104,6 +105,7 @@ class ExpertLayer {
 
   const LayerShape shape_;
   const int room_;
+  const PackTable& packer_;
   std::vector<Slice> slices_;
   std::unique_ptr<std::atomic<int>[]> places_;  // among the experts in memory; of the others -1
   std::atomic<int> taken_{0};                   // places

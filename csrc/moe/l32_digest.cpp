@@ -25,20 +25,22 @@ uint64_t spread_bits(uint64_t x) {
 
 }  // namespace
 
-uint64_t BlockDigest::mix(DigestWord plain, DigestWord running, L32Matrix matrix, int64_t index) {
-  const uint64_t sums =
-      plain[0] * kPlain[0] + plain[1] * kPlain[1] + running[0] * kRunning[0] + running[1] * kRunning[1];
-  return spread_bits(sums + uint64_t(matrix) * kMatrix + uint64_t(index) * kIndex);
+uint64_t digest_of(const BlockSums& sums, L32Matrix matrix, int64_t index) {
+  const uint64_t sum = sums.plain[0] * kPlain[0] + sums.plain[1] * kPlain[1] + sums.running[0] * kRunning[0] +
+                       sums.running[1] * kRunning[1];
+  return spread_bits(sum + uint64_t(matrix) * kMatrix + uint64_t(index) * kIndex);
 }
 
 uint64_t digest_block(const uint8_t* block, L32Matrix matrix, int64_t index) {
-  BlockDigest digest;
-  for (int i = 0; i < kBlockBytes; i += sizeof(DigestWord)) {
-    DigestWord word;
+  typedef uint64_t Pairs __attribute__((vector_size(16)));
+  Pairs plain = {0, 0}, running = {0, 0};
+  for (int i = 0; i < kBlockBytes; i += sizeof(Pairs)) {
+    Pairs word;
     std::memcpy(&word, block + i, sizeof(word));
-    digest.add(word);
+    plain += word;
+    running += plain;
   }
-  return digest.finish(matrix, index);
+  return digest_of({{plain[0], plain[1]}, {running[0], running[1]}}, matrix, index);
 }
 
 uint64_t digest_blocks(const uint8_t* blocks, L32Matrix matrix, int64_t first_index, int64_t count) {

@@ -7,30 +7,14 @@
 #pragma once
 #include <cstdint>
 
+#include "kernels/pack_table.h"
+
 namespace k2 {
 
 enum class L32Matrix : uint64_t { kGateUp = 1, kDown = 2 };
 
-typedef uint64_t DigestWord __attribute__((vector_size(16)));
-
-// The digest of one block, for whoever goes over its bytes anyway.
-class BlockDigest {
- public:
-  // The next 16 bytes.
-  void add(DigestWord word) {
-    plain_ += word;
-    running_ += plain_;
-  }
-
-  // After the whole block; index as below.
-  uint64_t finish(L32Matrix matrix, int64_t index) const { return mix(plain_, running_, matrix, index); }
-
- private:
-  // By value: sums whose address is known elsewhere would be kept in memory.
-  static uint64_t mix(DigestWord plain, DigestWord running, L32Matrix matrix, int64_t index);
-
-  DigestWord plain_ = {0, 0}, running_ = {0, 0};
-};
+// The digest of a block whose sums are known to whoever went over its bytes anyway; index as below.
+uint64_t digest_of(const BlockSums& sums, L32Matrix matrix, int64_t index);
 
 // `index` is row block * groups of a row block + group, in the whole matrix.
 uint64_t digest_block(const uint8_t* block, L32Matrix matrix, int64_t index);

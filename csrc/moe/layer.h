@@ -18,7 +18,7 @@ class Layer {
   // `room`: for so many of the experts; all of them without it.
   Layer(std::shared_ptr<Runtime> runtime, const LayerShape& shape) : Layer(std::move(runtime), shape, shape.experts) {}
   Layer(std::shared_ptr<Runtime> runtime, const LayerShape& shape, int room)
-      : runtime_(std::move(runtime)), experts_(shape, runtime_->memory_nodes, room) {
+      : runtime_(std::move(runtime)), experts_(shape, runtime_->memory_nodes, room, find_packer(runtime_->table.name)) {
     first_touch(runtime_->pool, experts_.buffers());
   }
   ~Layer() { end(); }

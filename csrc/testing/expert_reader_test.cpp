@@ -70,6 +70,21 @@ void the_cache_is_used_and_not_filled(Random& random) {
   K2_EXPECT(reader.locate(8192, bytes - 8192) == ReadFrom::kDisk);
 }
 
+void a_file_may_be_cut_short_under_a_window(Random& random) {
+  const int64_t bytes = 1 << 20;
+  const std::vector<uint8_t> content = random_bytes(random, bytes);
+  const File file(content);
+  const ShardFile reader(file.fd, ReadMode::kAuto);
+  const ShardFile buffered(file.fd, ReadMode::kBuffered);
+  const FetchWindow window(reader, 5000, 600000), beyond(reader, 5000, bytes), plain(buffered, 0, 1);
+  K2_EXPECT(!window.at(4095) && !window.at(605000) && !beyond.at(5000) && !plain.at(0));
+  if (!window.at(5000)) return;  // an old kernel
+  K2_EXPECT(std::memcmp(window.at(5000), content.data() + 5000, 600000) == 0);
+  K2_EXPECT(ftruncate(file.fd, 100) == 0);
+  for (int64_t at = 5000; at < 605000; at += 64) __builtin_prefetch(window.at(at));
+  K2_EXPECT(!FetchWindow(reader, 5000, 600000).at(5000));
+}
+
 std::string failure(const ShardFile& file, int64_t offset, int64_t bytes, ReadFrom from) {
   HugeBuffer staging;
   try {
@@ -231,6 +246,7 @@ int main(int, char** arguments) {  // folder for files, seed
   k2::Random random(std::stoull(arguments[2]));
   k2::every_range_is_read(random);
   k2::the_cache_is_used_and_not_filled(random);
+  k2::a_file_may_be_cut_short_under_a_window(random);
   k2::a_file_that_ends_early_is_refused(random);
   k2::a_failing_read_is_refused();
   for (int round = 0; round < 3; ++round) k2::an_expert_is_read_as_it_is_packed(random);

@@ -1,4 +1,6 @@
-// Packing in pieces, checksums and refusals, for the sanitizers; the layout itself is tested from Python.
+// Packing in pieces, checksums and refusals, for the sanitizers: l32_pack_test SEED [ISA]
+//
+// With an instruction set its packer gives the bits of the portable one. The layout itself is tested from Python.
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -113,6 +115,19 @@ void slices_make_the_whole(Random& random) {
   }
 }
 
+// Ragged numbers of groups, and perhaps two nodes with a part of each row of down.
+void packers_agree(Random& random, const PackTable& packer) {
+  const LayerShape shape{32 * int(1 + random() % 11), 32 * int(2 + random() % 9), 1, 1};
+  const std::vector<int> nodes(1 + random() % 2, kAnyNode);
+  ExpertLayer expected(shape, nodes), got(shape, nodes, 1, packer);
+  for (int round = 0; round < 2; ++round) {
+    const Expert expert(random, shape);
+    for (ExpertLayer* layer : {&expected, &got}) layer->pack(0, expert.gate.all(), expert.up.all(), expert.down.all());
+    K2_EXPECT(copy_l32(got, 0) == copy_l32(expected, 0));
+    K2_EXPECT(got.checksum(0) == expected.checksum(0) && got.memory_checksum(0) == expected.checksum(0));
+  }
+}
+
 void channels_are_cut_without_gap_or_overlap(Random& random) {
   for (int round = 0; round < 100; ++round) {
     const int groups = int(random() % 70), nodes = 1 + int(random() % 9);
@@ -164,9 +179,9 @@ std::string refusal(ExpertLayer& layer, const Expert& expert) {
   return "";
 }
 
-void a_scale_out_of_range_is_placed(Random& random) {
+void a_scale_out_of_range_is_placed(Random& random, const PackTable& packer) {
   const LayerShape shape{32 * int(1 + random() % 9), 64, 1, 1};
-  ExpertLayer layer(shape);
+  ExpertLayer layer(shape, {kAnyNode}, 1, packer);
   const struct {
     uint16_t bits;
     const char* said;
@@ -208,14 +223,16 @@ void rows_outside_the_matrix_are_refused(Random& random) {
 }  // namespace
 }  // namespace k2
 
-int main(int, char** arguments) {
+int main(int count, char** arguments) {
   k2::Random random(std::stoull(arguments[1]));
   for (int round = 0; round < 20; ++round) k2::pieces_make_the_whole(random);
   for (int round = 0; round < 20; ++round) k2::slices_make_the_whole(random);
   k2::channels_are_cut_without_gap_or_overlap(random);
   k2::every_flipped_bit_is_noticed(random);
   k2::exchanged_blocks_and_matrices_are_noticed(random);
-  k2::a_scale_out_of_range_is_placed(random);
+  const k2::PackTable& packer = k2::find_packer(count > 2 ? arguments[2] : "portable");
+  for (int round = 0; round < 20; ++round) k2::packers_agree(random, packer);
+  k2::a_scale_out_of_range_is_placed(random, packer);
   k2::rows_outside_the_matrix_are_refused(random);
   std::puts("ok");
 }

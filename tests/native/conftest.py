@@ -28,15 +28,20 @@ BASE_FLAGS = (
     f"-I{CSRC}",
 )
 CORE_SOURCES = tuple(f"core/{name}.cpp" for name in ("huge_buffer", "page_count"))
+# Those that bring weights into layout L32, with a packer for every CPU.
+PACKER_SOURCES = (
+    *(f"moe/{name}.cpp" for name in ("l32_pack", "l32_digest")),
+    *(f"kernels/{name}.cpp" for name in ("isa_list", "pack_list")),
+    "kernels/portable/pack_portable.cpp",
+    "cpu/features.cpp",
+)
 MOE_SOURCES = (
-    *(
-        f"moe/{name}.cpp"
-        for name in ("expert_layer", "l32_digest", "l32_pack", "layer", "moe_job", "moe_part", "routing", "slots")
-    ),
-    *(f"cpu/{name}.cpp" for name in ("thread_pool", "first_touch", "affinity", "features")),
+    *(f"moe/{name}.cpp" for name in ("expert_layer", "layer", "moe_job", "moe_part", "routing", "slots")),
+    *PACKER_SOURCES,
+    *(f"cpu/{name}.cpp" for name in ("thread_pool", "first_touch", "affinity")),
     *CORE_SOURCES,
     "runtime/runtime.cpp",
-    *(f"kernels/{name}.cpp" for name in ("isa_list", "kernel_list")),
+    "kernels/kernel_list.cpp",
 )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from tests.native.conftest import CORE_SOURCES, Compiler, require_sanitizer, run_program
+from tests.native.conftest import CORE_SOURCES, PACKER_SOURCES, Compiler, require_sanitizer, run_program
 
 SOURCES = (
     "testing/expert_reader_test.cpp",
     *(f"io/{name}.cpp" for name in ("shard_file", "expert_reader")),
-    *(f"moe/{name}.cpp" for name in ("expert_layer", "l32_pack", "l32_digest")),
+    "moe/expert_layer.cpp",
+    *PACKER_SOURCES,
     *CORE_SOURCES,
 )
 

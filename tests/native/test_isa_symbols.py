@@ -20,6 +20,7 @@ TABLES = {
     "attention": {"attention_table"},
     "tiles": {"exact", "bf16"},
     "dense": {"dense_table"},
+    "pack": {"pack_table"},
 }
 
 

@@ -152,3 +152,4 @@ inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i u, __m512i s) {
 #undef K2_MODEL_LANES
 
 #include "testing/avx512_model/bf16.h"
+#include "testing/avx512_model/pack.h"
