@@ -25,12 +25,6 @@ void reserve_numbers(HugeBuffer& buffer, size_t numbers) {
 
 float* numbers(const HugeBuffer& buffer) { return reinterpret_cast<float*>(buffer.data()); }
 
-size_t phase_count(const AttentionPlan& plan) {
-  size_t count = 0;
-  for (const Slab& slab : plan.slabs) count += 2 + 2 * slab.waves.size();
-  return count;
-}
-
 }  // namespace
 
 AttentionJob::AttentionJob(ThreadPool& pool, const AttentionTable& table, const MlaSizes& sizes, float scale,
@@ -43,11 +37,23 @@ AttentionJob::AttentionJob(ThreadPool& pool, const AttentionTable& table, const 
       workspace_(workspace) {
   for (const AttentionSequence& sequence : input_.sequences) input_.pages.check(sequence, input_.tokens);
   plan_ = plan_attention(sizes_, input_.sequences);
-  next_.reset(new std::atomic<int64_t>[phase_count(plan_)]());
+  plan_queues(pool.workers());
   reserve_numbers(workspace_.queries, plan_.max_groups * kGroupRows * sizes_.latent);
   reserve_numbers(workspace_.contexts, plan_.max_tokens * sizes_.heads * sizes_.context_width);
   reserve_numbers(workspace_.partials, plan_.max_partials * partial_numbers(sizes_));
   reserve_numbers(workspace_.scratch, size_t(pool.workers()) * scratch_numbers(sizes_));
+}
+
+void AttentionJob::plan_queues(int workers) {
+  using Deal = UnitQueue::Deal;
+  for (const Slab& slab : plan_.slabs) {
+    queues_.emplace_back(Deal::kRuns, head_units(slab), workers);
+    for (const Wave& wave : slab.waves) {
+      queues_.emplace_back(Deal::kRoundRobin, int64_t(wave.units.size()), workers);  // large ones first
+      queues_.emplace_back(Deal::kRuns, merge_units(wave), workers);
+    }
+    queues_.emplace_back(Deal::kRuns, head_units(slab), workers);
+  }
 }
 
 void AttentionJob::run(Team& team, int worker) {
@@ -55,22 +61,22 @@ void AttentionJob::run(Team& team, int worker) {
   std::vector<Partial> partials;  // of a group, in `merge`
   int phase = 0, round = 0;
   for (const Slab& slab : plan_.slabs) {
-    take_units(team, phase++, head_units(slab), [&](int64_t unit) { absorb(slab, unit, scratch); });
+    take_units(team, phase++, worker, [&](const UnitQueue::Unit& unit) { absorb(slab, unit, scratch); });
     team.sync(++round);
     for (const Wave& wave : slab.waves) {
-      take_units(team, phase++, int64_t(wave.units.size()),
-                 [&](int64_t unit) { attend(slab, wave.units[size_t(unit)], scratch); });
+      take_units(team, phase++, worker, [&](const UnitQueue::Unit& unit) { attend(slab, wave, unit, scratch); });
       team.sync(++round);
-      take_units(team, phase++, merge_units(wave), [&](int64_t unit) { merge(slab, wave, unit, partials); });
+      take_units(team, phase++, worker, [&](const UnitQueue::Unit& unit) { merge(slab, wave, unit.unit, partials); });
       team.sync(++round);  // the next wave writes over the partials, and `expand` reads the contexts
     }
-    take_units(team, phase++, head_units(slab), [&](int64_t unit) { expand(slab, unit); });
+    take_units(team, phase++, worker, [&](const UnitQueue::Unit& unit) { expand(slab, unit); });
   }
 }
 
 template <class Work>
-void AttentionJob::take_units(Team& team, int phase, int64_t units, Work work) {
-  for (int64_t unit = next_[phase].fetch_add(1); unit < units; unit = next_[phase].fetch_add(1)) {
+void AttentionJob::take_units(Team& team, int phase, int worker, Work work) {
+  UnitQueue& queue = queues_[size_t(phase)];
+  for (UnitQueue::Unit unit = queue.take(worker); unit.unit >= 0; unit = queue.take(worker)) {
     team.check_cancelled();
     work(unit);
   }
@@ -81,28 +87,34 @@ int64_t AttentionJob::head_units(const Slab& slab) const {
   return sizes_.heads * units_of(int64_t(slab.tokens.size()), kHeadTokens);
 }
 
-void AttentionJob::absorb(const Slab& slab, int64_t unit, float* scratch) const {
-  const int64_t tiles = units_of(int64_t(slab.tokens.size()), kHeadTokens);
-  const int64_t head = unit / tiles, first = unit % tiles * kHeadTokens;
-  const int tokens = int(std::min<int64_t>(kHeadTokens, int64_t(slab.tokens.size()) - first));
+AttentionJob::HeadPart AttentionJob::head_part(const Slab& slab, int64_t unit) const {
+  const int64_t tokens = int64_t(slab.tokens.size()), tiles = units_of(tokens, kHeadTokens);
+  const int64_t first = unit % tiles * kHeadTokens;
+  return {unit / tiles, first, int(std::min<int64_t>(kHeadTokens, tokens - first))};
+}
+
+void AttentionJob::absorb(const Slab& slab, const UnitQueue::Unit& unit, float* scratch) const {
+  const HeadPart part = head_part(slab, unit.unit);
   const float* q[kHeadTokens];
   float* out[kHeadTokens];
-  for (int t = 0; t < tokens; ++t) {
-    const SlabToken& token = slab.tokens[size_t(first + t)];
-    q[t] = input_.q + (token.row * sizes_.heads + head) * (sizes_.nope + sizes_.rope);
-    out[t] = query_lane(token.first_lane + head);
+  for (int t = 0; t < part.tokens; ++t) {
+    const SlabToken& token = slab.tokens[size_t(part.first_token + t)];
+    q[t] = input_.q + (token.row * sizes_.heads + part.head) * (sizes_.nope + sizes_.rope);
+    out[t] = query_lane(token.first_lane + part.head);
   }
   table_.absorb({.sizes = &sizes_,
-                 .w_uk = weights(head, 0),
+                 .w_uk = weights(part.head, 0),
+                 .next = unit.next < 0 ? nullptr : weights(head_part(slab, unit.next).head, 0),
                  .bf16 = input_.kv_b_bf16,
                  .scale = scale_,
-                 .tokens = tokens,
+                 .tokens = part.tokens,
                  .q = q,
                  .out = out,
                  .scratch = scratch});
 }
 
-void AttentionJob::attend(const Slab& slab, const Unit& unit, float* scratch) const {
+void AttentionJob::attend(const Slab& slab, const Wave& wave, const UnitQueue::Unit& taken, float* scratch) const {
+  const Unit& unit = wave.units[size_t(taken.unit)];
   const Group& group = slab.groups[size_t(unit.group)];
   const AttentionSequence& sequence = input_.sequences[size_t(group.sequence)];
   const int64_t begin = plan_.range_starts[size_t(unit.range)];
@@ -154,20 +166,20 @@ void AttentionJob::merge(const Slab& slab, const Wave& wave, int64_t unit, std::
                 .out = out});
 }
 
-void AttentionJob::expand(const Slab& slab, int64_t unit) const {
-  const int64_t tiles = units_of(int64_t(slab.tokens.size()), kHeadTokens);
-  const int64_t head = unit / tiles, first = unit % tiles * kHeadTokens;
-  const int tokens = int(std::min<int64_t>(kHeadTokens, int64_t(slab.tokens.size()) - first));
+void AttentionJob::expand(const Slab& slab, const UnitQueue::Unit& unit) const {
+  const HeadPart part = head_part(slab, unit.unit);
   const float* contexts[kHeadTokens];
   float* out[kHeadTokens];
-  for (int t = 0; t < tokens; ++t) {
-    contexts[t] = context((first + t) * sizes_.heads + head);
-    out[t] = input_.out + (slab.tokens[size_t(first + t)].row * sizes_.heads + head) * sizes_.value;
+  for (int t = 0; t < part.tokens; ++t) {
+    const int64_t token = part.first_token + t;
+    contexts[t] = context(token * sizes_.heads + part.head);
+    out[t] = input_.out + (slab.tokens[size_t(token)].row * sizes_.heads + part.head) * sizes_.value;
   }
   table_.expand({.sizes = &sizes_,
-                 .w_uv = weights(head, sizes_.nope),
+                 .w_uv = weights(part.head, sizes_.nope),
+                 .next = unit.next < 0 ? nullptr : weights(head_part(slab, unit.next).head, sizes_.nope),
                  .bf16 = input_.kv_b_bf16,
-                 .tokens = tokens,
+                 .tokens = part.tokens,
                  .context = contexts,
                  .out = out});
 }

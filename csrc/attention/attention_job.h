@@ -4,17 +4,17 @@
 // attend  each unit (a group and a range of keys) makes a partial
 // merge   the partials of a group become contexts
 // expand  W_UV turns contexts into values, head by head
-// Units are taken from a counter: whoever is free takes the next one, and none of them depends on who computes it.
+// Whoever is free takes a unit, and none of them depends on who computes it. A worker knows what it takes next, and asks
+// for its weights and latents while it computes.
 #pragma once
-#include <atomic>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "attention/attention_plan.h"
 #include "attention/latent_pages.h"
 #include "core/huge_buffer.h"
 #include "cpu/thread_pool.h"
+#include "cpu/unit_queue.h"
 #include "kernels/attention.h"
 
 namespace k2 {
@@ -48,15 +48,24 @@ class AttentionJob final : public Job {
 
  private:
   void run(Team& team, int worker) override;
-  // Calls `work` with units that nobody has taken yet, until none is left.
+  void plan_queues(int workers);
+  // Calls `work` with units of the phase that nobody has taken yet, until none is left.
   template <class Work>
-  void take_units(Team& team, int phase, int64_t units, Work work);
+  void take_units(Team& team, int phase, int worker, Work work);
 
-  void absorb(const Slab& slab, int64_t unit, float* scratch) const;
-  void attend(const Slab& slab, const Unit& unit, float* scratch) const;
+  // One head and some tokens of a slab.
+  struct HeadPart {
+    int64_t head;
+    int64_t first_token;
+    int tokens;
+  };
+
+  void absorb(const Slab& slab, const UnitQueue::Unit& unit, float* scratch) const;
+  void attend(const Slab& slab, const Wave& wave, const UnitQueue::Unit& taken, float* scratch) const;
   void merge(const Slab& slab, const Wave& wave, int64_t unit, std::vector<Partial>& partials) const;
-  void expand(const Slab& slab, int64_t unit) const;
+  void expand(const Slab& slab, const UnitQueue::Unit& unit) const;
 
+  HeadPart head_part(const Slab& slab, int64_t unit) const;
   int64_t head_units(const Slab& slab) const;
   int64_t merge_units(const Wave& wave) const;
   const uint8_t* weights(int64_t head, int64_t row) const;
@@ -71,7 +80,7 @@ class AttentionJob final : public Job {
   const AttentionInput input_;
   AttentionPlan plan_;
   AttentionWorkspace& workspace_;
-  std::unique_ptr<std::atomic<int64_t>[]> next_;  // [phases] unit that nobody has taken
+  std::vector<UnitQueue> queues_;  // [phases]
 };
 
 }  // namespace k2

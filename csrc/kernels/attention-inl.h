@@ -40,12 +40,24 @@ K2_INLINE F32x16 exp_to_zero(F32x16 x) {
   return mul(e.mantissa, power_of_two(max_i32(e.exponent, i32(-127))));
 }
 
+// Into the L2 cache, however far it is from what is read now.
+K2_INLINE void prefetch(const void* x) { __builtin_prefetch(x, 0, 2); }
+
+// How far on what is read `rows` rows after `x` lies, in numbers. The matrix has `left` rows from `x` on, then comes the
+// `next` one; 0 if there is none.
+template <class Number>
+K2_INLINE ptrdiff_t rows_ahead(const Number* x, int left, int rows, ptrdiff_t width, const void* next) {
+  if (left > rows) return rows * width;
+  return next ? static_cast<const Number*>(next) - x + (rows - left) * width : 0;
+}
+
 // out[row][panel] = start + sum over k < depth of a[row][k] * b[k][panel], strides in numbers.
 template <class Number>
 struct Product {
   const float* a;
   const Number* b;
   ptrdiff_t b_step, b_panel;
+  ptrdiff_t b_ahead;  // from each vector of b to the one to be asked for; 0: none
   int depth;
   float* out;
   ptrdiff_t out_row, out_panel;
@@ -70,10 +82,14 @@ K2_INLINE void multiply_tile(const Product<Number>& p, ptrdiff_t a_row, ptrdiff_
   }
   const float* a = p.a;
   const Number* b = p.b;
+  constexpr int kLinePanels = 64 / (kPanelRows * sizeof(Number));
   for (int k = 0; k < p.depth; ++k) {
     F32x16 row[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) row[n] = load(b + n * p.b_panel);
+    for (int n = 0; n < N; ++n) {
+      row[n] = load(b + n * p.b_panel);
+      if (p.b_ahead && n % kLinePanels == 0) prefetch(b + n * p.b_panel + p.b_ahead);
+    }
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
       const F32x16 x = f32(a[m * a_row]);
@@ -114,18 +130,19 @@ K2_INLINE void absorb_panels(Product<Number> p, const float* const* q, int panel
 
 // Columns [0, 16 * panels) of `tokens` queries over rows [n, n + depth) of W_UK, into [tokens][context_width].
 template <class Number>
-void absorb_rows(const AbsorbTask& task, const Number* w, ptrdiff_t w_step, int panels, int n, int depth, float* out) {
+void absorb_rows(const AbsorbTask& task, const Number* w, ptrdiff_t w_step, ptrdiff_t w_ahead, int panels, int n,
+                 int depth, float* out) {
   const ptrdiff_t width = task.sizes->context_width;
   const float* q[kHeadTokens];
   for (int t = 0; t < task.tokens; ++t) q[t] = task.q[t] + n;
   const bool begin = n == 0;
   int t = 0;
   for (; t + 4 <= task.tokens; t += 4) {
-    const Product<Number> p = {nullptr, w, w_step, kPanelRows, depth, out + t * width, width, kPanelRows};
+    const Product<Number> p = {nullptr, w, w_step, kPanelRows, w_ahead, depth, out + t * width, width, kPanelRows};
     absorb_panels<4, 1>(p, q + t, panels, begin);
   }
   for (; t < task.tokens; ++t) {
-    Product<Number> p = {nullptr, w, w_step, kPanelRows, depth, out + t * width, width, kPanelRows};
+    Product<Number> p = {nullptr, w, w_step, kPanelRows, w_ahead, depth, out + t * width, width, kPanelRows};
     const int fours = panels / 4 * 4;
     absorb_panels<1, 4>(p, q + t, fours, begin);
     p.b += fours * kPanelRows;
@@ -142,12 +159,13 @@ void absorb_as(const AbsorbTask& task) {
   for (int n = 0; n < s.nope; n += kAbsorbDepth) {
     const int depth = s.nope - n < kAbsorbDepth ? s.nope - n : kAbsorbDepth;
     const Number* rows = w + ptrdiff_t(n) * s.kv_lora;
-    absorb_rows<Number>(task, rows, s.kv_lora, panels, n, depth, task.scratch);
+    const ptrdiff_t ahead = rows_ahead(rows, s.nope - n, kAbsorbDepth, s.kv_lora, task.next);
+    absorb_rows<Number>(task, rows, s.kv_lora, ahead, panels, n, depth, task.scratch);
     if (rest == 0) continue;
     const Number* tail = rows + panels * kPanelRows;
     float wide[kAbsorbDepth][kPanelRows];
     for (int k = 0; k < depth; ++k) store_f32(load_part(tail + ptrdiff_t(k) * s.kv_lora, rest), wide[k]);
-    absorb_rows<float>(task, wide[0], kPanelRows, 1, n, depth, task.scratch + panels * kPanelRows);
+    absorb_rows<float>(task, wide[0], kPanelRows, 0, 1, n, depth, task.scratch + panels * kPanelRows);
   }
   for (int t = 0; t < task.tokens; ++t) {
     const float* absorbed = task.scratch + ptrdiff_t(t) * s.context_width;
@@ -310,11 +328,15 @@ K2_INLINE float sum_lanes(F32x16 x) {
   return v[0];
 }
 
+constexpr int kExpandAhead = 8;  // rows
+
 // V rows of W_UV from `first` on, for T tokens.
 template <int V, int T, class Number>
 K2_INLINE void expand_tile(const ExpandTask& task, const Number* w, int first, int token) {
   const int kv_lora = task.sizes->kv_lora;
   w += ptrdiff_t(first) * kv_lora;
+  const ptrdiff_t ahead = rows_ahead(w, task.sizes->value - first, kExpandAhead, kv_lora, task.next);
+  constexpr int kLine = 64 / sizeof(Number);
   F32x16 sums[V][T];
   for (int v = 0; v < V; ++v) {
     for (int t = 0; t < T; ++t) sums[v][t] = f32(0.0f);
@@ -323,7 +345,9 @@ K2_INLINE void expand_tile(const ExpandTask& task, const Number* w, int first, i
   for (; c + 16 <= kv_lora; c += 16) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const F32x16 x = load(w + ptrdiff_t(v) * kv_lora + c);
+      const Number* at = w + ptrdiff_t(v) * kv_lora + c;
+      const F32x16 x = load(at);
+      if (ahead && c % kLine == 0) prefetch(at + ahead);
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) sums[v][t] = fma(x, load_f32(task.context[token + t] + c), sums[v][t]);
     }

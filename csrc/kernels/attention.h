@@ -41,6 +41,7 @@ struct MlaSizes {
 struct AbsorbTask {
   const MlaSizes* sizes;
   const void* w_uk;  // [nope, kv_lora]
+  const void* next;  // of the call that follows, to be asked for, or null
   bool bf16;         // else fp32
   float scale;
   int tokens;             // 1..kHeadTokens
@@ -84,6 +85,7 @@ struct MergeTask {
 struct ExpandTask {
   const MlaSizes* sizes;
   const void* w_uv;  // [value, kv_lora]
+  const void* next;  // of the call that follows, to be asked for, or null
   bool bf16;         // else fp32
   int tokens;        // 1..kHeadTokens
   const float* const* context;  // [tokens] of context_width numbers
