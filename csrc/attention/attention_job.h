@@ -48,11 +48,22 @@ class AttentionJob final : public Job {
 
  private:
   void run(Team& team, int worker) override;
-  void plan_queues(int workers);
-  // Calls `work` with units of the phase that nobody has taken yet, until none is left.
-  template <class Work>
-  void take_units(Team& team, int phase, int worker, Work work);
-
+  void plan_phases(int workers);
+  // Units of a wave that a worker takes at once: those of some groups of one sequence and the same range.
+  struct Batch {
+    int first;
+    int last;
+  };
+  struct Phase {
+    UnitQueue queue;
+    std::vector<Batch> batches;  // of `attend`
+  };
+  // Some keys of a sequence.
+  struct Span {
+    const AttentionSequence* sequence;
+    int64_t begin;
+    int64_t end;
+  };
   // One head and some tokens of a slab.
   struct HeadPart {
     int64_t head;
@@ -60,16 +71,25 @@ class AttentionJob final : public Job {
     int tokens;
   };
 
+  // Calls `work` with units of the phase that nobody has taken yet, until none is left.
+  template <class Work>
+  void take_units(Team& team, int worker, Phase& phase, Work work);
+
   void absorb(const Slab& slab, const UnitQueue::Unit& unit, float* scratch) const;
-  void attend(const Slab& slab, const Wave& wave, const UnitQueue::Unit& taken, float* scratch) const;
+  void attend(const Slab& slab, const Wave& wave, const std::vector<Batch>& batches, const UnitQueue::Unit& taken,
+              float* scratch) const;
   void merge(const Slab& slab, const Wave& wave, int64_t unit, std::vector<Partial>& partials) const;
   void expand(const Slab& slab, const UnitQueue::Unit& unit) const;
 
+  std::vector<Batch> make_batches(const Slab& slab, const Wave& wave, int workers) const;
   HeadPart head_part(const Slab& slab, int64_t unit) const;
+  Span span_of(const Slab& slab, const Wave& wave, const Batch& batch) const;
+  int find_latents(const Span& span, const void** latents) const;
+  bool find_visible(const Group& group, int64_t first, int keys, int* visible) const;
   int64_t head_units(const Slab& slab) const;
   int64_t merge_units(const Wave& wave) const;
   const uint8_t* weights(int64_t head, int64_t row) const;
-  const void* latent(const AttentionSequence& sequence, int64_t key) const;
+  int64_t latent_bytes() const;
   float* query_lane(int64_t lane) const;
   float* context(int64_t row) const;
   Partial partial(int64_t index) const;
@@ -80,7 +100,7 @@ class AttentionJob final : public Job {
   const AttentionInput input_;
   AttentionPlan plan_;
   AttentionWorkspace& workspace_;
-  std::vector<UnitQueue> queues_;  // [phases]
+  std::vector<Phase> phases_;  // in the order of `run`
 };
 
 }  // namespace k2

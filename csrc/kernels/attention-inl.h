@@ -182,7 +182,8 @@ void absorb(const AbsorbTask& task) { task.bf16 ? absorb_as<uint16_t>(task) : ab
 // ---- attend ----
 
 template <class Number>
-void widen(const AttendTask& task, float* wide) {
+void widen_as(const WidenTask& task) {
+  float* wide = task.wide;
   const int columns = task.sizes->latent, stride = task.sizes->latent_stride;
   for (int key = 0; key < task.keys; ++key, wide += stride) {
     const Number* x = static_cast<const Number*>(task.latents[key]);
@@ -192,8 +193,10 @@ void widen(const AttendTask& task, float* wide) {
   }
 }
 
+void widen(const WidenTask& task) { task.bf16 ? widen_as<uint16_t>(task) : widen_as<float>(task); }
+
 // scores[panel][key][16] = latents[key] . q[panel]
-void score(const AttendTask& task, const float* wide, float* scores) {
+void score(const AttendTask& task, float* scores) {
   const MlaSizes& s = *task.sizes;
   const ptrdiff_t q_panel = ptrdiff_t(s.latent) * kPanelRows;
   for (int first = 0; first < s.latent; first += kScoreDepth) {
@@ -207,7 +210,7 @@ void score(const AttendTask& task, const float* wide, float* scores) {
       p.out_row = kPanelRows;
       p.out_panel = kBlockKeys * kPanelRows;
       for (int key = 0; key < task.keys; key += kTileRows) {  // a last tile may compute scores that nobody reads
-        p.a = wide + ptrdiff_t(key) * s.latent_stride + first;
+        p.a = task.wide + ptrdiff_t(key) * s.latent_stride + first;
         p.out = scores + (ptrdiff_t(panel) * kBlockKeys + key) * kPanelRows;
         if (first == 0) {
           multiply_tile<kTileRows, kTilePanels, kZero>(p, s.latent_stride, 1, nullptr);
@@ -248,7 +251,7 @@ void soften(const AttendTask& task, int panel, float* scores, float* shrink) {
 }
 
 // context[panel][c][16] = shrink * context + sum over keys of weights * latents
-void add_latents(const AttendTask& task, const float* wide, const float* weights, const float* shrink) {
+void add_latents(const AttendTask& task, const float* weights, const float* shrink) {
   const MlaSizes& s = *task.sizes;
   const ptrdiff_t context_panel = ptrdiff_t(s.context_rows) * kPanelRows;
   for (int panel = 0; panel < kPanels; panel += kTilePanels) {
@@ -260,7 +263,7 @@ void add_latents(const AttendTask& task, const float* wide, const float* weights
     p.out_row = kPanelRows;
     p.out_panel = context_panel;
     for (int c = 0; c < s.context_rows; c += kTileRows) {
-      p.a = wide + c;
+      p.a = task.wide + c;
       p.out = task.partial.context + panel * context_panel + ptrdiff_t(c) * kPanelRows;
       if (task.first) {
         multiply_tile<kTileRows, kTilePanels, kZero>(p, 1, s.latent_stride, nullptr);
@@ -272,14 +275,12 @@ void add_latents(const AttendTask& task, const float* wide, const float* weights
 }
 
 void attend(const AttendTask& task) {
-  float* wide = task.scratch;
-  float* scores = wide + ptrdiff_t(kBlockKeys) * task.sizes->latent_stride;
+  float* scores = task.scratch;
   float* shrink = scores + kPanels * kBlockKeys * kPanelRows;
-  task.bf16 ? widen<uint16_t>(task, wide) : widen<float>(task, wide);
-  score(task, wide, scores);
+  score(task, scores);
   if (task.visible) hide_later_keys(task, scores);
   for (int panel = 0; panel < kPanels; ++panel) soften(task, panel, scores, shrink);
-  add_latents(task, wide, scores, shrink);
+  add_latents(task, scores, shrink);
 }
 
 // ---- merge ----

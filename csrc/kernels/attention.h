@@ -1,7 +1,7 @@
 // What one instruction set offers for attention over cached latents, as plain pointers; see attention-inl.h.
 //
 // Rows are pairs of a query token and a head. They lie side by side in vectors: a panel holds 16 of them, a group two
-// panels, [panel][depth][16]. All rows of a group attend to the same latents, which are widened once for them.
+// panels, [panel][depth][16]. All rows of a group attend to the same latents, which are widened once for several groups.
 //
 // Plain data only: this header is included by files that are compiled for one instruction set.
 #pragma once
@@ -16,6 +16,8 @@ constexpr int kGroupRows = kPanels * kPanelRows;
 // Latents of one call of `attend`. In fp32 they take 221 KB at 576 columns: with a group's queries (74 KB) and sums
 // (66 KB) they stay in an L2 cache of 512 KB. Fewer would load and store the sums more often.
 constexpr int kBlockKeys = 96;
+
+constexpr int kAttendNumbers = (kBlockKeys + 1) * kGroupRows;  // of the scratch of `attend`
 
 // Columns of a context are padded to this multiple, so that tiles of 6 and of 12 columns need no remainder.
 constexpr int kContextStep = 12;
@@ -57,17 +59,34 @@ struct Partial {
   float* context;  // [kPanels][context_rows][16]
 };
 
-// Attends from one group to a block of latents.
-struct AttendTask {
+// Brings a block of latents into fp32.
+struct WidenTask {
   const MlaSizes* sizes;
   const void* const* latents;  // [keys] rows of the cache
   bool bf16;                   // else fp32
   int keys;                    // 1..kBlockKeys
-  const float* q;              // [kPanels][latent][16]
-  const int* visible;          // [kGroupRows] how many keys of the block a row sees, or null where all see all
-  bool first;                  // the partial holds nothing yet
+  float* wide;                 // [kBlockKeys][latent_stride]
+};
+
+// Latents that will be widened soon, to be asked for meanwhile: so many lines of each from `line` on.
+struct LatentFetch {
+  const void* const* latents;  // [keys]
+  int keys;
+  int line;
+  int lines;
+};
+
+// Attends from one group to a block of latents.
+struct AttendTask {
+  const MlaSizes* sizes;
+  const float* wide;  // as of WidenTask
+  int keys;           // 1..kBlockKeys, at most those that were widened
+  const float* q;     // [kPanels][latent][16]
+  const int* visible;  // [kGroupRows] how many keys of the block a row sees, or null where all see all
+  bool first;          // the partial holds nothing yet
   Partial partial;
-  float* scratch;
+  LatentFetch fetch;
+  float* scratch;  // [kAttendNumbers]
 };
 
 // Joins the partials of a panel: out = sum over ranges of their contexts / sum of their totals, for some columns.
@@ -95,6 +114,7 @@ struct ExpandTask {
 struct AttentionTable {
   const char* name;  // instruction set
   void (*absorb)(const AbsorbTask& task);
+  void (*widen)(const WidenTask& task);
   void (*attend)(const AttendTask& task);
   void (*merge)(const MergeTask& task);
   void (*expand)(const ExpandTask& task);
