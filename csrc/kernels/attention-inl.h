@@ -65,10 +65,15 @@ struct Product {
 
 enum Start { kZero, kAdd, kShrink };
 
+struct Nothing {
+  K2_INLINE void operator()(int) const {}
+};
+
 // `shrink`: [N][16], what `out` is multiplied by first, for kShrink. The strides of `a` are arguments because one of
-// them is the constant 1, which makes for one pointer instead of many.
-template <int M, int N, Start kStart, class Number>
-K2_INLINE void multiply_tile(const Product<Number>& p, ptrdiff_t a_row, ptrdiff_t a_step, const float* shrink) {
+// them is the constant 1, which makes for one pointer instead of many. beside(k) is called at each step.
+template <int M, int N, Start kStart, class Number, class Beside = Nothing>
+K2_INLINE void multiply_tile(const Product<Number>& p, ptrdiff_t a_row, ptrdiff_t a_step, const float* shrink,
+                             const Beside& beside = {}) {
   F32x16 sums[M][N];
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
@@ -84,6 +89,7 @@ K2_INLINE void multiply_tile(const Product<Number>& p, ptrdiff_t a_row, ptrdiff_
   const Number* b = p.b;
   constexpr int kLinePanels = 64 / (kPanelRows * sizeof(Number));
   for (int k = 0; k < p.depth; ++k) {
+    beside(k);
     F32x16 row[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
@@ -250,6 +256,20 @@ void soften(const AttendTask& task, int panel, float* scores, float* shrink) {
   store_f32(factor, shrink + panel * kPanelRows);
 }
 
+// Asks for one line of a latent of the next block at each step of a tile.
+struct FetchLine {
+  FetchLine(const LatentFetch& fetch, int tile)
+      : latents(fetch.latents), keys(tile < fetch.lines ? fetch.keys : 0), offset(64 * ptrdiff_t(fetch.line + tile)) {}
+
+  K2_INLINE void operator()(int k) const {
+    if (k < keys) prefetch(static_cast<const char*>(latents[k]) + offset);
+  }
+
+  const void* const* latents;
+  int keys;
+  ptrdiff_t offset;
+};
+
 // context[panel][c][16] = shrink * context + sum over keys of weights * latents
 void add_latents(const AttendTask& task, const float* weights, const float* shrink) {
   const MlaSizes& s = *task.sizes;
@@ -264,11 +284,12 @@ void add_latents(const AttendTask& task, const float* weights, const float* shri
     p.out_panel = context_panel;
     for (int c = 0; c < s.context_rows; c += kTileRows) {
       p.a = task.wide + c;
+      const FetchLine fetch(task.fetch, (panel / kTilePanels * s.context_rows + c) / kTileRows);
       p.out = task.partial.context + panel * context_panel + ptrdiff_t(c) * kPanelRows;
       if (task.first) {
-        multiply_tile<kTileRows, kTilePanels, kZero>(p, 1, s.latent_stride, nullptr);
+        multiply_tile<kTileRows, kTilePanels, kZero>(p, 1, s.latent_stride, nullptr, fetch);
       } else {
-        multiply_tile<kTileRows, kTilePanels, kShrink>(p, 1, s.latent_stride, shrink + panel * kPanelRows);
+        multiply_tile<kTileRows, kTilePanels, kShrink>(p, 1, s.latent_stride, shrink + panel * kPanelRows, fetch);
       }
     }
   }
