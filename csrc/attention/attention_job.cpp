@@ -20,7 +20,7 @@ int64_t units_of(int64_t count, int64_t size) { return (count + size - 1) / size
 
 size_t scratch_numbers(const MlaSizes& s) {
   const size_t attend = kAttendNumbers + size_t(kBlockKeys) * s.latent_stride;
-  const size_t absorb = size_t(kHeadTokens) * s.context_width;
+  const size_t absorb = size_t(kHeadTokens) * (s.context_width + kPanelRows);
   return size_t(units_of(int64_t(std::max(attend, absorb)), 16) * 16);
 }
 
@@ -44,7 +44,7 @@ AttentionJob::AttentionJob(ThreadPool& pool, const AttentionTable& table, const 
   plan_ = plan_attention(sizes_, input_.sequences);
   plan_phases(pool.workers());
   reserve_numbers(workspace_.queries, plan_.max_groups * kGroupRows * sizes_.latent);
-  reserve_numbers(workspace_.contexts, plan_.max_tokens * sizes_.heads * sizes_.context_width);
+  reserve_numbers(workspace_.contexts, plan_.max_tokens * (sizes_.heads * sizes_.context_width + kPanelRows));
   reserve_numbers(workspace_.partials, plan_.max_partials * partial_numbers(sizes_));
   reserve_numbers(workspace_.scratch, size_t(pool.workers()) * scratch_numbers(sizes_));
 }
@@ -111,15 +111,16 @@ std::vector<AttentionJob::Batch> AttentionJob::make_batches(const Slab& slab, co
   return batches;
 }
 
-// One head and at most kHeadTokens tokens each; the units of a head follow each other, so that its weights are cached.
+// One head and at most kHeadTokens tokens each. Heads of the same tokens follow each other: their lanes of the queries
+// lie in the same lines, which stay in the L2 cache until 16 heads are there. W_UK is read once per kHeadTokens tokens,
+// mostly from the L3 cache.
 int64_t AttentionJob::head_units(const Slab& slab) const {
   return sizes_.heads * units_of(int64_t(slab.tokens.size()), kHeadTokens);
 }
 
 AttentionJob::HeadPart AttentionJob::head_part(const Slab& slab, int64_t unit) const {
-  const int64_t tokens = int64_t(slab.tokens.size()), tiles = units_of(tokens, kHeadTokens);
-  const int64_t first = unit % tiles * kHeadTokens;
-  return {unit / tiles, first, int(std::min<int64_t>(kHeadTokens, tokens - first))};
+  const int64_t first = unit / sizes_.heads * kHeadTokens;
+  return {unit % sizes_.heads, first, int(std::min(kHeadTokens, int(slab.tokens.size() - first)))};
 }
 
 void AttentionJob::absorb(const Slab& slab, const UnitQueue::Unit& unit, float* scratch) const {
@@ -264,7 +265,11 @@ float* AttentionJob::query_lane(int64_t lane) const {
   return numbers(workspace_.queries) + lane / kPanelRows * kPanelRows * sizes_.latent + lane % kPanelRows;
 }
 
-float* AttentionJob::context(int64_t row) const { return numbers(workspace_.contexts) + row * sizes_.context_width; }
+// Tokens are a line more apart than their heads take: a power of two would put a head's rows of all tokens into the same
+// few sets of a cache.
+float* AttentionJob::context(int64_t row) const {
+  return numbers(workspace_.contexts) + row * sizes_.context_width + row / sizes_.heads * kPanelRows;
+}
 
 Partial AttentionJob::partial(int64_t index) const {
   float* peak = numbers(workspace_.partials) + index * int64_t(partial_numbers(sizes_));

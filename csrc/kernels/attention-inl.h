@@ -18,6 +18,10 @@
 // W_UK is read in the order it lies in memory, so many rows at a time; the sums of a row stay in the L1 cache between.
 constexpr int kAbsorbDepth = 16;
 
+// Tokens of a tile of `absorb` and of `expand`, for as long as there are so many.
+constexpr int kAbsorbTokens = 4 * kTilePanels;
+constexpr int kExpandTokens = kTilePanels == 1 ? 3 : 8;
+
 // Of the queries' panels, so that a tile's 12 to 24 KB stay in the L1 cache while it meets the keys of a block.
 constexpr int kScoreDepth = 192;
 
@@ -114,7 +118,21 @@ K2_INLINE void multiply_tile(const Product<Number>& p, ptrdiff_t a_row, ptrdiff_
 
 // ---- absorb ----
 
-// `panels` vectors of columns of W_UK for M queries.
+// A power of two would put the tokens of one column into few sets of a cache.
+K2_INLINE ptrdiff_t absorbed_width(const MlaSizes& s) { return s.context_width + kPanelRows; }
+
+template <int M, int N, class Number>
+K2_INLINE void absorb_tile(Product<Number>& p, bool begin) {
+  if (begin) {
+    multiply_tile<M, N, kZero>(p, 1, M, nullptr);
+  } else {
+    multiply_tile<M, N, kAdd>(p, 1, M, nullptr);
+  }
+  p.b += N * p.b_panel;
+  p.out += N * p.out_panel;
+}
+
+// `panels` vectors of columns of W_UK for M queries, N at a time.
 template <int M, int N, class Number>
 K2_INLINE void absorb_panels(Product<Number> p, const float* const* q, int panels, bool begin) {
   // Queries lie apart: their stride is not a constant, so they are brought together.
@@ -123,38 +141,27 @@ K2_INLINE void absorb_panels(Product<Number> p, const float* const* q, int panel
     for (int m = 0; m < M; ++m) a[k][m] = q[m][k];
   }
   p.a = a[0];
-  for (int panel = 0; panel < panels; panel += N) {
-    if (begin) {
-      multiply_tile<M, N, kZero>(p, 1, M, nullptr);
-    } else {
-      multiply_tile<M, N, kAdd>(p, 1, M, nullptr);
-    }
-    p.b += N * p.b_panel;
-    p.out += N * p.out_panel;
+  int panel = 0;
+  for (; panel + N <= panels; panel += N) absorb_tile<M, N>(p, begin);
+  if (N > 1) {
+    for (; panel < panels; ++panel) absorb_tile<M, 1>(p, begin);
   }
 }
 
-// Columns [0, 16 * panels) of `tokens` queries over rows [n, n + depth) of W_UK, into [tokens][context_width].
+// Columns [0, 16 * panels) of `tokens` queries over rows [n, n + depth) of W_UK, into [tokens][absorbed_width].
 template <class Number>
 void absorb_rows(const AbsorbTask& task, const Number* w, ptrdiff_t w_step, ptrdiff_t w_ahead, int panels, int n,
                  int depth, float* out) {
-  const ptrdiff_t width = task.sizes->context_width;
+  const ptrdiff_t width = absorbed_width(*task.sizes);
   const float* q[kHeadTokens];
   for (int t = 0; t < task.tokens; ++t) q[t] = task.q[t] + n;
-  const bool begin = n == 0;
+  Product<Number> p = {nullptr, w, w_step, kPanelRows, w_ahead, depth, out, width, kPanelRows};
   int t = 0;
-  for (; t + 4 <= task.tokens; t += 4) {
-    const Product<Number> p = {nullptr, w, w_step, kPanelRows, w_ahead, depth, out + t * width, width, kPanelRows};
-    absorb_panels<4, 1>(p, q + t, panels, begin);
+  for (; t + kAbsorbTokens <= task.tokens; t += kAbsorbTokens, p.out += kAbsorbTokens * width) {
+    absorb_panels<kAbsorbTokens, kTilePanels>(p, q + t, panels, n == 0);
   }
-  for (; t < task.tokens; ++t) {
-    Product<Number> p = {nullptr, w, w_step, kPanelRows, w_ahead, depth, out + t * width, width, kPanelRows};
-    const int fours = panels / 4 * 4;
-    absorb_panels<1, 4>(p, q + t, fours, begin);
-    p.b += fours * kPanelRows;
-    p.out += fours * kPanelRows;
-    absorb_panels<1, 1>(p, q + t, panels - fours, begin);
-  }
+  for (; t + 4 <= task.tokens; t += 4, p.out += 4 * width) absorb_panels<4, kTilePanels>(p, q + t, panels, n == 0);
+  for (; t < task.tokens; ++t, p.out += width) absorb_panels<1, 4>(p, q + t, panels, n == 0);
 }
 
 template <class Number>
@@ -174,7 +181,7 @@ void absorb_as(const AbsorbTask& task) {
     absorb_rows<float>(task, wide[0], kPanelRows, 0, 1, n, depth, task.scratch + panels * kPanelRows);
   }
   for (int t = 0; t < task.tokens; ++t) {
-    const float* absorbed = task.scratch + ptrdiff_t(t) * s.context_width;
+    const float* absorbed = task.scratch + t * absorbed_width(s);
     const float* rope = task.q[t] + s.nope;
     float* out = task.out[t];
     for (int c = 0; c < s.kv_lora; ++c) out[c * kPanelRows] = task.scale * absorbed[c];
@@ -344,10 +351,10 @@ void merge(const MergeTask& task) {
 K2_INLINE float sum_lanes(F32x16 x) {
   float v[16];
   store_f32(x, v);
-  for (int half = 8; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  }
-  return v[0];
+  for (int i = 0; i < 8; ++i) v[i] += v[i + 8];
+  for (int i = 0; i < 4; ++i) v[i] += v[i + 4];
+  for (int i = 0; i < 2; ++i) v[i] += v[i + 2];
+  return v[0] + v[1];
 }
 
 constexpr int kExpandAhead = 8;  // rows
@@ -370,7 +377,7 @@ K2_INLINE void expand_tile(const ExpandTask& task, const Number* w, int first, i
       const Number* at = w + ptrdiff_t(v) * kv_lora + c;
       const F32x16 x = load(at);
       if (ahead && c % kLine == 0) prefetch(at + ahead);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int t = 0; t < T; ++t) sums[v][t] = fma(x, load_f32(task.context[token + t] + c), sums[v][t]);
     }
   }
@@ -396,6 +403,7 @@ template <class Number>
 void expand_as(const ExpandTask& task) {
   const Number* w = static_cast<const Number*>(task.w_uv);
   int token = 0;
+  for (; token + kExpandTokens <= task.tokens; token += kExpandTokens) expand_column<2, kExpandTokens>(task, w, token);
   for (; token + 3 <= task.tokens; token += 3) expand_column<2, 3>(task, w, token);
   for (; token < task.tokens; ++token) expand_column<4, 1>(task, w, token);
 }

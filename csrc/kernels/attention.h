@@ -49,7 +49,7 @@ struct AbsorbTask {
   int tokens;             // 1..kHeadTokens
   const float* const* q;  // [tokens] of nope + rope numbers
   float* const* out;      // [tokens] one lane of a panel [latent][16]
-  float* scratch;
+  float* scratch;         // [tokens][context_width + 16]
 };
 
 // What the rows of a group have seen so far: sums are relative to the highest score.
