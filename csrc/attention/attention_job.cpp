@@ -11,16 +11,17 @@ namespace {
 
 constexpr int kMergeColumns = 128;  // of one unit: several workers share a group
 
-// Widening a block's latents takes an eighth of the time of attending to it, so units of the same range go together
-// where there are more than enough of them for all workers.
+// Widening a block's latents takes an eighth of the time of attending to it, so units of the same range go together.
 constexpr int kBatchUnits = 4;
-constexpr int kBatchesPerWorker = 8;
+
+// Work is taken in larger parts only where each worker has so many of them: the last ones end at about the same time.
+constexpr int kPartsPerWorker = 8;
 
 int64_t units_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 size_t scratch_numbers(const MlaSizes& s) {
   const size_t attend = kAttendNumbers + size_t(kBlockKeys) * s.latent_stride;
-  const size_t absorb = size_t(kHeadTokens) * (s.context_width + kPanelRows);
+  const size_t absorb = size_t(kPartHeads) * kHeadTokens * (s.context_width + kPanelRows);
   return size_t(units_of(int64_t(std::max(attend, absorb)), 16) * 16);
 }
 
@@ -35,6 +36,7 @@ float* numbers(const HugeBuffer& buffer) { return reinterpret_cast<float*>(buffe
 AttentionJob::AttentionJob(ThreadPool& pool, const AttentionTable& table, const MlaSizes& sizes, float scale,
                            AttentionInput input, AttentionWorkspace& workspace)
     : Job(pool),
+      workers_(pool.workers()),
       table_(table),
       sizes_(sizes),
       scale_(scale),
@@ -42,24 +44,24 @@ AttentionJob::AttentionJob(ThreadPool& pool, const AttentionTable& table, const 
       workspace_(workspace) {
   for (const AttentionSequence& sequence : input_.sequences) input_.pages.check(sequence, input_.tokens);
   plan_ = plan_attention(sizes_, input_.sequences);
-  plan_phases(pool.workers());
+  plan_phases();
   reserve_numbers(workspace_.queries, plan_.max_groups * kGroupRows * sizes_.latent);
   reserve_numbers(workspace_.contexts, plan_.max_tokens * (sizes_.heads * sizes_.context_width + kPanelRows));
   reserve_numbers(workspace_.partials, plan_.max_partials * partial_numbers(sizes_));
-  reserve_numbers(workspace_.scratch, size_t(pool.workers()) * scratch_numbers(sizes_));
+  reserve_numbers(workspace_.scratch, size_t(workers_) * scratch_numbers(sizes_));
 }
 
-void AttentionJob::plan_phases(int workers) {
+void AttentionJob::plan_phases() {
   using Deal = UnitQueue::Deal;
   for (const Slab& slab : plan_.slabs) {
-    phases_.push_back({{Deal::kRuns, head_units(slab), workers}, {}});
+    phases_.push_back({{Deal::kRuns, head_units(slab, absorb_heads(slab)), workers_}, {}});
     for (const Wave& wave : slab.waves) {
-      std::vector<Batch> batches = make_batches(slab, wave, workers);
+      std::vector<Batch> batches = make_batches(slab, wave);
       const int64_t count = int64_t(batches.size());
-      phases_.push_back({{Deal::kRoundRobin, count, workers}, std::move(batches)});  // large ones first
-      phases_.push_back({{Deal::kRuns, merge_units(wave), workers}, {}});
+      phases_.push_back({{Deal::kRoundRobin, count, workers_}, std::move(batches)});  // large ones first
+      phases_.push_back({{Deal::kRuns, merge_units(wave), workers_}, {}});
     }
-    phases_.push_back({{Deal::kRuns, head_units(slab), workers}, {}});
+    phases_.push_back({{Deal::kRuns, head_units(slab, 1), workers_}, {}});
   }
 }
 
@@ -92,9 +94,9 @@ void AttentionJob::take_units(Team& team, int worker, Phase& phase, Work work) {
   }
 }
 
-std::vector<AttentionJob::Batch> AttentionJob::make_batches(const Slab& slab, const Wave& wave, int workers) const {
+std::vector<AttentionJob::Batch> AttentionJob::make_batches(const Slab& slab, const Wave& wave) const {
   const int64_t units = int64_t(wave.units.size());
-  const int most = int(std::clamp<int64_t>(units / (kBatchesPerWorker * workers), 1, kBatchUnits));
+  const int most = int(std::clamp<int64_t>(units / (kPartsPerWorker * workers_), 1, kBatchUnits));
   std::vector<Batch> batches;
   for (int i = 0; i < int(units); ++i) {
     const Unit& unit = wave.units[size_t(i)];
@@ -111,32 +113,44 @@ std::vector<AttentionJob::Batch> AttentionJob::make_batches(const Slab& slab, co
   return batches;
 }
 
-// One head and at most kHeadTokens tokens each. Heads of the same tokens follow each other: their lanes of the queries
-// lie in the same lines, which stay in the L2 cache until 16 heads are there. W_UK is read once per kHeadTokens tokens,
-// mostly from the L3 cache.
-int64_t AttentionJob::head_units(const Slab& slab) const {
-  return sizes_.heads * units_of(int64_t(slab.tokens.size()), kHeadTokens);
+// How many heads `absorb` takes at once: lines of the queries hold 16 heads, and each visit of one costs as much as a
+// head's product with a token. But all workers shall have something to do.
+int AttentionJob::absorb_heads(const Slab& slab) const {
+  const int64_t parts = head_units(slab, kPartHeads);
+  return int(slab.tokens.size()) >= kHeadTokens && parts >= kPartsPerWorker * workers_ ? kPartHeads : 1;
 }
 
-AttentionJob::HeadPart AttentionJob::head_part(const Slab& slab, int64_t unit) const {
-  const int64_t first = unit / sizes_.heads * kHeadTokens;
-  return {unit % sizes_.heads, first, int(std::min(kHeadTokens, int(slab.tokens.size() - first)))};
+int64_t AttentionJob::head_units(const Slab& slab, int heads) const {
+  return units_of(sizes_.heads, heads) * units_of(int64_t(slab.tokens.size()), kHeadTokens);
+}
+
+// Units of the same tokens follow each other: their lanes of the queries lie in the same lines, which stay in the L2 cache
+// until all heads are there. W_UK is read once per kHeadTokens tokens, mostly from the L3 cache.
+AttentionJob::HeadPart AttentionJob::head_part(const Slab& slab, int heads, int64_t unit) const {
+  const int64_t parts = units_of(sizes_.heads, heads);
+  const int64_t head = unit % parts * heads, token = unit / parts * kHeadTokens;
+  return {head, int(std::min<int64_t>(heads, sizes_.heads - head)), token,
+          int(std::min<int64_t>(kHeadTokens, int64_t(slab.tokens.size()) - token))};
 }
 
 void AttentionJob::absorb(const Slab& slab, const UnitQueue::Unit& unit, float* scratch) const {
-  const HeadPart part = head_part(slab, unit.unit);
+  const int heads = absorb_heads(slab);
+  const HeadPart part = head_part(slab, heads, unit.unit);
   const float* q[kHeadTokens];
-  float* out[kHeadTokens];
+  float* out[kHeadTokens * kPartHeads];
   for (int t = 0; t < part.tokens; ++t) {
     const SlabToken& token = slab.tokens[size_t(part.first_token + t)];
-    q[t] = input_.q + (token.row * sizes_.heads + part.head) * (sizes_.nope + sizes_.rope);
-    out[t] = query_lane(token.first_lane + part.head);
+    q[t] = input_.q + (token.row * sizes_.heads + part.first_head) * (sizes_.nope + sizes_.rope);
+    for (int h = 0; h < part.heads; ++h) {
+      out[t * part.heads + h] = query_lane(token.first_lane + part.first_head + h);
+    }
   }
   table_.absorb({.sizes = &sizes_,
-                 .w_uk = weights(part.head, 0),
-                 .next = unit.next < 0 ? nullptr : weights(head_part(slab, unit.next).head, 0),
+                 .w_uk = weights(part.first_head, 0),
+                 .next = unit.next < 0 ? nullptr : weights(head_part(slab, heads, unit.next).first_head, 0),
                  .bf16 = input_.kv_b_bf16,
                  .scale = scale_,
+                 .heads = part.heads,
                  .tokens = part.tokens,
                  .q = q,
                  .out = out,
@@ -237,17 +251,17 @@ void AttentionJob::merge(const Slab& slab, const Wave& wave, int64_t unit, std::
 }
 
 void AttentionJob::expand(const Slab& slab, const UnitQueue::Unit& unit) const {
-  const HeadPart part = head_part(slab, unit.unit);
+  const HeadPart part = head_part(slab, 1, unit.unit);
   const float* contexts[kHeadTokens];
   float* out[kHeadTokens];
   for (int t = 0; t < part.tokens; ++t) {
     const int64_t token = part.first_token + t;
-    contexts[t] = context(token * sizes_.heads + part.head);
-    out[t] = input_.out + (slab.tokens[size_t(token)].row * sizes_.heads + part.head) * sizes_.value;
+    contexts[t] = context(token * sizes_.heads + part.first_head);
+    out[t] = input_.out + (slab.tokens[size_t(token)].row * sizes_.heads + part.first_head) * sizes_.value;
   }
   table_.expand({.sizes = &sizes_,
-                 .w_uv = weights(part.head, sizes_.nope),
-                 .next = unit.next < 0 ? nullptr : weights(head_part(slab, unit.next).head, sizes_.nope),
+                 .w_uv = weights(part.first_head, sizes_.nope),
+                 .next = unit.next < 0 ? nullptr : weights(head_part(slab, 1, unit.next).first_head, sizes_.nope),
                  .bf16 = input_.kv_b_bf16,
                  .tokens = part.tokens,
                  .context = contexts,

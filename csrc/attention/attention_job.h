@@ -48,7 +48,7 @@ class AttentionJob final : public Job {
 
  private:
   void run(Team& team, int worker) override;
-  void plan_phases(int workers);
+  void plan_phases();
   // Units of a wave that a worker takes at once: those of some groups of one sequence and the same range.
   struct Batch {
     int first;
@@ -64,9 +64,10 @@ class AttentionJob final : public Job {
     int64_t begin;
     int64_t end;
   };
-  // One head and some tokens of a slab.
+  // Some heads and tokens of a slab.
   struct HeadPart {
-    int64_t head;
+    int64_t first_head;
+    int heads;
     int64_t first_token;
     int tokens;
   };
@@ -81,12 +82,13 @@ class AttentionJob final : public Job {
   void merge(const Slab& slab, const Wave& wave, int64_t unit, std::vector<Partial>& partials) const;
   void expand(const Slab& slab, const UnitQueue::Unit& unit) const;
 
-  std::vector<Batch> make_batches(const Slab& slab, const Wave& wave, int workers) const;
-  HeadPart head_part(const Slab& slab, int64_t unit) const;
+  std::vector<Batch> make_batches(const Slab& slab, const Wave& wave) const;
+  HeadPart head_part(const Slab& slab, int heads, int64_t unit) const;
   Span span_of(const Slab& slab, const Wave& wave, const Batch& batch) const;
   int find_latents(const Span& span, const void** latents) const;
   bool find_visible(const Group& group, int64_t first, int keys, int* visible) const;
-  int64_t head_units(const Slab& slab) const;
+  int absorb_heads(const Slab& slab) const;
+  int64_t head_units(const Slab& slab, int heads) const;
   int64_t merge_units(const Wave& wave) const;
   const uint8_t* weights(int64_t head, int64_t row) const;
   int64_t latent_bytes() const;
@@ -94,6 +96,7 @@ class AttentionJob final : public Job {
   float* context(int64_t row) const;
   Partial partial(int64_t index) const;
 
+  const int workers_;
   const AttentionTable& table_;
   const MlaSizes sizes_;
   const float scale_;

@@ -150,11 +150,11 @@ K2_INLINE void absorb_panels(Product<Number> p, const float* const* q, int panel
 
 // Columns [0, 16 * panels) of `tokens` queries over rows [n, n + depth) of W_UK, into [tokens][absorbed_width].
 template <class Number>
-void absorb_rows(const AbsorbTask& task, const Number* w, ptrdiff_t w_step, ptrdiff_t w_ahead, int panels, int n,
-                 int depth, float* out) {
+void absorb_rows(const AbsorbTask& task, int head, const Number* w, ptrdiff_t w_step, ptrdiff_t w_ahead, int panels,
+                 int n, int depth, float* out) {
   const ptrdiff_t width = absorbed_width(*task.sizes);
   const float* q[kHeadTokens];
-  for (int t = 0; t < task.tokens; ++t) q[t] = task.q[t] + n;
+  for (int t = 0; t < task.tokens; ++t) q[t] = task.q[t] + ptrdiff_t(head) * (task.sizes->nope + task.sizes->rope) + n;
   Product<Number> p = {nullptr, w, w_step, kPanelRows, w_ahead, depth, out, width, kPanelRows};
   int t = 0;
   for (; t + kAbsorbTokens <= task.tokens; t += kAbsorbTokens, p.out += kAbsorbTokens * width) {
@@ -164,29 +164,57 @@ void absorb_rows(const AbsorbTask& task, const Number* w, ptrdiff_t w_step, ptrd
   for (; t < task.tokens; ++t, p.out += width) absorb_panels<1, 4>(p, q + t, panels, n == 0);
 }
 
+// One head, into [tokens][absorbed_width]; `next`: W_UK of the head that follows, or null.
 template <class Number>
-void absorb_as(const AbsorbTask& task) {
+void absorb_head(const AbsorbTask& task, int head, const Number* w, const void* next, float* absorbed) {
   const MlaSizes& s = *task.sizes;
-  const Number* w = static_cast<const Number*>(task.w_uk);
   const int panels = s.kv_lora / kPanelRows, rest = s.kv_lora % kPanelRows;
   for (int n = 0; n < s.nope; n += kAbsorbDepth) {
     const int depth = s.nope - n < kAbsorbDepth ? s.nope - n : kAbsorbDepth;
     const Number* rows = w + ptrdiff_t(n) * s.kv_lora;
-    const ptrdiff_t ahead = rows_ahead(rows, s.nope - n, kAbsorbDepth, s.kv_lora, task.next);
-    absorb_rows<Number>(task, rows, s.kv_lora, ahead, panels, n, depth, task.scratch);
+    const ptrdiff_t ahead = rows_ahead(rows, s.nope - n, kAbsorbDepth, s.kv_lora, next);
+    absorb_rows<Number>(task, head, rows, s.kv_lora, ahead, panels, n, depth, absorbed);
     if (rest == 0) continue;
     const Number* tail = rows + panels * kPanelRows;
     float wide[kAbsorbDepth][kPanelRows];
     for (int k = 0; k < depth; ++k) store_f32(load_part(tail + ptrdiff_t(k) * s.kv_lora, rest), wide[k]);
-    absorb_rows<float>(task, wide[0], kPanelRows, 0, 1, n, depth, task.scratch + panels * kPanelRows);
+    absorb_rows<float>(task, head, wide[0], kPanelRows, 0, 1, n, depth, absorbed + panels * kPanelRows);
+  }
+}
+
+// The lanes of one token's heads, from [H] absorbed queries that lie `step` apart. They are mostly in the same lines.
+template <int H>
+void write_lanes(const AbsorbTask& task, int token, int head, const float* absorbed, ptrdiff_t step) {
+  const MlaSizes& s = *task.sizes;
+  const float* rope = task.q[token] + ptrdiff_t(head) * (s.nope + s.rope) + s.nope;
+  float* out[H];
+  for (int h = 0; h < H; ++h) out[h] = task.out[token * task.heads + head + h];
+  for (ptrdiff_t c = 0; c < s.kv_lora; ++c) {
+    for (int h = 0; h < H; ++h) out[h][c * kPanelRows] = task.scale * absorbed[h * step + c];
+  }
+  for (ptrdiff_t r = 0; r < s.rope; ++r) {
+    for (int h = 0; h < H; ++h) {
+      out[h][(s.kv_lora + r) * kPanelRows] = task.scale * rope[h * (s.nope + s.rope) + r];
+    }
+  }
+}
+
+template <class Number>
+void absorb_as(const AbsorbTask& task) {
+  const MlaSizes& s = *task.sizes;
+  const Number* w = static_cast<const Number*>(task.w_uk);
+  const ptrdiff_t w_head = ptrdiff_t(s.nope + s.value) * s.kv_lora;
+  const ptrdiff_t width = absorbed_width(s), absorbed_head = task.tokens * width;
+  for (int h = 0; h < task.heads; ++h, w += w_head) {
+    absorb_head(task, h, w, h + 1 < task.heads ? w + w_head : task.next, task.scratch + h * absorbed_head);
   }
   for (int t = 0; t < task.tokens; ++t) {
-    const float* absorbed = task.scratch + t * absorbed_width(s);
-    const float* rope = task.q[t] + s.nope;
-    float* out = task.out[t];
-    for (int c = 0; c < s.kv_lora; ++c) out[c * kPanelRows] = task.scale * absorbed[c];
-    out += ptrdiff_t(s.kv_lora) * kPanelRows;
-    for (int r = 0; r < s.rope; ++r) out[r * kPanelRows] = task.scale * rope[r];
+    const float* absorbed = task.scratch + t * width;
+    if (task.heads == kPartHeads) {
+      write_lanes<kPartHeads>(task, t, 0, absorbed, absorbed_head);
+    } else {
+      for (int h = 0; h < task.heads; ++h) write_lanes<1>(task, t, h, absorbed + h * absorbed_head, 0);
+    }
   }
 }
 

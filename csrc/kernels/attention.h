@@ -23,6 +23,7 @@ constexpr int kAttendNumbers = (kBlockKeys + 1) * kGroupRows;  // of the scratch
 constexpr int kContextStep = 12;
 
 constexpr int kHeadTokens = 16;  // most tokens of one call of `absorb` or `expand`
+constexpr int kPartHeads = 4;    // most heads of one call of `absorb`
 
 // Sizes of one model's attention.
 struct MlaSizes {
@@ -39,17 +40,18 @@ struct MlaSizes {
   int latent_stride;  // of a widened latent
 };
 
-// Moves W_UK of one head to its queries: out = scale * (q_nope . W_UK | q_rope), into the lanes of panels.
+// Moves W_UK of neighbouring heads to their queries: out = scale * (q_nope . W_UK | q_rope), into the lanes of panels.
 struct AbsorbTask {
   const MlaSizes* sizes;
-  const void* w_uk;  // [nope, kv_lora]
+  const void* w_uk;  // [nope, kv_lora] of the first head; that of the next is (nope + value) * kv_lora numbers on
   const void* next;  // of the call that follows, to be asked for, or null
   bool bf16;         // else fp32
   float scale;
+  int heads;              // 1..kPartHeads
   int tokens;             // 1..kHeadTokens
-  const float* const* q;  // [tokens] of nope + rope numbers
-  float* const* out;      // [tokens] one lane of a panel [latent][16]
-  float* scratch;         // [tokens][context_width + 16]
+  const float* const* q;  // [tokens] of [heads][nope + rope]
+  float* const* out;      // [tokens][heads] one lane of a panel [latent][16]
+  float* scratch;         // [heads][tokens][context_width + 16]
 };
 
 // What the rows of a group have seen so far: sums are relative to the highest score.
