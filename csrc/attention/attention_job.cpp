@@ -172,7 +172,7 @@ void AttentionJob::attend(const Slab& slab, const Wave& wave, const std::vector<
     } else if (taken.next >= 0) {
       next_keys = find_latents(span_of(slab, wave, batches[size_t(taken.next)]), next);
     }
-    table_.widen({.sizes = &sizes_, .latents = latents, .bf16 = input_.pages.bf16, .keys = keys, .wide = wide});
+    int widened = 0;
     for (int i = 0; i < groups; ++i) {
       const Unit& unit = wave.units[size_t(batch.first + i)];
       const Group& group = slab.groups[size_t(unit.group)];
@@ -181,14 +181,18 @@ void AttentionJob::attend(const Slab& slab, const Wave& wave, const std::vector<
       int visible[kGroupRows];
       const int line = lines * i / groups;
       table_.attend({.sizes = &sizes_,
-                     .wide = wide,
+                     .latents = latents,
+                     .bf16 = input_.pages.bf16,
                      .keys = group_keys,
+                     .wide = wide,
+                     .widened = widened,
                      .q = query_lane(int64_t(unit.group) * kGroupRows),
                      .visible = find_visible(group, first, group_keys, visible) ? nullptr : visible,
                      .first = first == span.begin,
                      .partial = partial(group.first_partial + unit.range),
                      .fetch = {next, next_keys, line, lines * (i + 1) / groups - line},
                      .scratch = scratch});
+      widened = std::max(widened, group_keys);
     }
   }
 }

@@ -74,10 +74,11 @@ struct Nothing {
 };
 
 // `shrink`: [N][16], what `out` is multiplied by first, for kShrink. The strides of `a` are arguments because one of
-// them is the constant 1, which makes for one pointer instead of many. beside(k) is called at each step.
+// them is the constant 1, which makes for one pointer instead of many. beside(k) is called at each step: what it does
+// takes the issue slots that multiplying leaves free.
 template <int M, int N, Start kStart, class Number, class Beside = Nothing>
 K2_INLINE void multiply_tile(const Product<Number>& p, ptrdiff_t a_row, ptrdiff_t a_step, const float* shrink,
-                             const Beside& beside = {}) {
+                             Beside&& beside = {}) {
   F32x16 sums[M][N];
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
@@ -89,7 +90,11 @@ K2_INLINE void multiply_tile(const Product<Number>& p, ptrdiff_t a_row, ptrdiff_
       if (kStart == kShrink) sums[m][n] = mul(load_f32(out), load_f32(shrink + n * kPanelRows));
     }
   }
-  const float* a = p.a;
+  // Rows are reached from every third one, one or two strides on: a register for each would not be left.
+  constexpr int kThirds = (M + 2) / 3;
+  const float* a[kThirds];
+#pragma GCC unroll 4
+  for (int i = 0; i < kThirds; ++i) a[i] = p.a + 3 * i * a_row;
   const Number* b = p.b;
   constexpr int kLinePanels = 64 / (kPanelRows * sizeof(Number));
   for (int k = 0; k < p.depth; ++k) {
@@ -102,11 +107,12 @@ K2_INLINE void multiply_tile(const Product<Number>& p, ptrdiff_t a_row, ptrdiff_
     }
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      const F32x16 x = f32(a[m * a_row]);
+      const F32x16 x = f32(a[m / 3][m % 3 * a_row]);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) sums[m][n] = fma(x, row[n], sums[m][n]);
     }
-    a += a_step;
+#pragma GCC unroll 4
+    for (int i = 0; i < kThirds; ++i) a[i] += a_step;
     b += p.b_step;
   }
 #pragma GCC unroll 12
@@ -222,26 +228,70 @@ void absorb(const AbsorbTask& task) { task.bf16 ? absorb_as<uint16_t>(task) : ab
 
 // ---- attend ----
 
+// Brings latents into fp32 a vector at a time, beside a tile of scores that needs others: done alone it waits for the L2
+// cache, where the widened block goes.
 template <class Number>
-void widen_as(const WidenTask& task) {
-  float* wide = task.wide;
-  const int columns = task.sizes->latent, stride = task.sizes->latent_stride;
-  for (int key = 0; key < task.keys; ++key, wide += stride) {
-    const Number* x = static_cast<const Number*>(task.latents[key]);
-    int c = 0;
-    for (; c + 16 <= columns; c += 16) store_f32(load(x + c), wide + c);
-    if (c < columns) store_f32(load_part(x + c, columns - c), wide + c);
+class Widening {
+ public:
+  // Columns [first, first + columns) of latents [key, end) that were not widened before.
+  Widening(const AttendTask& task, int first, int columns, int key, int end)
+      : task_(task),
+        first_(first),
+        vectors_(columns / kPanelRows),
+        rest_(columns % kPanelRows),
+        begin_(key < task.widened ? task.widened : key),
+        end_(end < task.keys ? end : task.keys),
+        key_(vectors_ > 0 ? begin_ : end_) {
+    start();
   }
-}
 
-void widen(const WidenTask& task) { task.bf16 ? widen_as<uint16_t>(task) : widen_as<float>(task); }
+  K2_INLINE void operator()(int) {
+    if (key_ >= end_) return;
+    store_f32(load(from_), to_);
+    from_ += kPanelRows;
+    to_ += kPanelRows;
+    if (--left_ > 0) return;
+    ++key_;
+    start();
+  }
+
+  // What the tile had too few steps for.
+  void finish() {
+    while (key_ < end_) (*this)(0);
+    if (rest_ == 0) return;
+    for (int key = begin_; key < end_; ++key) {
+      store_f32(load_part(latent(key) + vectors_ * kPanelRows, rest_), wide(key) + vectors_ * kPanelRows);
+    }
+  }
+
+ private:
+  const Number* latent(int key) const { return static_cast<const Number*>(task_.latents[key]) + first_; }
+  float* wide(int key) const { return task_.wide + ptrdiff_t(key) * task_.sizes->latent_stride + first_; }
+
+  K2_INLINE void start() {
+    if (key_ >= end_) return;
+    from_ = latent(key_);
+    to_ = wide(key_);
+    left_ = vectors_;
+  }
+
+  const AttendTask& task_;
+  const int first_, vectors_, rest_, begin_, end_;
+  int key_;
+  int left_ = 0;  // vectors of the key
+  const Number* from_ = nullptr;
+  float* to_ = nullptr;
+};
 
 // scores[panel][key][16] = latents[key] . q[panel]
+template <class Number>
 void score(const AttendTask& task, float* scores) {
   const MlaSizes& s = *task.sizes;
   const ptrdiff_t q_panel = ptrdiff_t(s.latent) * kPanelRows;
+  const auto depth_from = [&](int first) { return s.latent - first < kScoreDepth ? s.latent - first : kScoreDepth; };
+  Widening<Number>(task, 0, depth_from(0), 0, kTileRows).finish();
   for (int first = 0; first < s.latent; first += kScoreDepth) {
-    const int depth = s.latent - first < kScoreDepth ? s.latent - first : kScoreDepth;
+    const int depth = depth_from(first), next = first + depth;
     for (int panel = 0; panel < kPanels; panel += kTilePanels) {
       Product<float> p = {};
       p.b = task.q + panel * q_panel + ptrdiff_t(first) * kPanelRows;
@@ -253,11 +303,17 @@ void score(const AttendTask& task, float* scores) {
       for (int key = 0; key < task.keys; key += kTileRows) {  // a last tile may compute scores that nobody reads
         p.a = task.wide + ptrdiff_t(key) * s.latent_stride + first;
         p.out = scores + (ptrdiff_t(panel) * kBlockKeys + key) * kPanelRows;
+        const bool same = key + kTileRows < task.keys;  // the next tile is one of this panel
+        const int next_key = same ? key + kTileRows : 0;
+        const bool widen = same ? panel == 0 : panel + kTilePanels == kPanels && next < s.latent;
+        Widening<Number> beside(task, same ? first : next, same ? depth : depth_from(next), next_key,
+                                widen ? next_key + kTileRows : 0);
         if (first == 0) {
-          multiply_tile<kTileRows, kTilePanels, kZero>(p, s.latent_stride, 1, nullptr);
+          multiply_tile<kTileRows, kTilePanels, kZero>(p, s.latent_stride, 1, nullptr, beside);
         } else {
-          multiply_tile<kTileRows, kTilePanels, kAdd>(p, s.latent_stride, 1, nullptr);
+          multiply_tile<kTileRows, kTilePanels, kAdd>(p, s.latent_stride, 1, nullptr, beside);
         }
+        beside.finish();
       }
     }
   }
@@ -333,7 +389,7 @@ void add_latents(const AttendTask& task, const float* weights, const float* shri
 void attend(const AttendTask& task) {
   float* scores = task.scratch;
   float* shrink = scores + kPanels * kBlockKeys * kPanelRows;
-  score(task, scores);
+  task.bf16 ? score<uint16_t>(task, scores) : score<float>(task, scores);
   if (task.visible) hide_later_keys(task, scores);
   for (int panel = 0; panel < kPanels; ++panel) soften(task, panel, scores, shrink);
   add_latents(task, scores, shrink);

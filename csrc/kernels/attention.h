@@ -61,15 +61,6 @@ struct Partial {
   float* context;  // [kPanels][context_rows][16]
 };
 
-// Brings a block of latents into fp32.
-struct WidenTask {
-  const MlaSizes* sizes;
-  const void* const* latents;  // [keys] rows of the cache
-  bool bf16;                   // else fp32
-  int keys;                    // 1..kBlockKeys
-  float* wide;                 // [kBlockKeys][latent_stride]
-};
-
 // Latents that will be widened soon, to be asked for meanwhile: so many lines of each from `line` on.
 struct LatentFetch {
   const void* const* latents;  // [keys]
@@ -81,11 +72,14 @@ struct LatentFetch {
 // Attends from one group to a block of latents.
 struct AttendTask {
   const MlaSizes* sizes;
-  const float* wide;  // as of WidenTask
-  int keys;           // 1..kBlockKeys, at most those that were widened
-  const float* q;     // [kPanels][latent][16]
-  const int* visible;  // [kGroupRows] how many keys of the block a row sees, or null where all see all
-  bool first;          // the partial holds nothing yet
+  const void* const* latents;  // [keys] rows of the cache
+  bool bf16;                   // else fp32
+  int keys;                    // 1..kBlockKeys
+  float* wide;                 // [kBlockKeys][latent_stride], the latents in fp32
+  int widened;                 // how many of them are there already; the others will be
+  const float* q;              // [kPanels][latent][16]
+  const int* visible;          // [kGroupRows] how many keys of the block a row sees, or null where all see all
+  bool first;                  // the partial holds nothing yet
   Partial partial;
   LatentFetch fetch;
   float* scratch;  // [kAttendNumbers]
@@ -116,7 +110,6 @@ struct ExpandTask {
 struct AttentionTable {
   const char* name;  // instruction set
   void (*absorb)(const AbsorbTask& task);
-  void (*widen)(const WidenTask& task);
   void (*attend)(const AttendTask& task);
   void (*merge)(const MergeTask& task);
   void (*expand)(const ExpandTask& task);

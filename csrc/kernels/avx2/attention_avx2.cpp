@@ -21,7 +21,6 @@ extern const AttentionTable attention_table;
 const AttentionTable attention_table = {
     .name = "avx2",
     .absorb = absorb,
-    .widen = widen,
     .attend = attend,
     .merge = merge,
     .expand = expand,

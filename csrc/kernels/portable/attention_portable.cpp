@@ -18,7 +18,6 @@ extern const AttentionTable attention_table;
 const AttentionTable attention_table = {
     .name = "portable",
     .absorb = absorb,
-    .widen = widen,
     .attend = attend,
     .merge = merge,
     .expand = expand,
