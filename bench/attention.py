@@ -3,8 +3,9 @@
     python bench/attention.py [--contexts 1024,8192,32768] [--queries 1] [--sequences 1] [--threads N] [--seconds 2]
 
 The floor is max(bytes / read bandwidth, operations / FMA rate), both measured in the same run: bytes of kv_b and of the
-cached latents in bf16, operations of the absorbed form. Native and torch take turns; times are the best and the median
-of all calls. On a shared machine the best measures the program and the median the neighbours.
+cached latents in bf16, operations of the absorbed form. Native and torch take turns of several calls, the first
+not timed: torch's threads spin for a while when they are done, on the CPUs of what comes next. Times are the best
+and the median of all calls. On a shared machine the best measures the program and the median the neighbours.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from hybrid_k2.model.native_attention import NativeAttention
 K2_6 = MlaShape(heads=64, nope=128, rope=64, value=128, kv_lora=512, scale=0.1)
 PAGE_TOKENS = 64
 BF16_BYTES = 2
+TURN_CALLS = 4
+SETTLE_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,15 @@ class Work:
 def interleaved(calls: list[Callable[[], Tensor]], seconds: float) -> list[list[float]]:
     """Time the calls in turns; each gets about `seconds`, and at least three turns."""
     times: list[list[float]] = [[] for _ in calls]
-    while min(map(sum, times)) < seconds or len(times[0]) < 3:
+    while min(map(sum, times)) < seconds or len(times[0]) < 3 * TURN_CALLS:
         for call, took in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            took.append(time.perf_counter() - start)
+            settled = time.perf_counter() + SETTLE_SECONDS
+            while time.perf_counter() < settled:
+                call()
+            for _ in range(TURN_CALLS):
+                start = time.perf_counter()
+                call()
+                took.append(time.perf_counter() - start)
     return times
 
 

@@ -11,11 +11,17 @@ namespace {
 
 constexpr int kMergeColumns = 128;  // of one unit: several workers share a group
 
+// Widening a block's latents takes an eighth of the time of attending to it, so units of the same range go together.
+constexpr int kBatchUnits = 4;
+
+// Work is taken in larger parts only where each worker has so many of them: the last ones end at about the same time.
+constexpr int kPartsPerWorker = 8;
+
 int64_t units_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 size_t scratch_numbers(const MlaSizes& s) {
-  const size_t attend = size_t(kBlockKeys) * (s.latent_stride + kGroupRows) + kGroupRows;
-  const size_t absorb = size_t(kHeadTokens) * s.context_width;
+  const size_t attend = kAttendNumbers + size_t(kBlockKeys) * s.latent_stride;
+  const size_t absorb = size_t(kPartHeads) * kHeadTokens * (s.context_width + kPanelRows);
   return size_t(units_of(int64_t(std::max(attend, absorb)), 16) * 16);
 }
 
@@ -25,17 +31,12 @@ void reserve_numbers(HugeBuffer& buffer, size_t numbers) {
 
 float* numbers(const HugeBuffer& buffer) { return reinterpret_cast<float*>(buffer.data()); }
 
-size_t phase_count(const AttentionPlan& plan) {
-  size_t count = 0;
-  for (const Slab& slab : plan.slabs) count += 2 + 2 * slab.waves.size();
-  return count;
-}
-
 }  // namespace
 
 AttentionJob::AttentionJob(ThreadPool& pool, const AttentionTable& table, const MlaSizes& sizes, float scale,
                            AttentionInput input, AttentionWorkspace& workspace)
     : Job(pool),
+      workers_(pool.workers()),
       table_(table),
       sizes_(sizes),
       scale_(scale),
@@ -43,90 +44,189 @@ AttentionJob::AttentionJob(ThreadPool& pool, const AttentionTable& table, const 
       workspace_(workspace) {
   for (const AttentionSequence& sequence : input_.sequences) input_.pages.check(sequence, input_.tokens);
   plan_ = plan_attention(sizes_, input_.sequences);
-  next_.reset(new std::atomic<int64_t>[phase_count(plan_)]());
+  plan_phases();
   reserve_numbers(workspace_.queries, plan_.max_groups * kGroupRows * sizes_.latent);
-  reserve_numbers(workspace_.contexts, plan_.max_tokens * sizes_.heads * sizes_.context_width);
+  reserve_numbers(workspace_.contexts, plan_.max_tokens * (sizes_.heads * sizes_.context_width + kPanelRows));
   reserve_numbers(workspace_.partials, plan_.max_partials * partial_numbers(sizes_));
-  reserve_numbers(workspace_.scratch, size_t(pool.workers()) * scratch_numbers(sizes_));
+  reserve_numbers(workspace_.scratch, size_t(workers_) * scratch_numbers(sizes_));
+}
+
+void AttentionJob::plan_phases() {
+  using Deal = UnitQueue::Deal;
+  for (const Slab& slab : plan_.slabs) {
+    phases_.push_back({{Deal::kRuns, head_units(slab, absorb_heads(slab)), workers_}, {}});
+    for (const Wave& wave : slab.waves) {
+      std::vector<Batch> batches = make_batches(slab, wave);
+      const int64_t count = int64_t(batches.size());
+      phases_.push_back({{Deal::kRoundRobin, count, workers_}, std::move(batches)});  // large ones first
+      phases_.push_back({{Deal::kRuns, merge_units(wave), workers_}, {}});
+    }
+    phases_.push_back({{Deal::kRuns, head_units(slab, 1), workers_}, {}});
+  }
 }
 
 void AttentionJob::run(Team& team, int worker) {
   float* scratch = numbers(workspace_.scratch) + worker * scratch_numbers(sizes_);
   std::vector<Partial> partials;  // of a group, in `merge`
-  int phase = 0, round = 0;
+  using Taken = const UnitQueue::Unit&;
+  auto phase = phases_.begin();
+  int round = 0;
   for (const Slab& slab : plan_.slabs) {
-    take_units(team, phase++, head_units(slab), [&](int64_t unit) { absorb(slab, unit, scratch); });
+    take_units(team, worker, *phase++, [&](Taken unit) { absorb(slab, unit, scratch); });
     team.sync(++round);
     for (const Wave& wave : slab.waves) {
-      take_units(team, phase++, int64_t(wave.units.size()),
-                 [&](int64_t unit) { attend(slab, wave.units[size_t(unit)], scratch); });
+      const std::vector<Batch>& batches = phase->batches;
+      take_units(team, worker, *phase++, [&](Taken unit) { attend(slab, wave, batches, unit, scratch); });
       team.sync(++round);
-      take_units(team, phase++, merge_units(wave), [&](int64_t unit) { merge(slab, wave, unit, partials); });
+      take_units(team, worker, *phase++, [&](Taken unit) { merge(slab, wave, unit.unit, partials); });
       team.sync(++round);  // the next wave writes over the partials, and `expand` reads the contexts
     }
-    take_units(team, phase++, head_units(slab), [&](int64_t unit) { expand(slab, unit); });
+    take_units(team, worker, *phase++, [&](Taken unit) { expand(slab, unit); });
   }
 }
 
 template <class Work>
-void AttentionJob::take_units(Team& team, int phase, int64_t units, Work work) {
-  for (int64_t unit = next_[phase].fetch_add(1); unit < units; unit = next_[phase].fetch_add(1)) {
+void AttentionJob::take_units(Team& team, int worker, Phase& phase, Work work) {
+  UnitQueue& queue = phase.queue;
+  for (UnitQueue::Unit unit = queue.take(worker); unit.unit >= 0; unit = queue.take(worker)) {
     team.check_cancelled();
     work(unit);
   }
 }
 
-// One head and at most kHeadTokens tokens each; the units of a head follow each other, so that its weights are cached.
-int64_t AttentionJob::head_units(const Slab& slab) const {
-  return sizes_.heads * units_of(int64_t(slab.tokens.size()), kHeadTokens);
+std::vector<AttentionJob::Batch> AttentionJob::make_batches(const Slab& slab, const Wave& wave) const {
+  const int64_t units = int64_t(wave.units.size());
+  const int most = int(std::clamp<int64_t>(units / (kPartsPerWorker * workers_), 1, kBatchUnits));
+  std::vector<Batch> batches;
+  for (int i = 0; i < int(units); ++i) {
+    const Unit& unit = wave.units[size_t(i)];
+    if (!batches.empty() && i - batches.back().first < most) {
+      const Unit& first = wave.units[size_t(batches.back().first)];
+      const bool same_sequence = slab.groups[size_t(first.group)].sequence == slab.groups[size_t(unit.group)].sequence;
+      if (same_sequence && first.range == unit.range) {
+        batches.back().last = i + 1;
+        continue;
+      }
+    }
+    batches.push_back({i, i + 1});
+  }
+  return batches;
 }
 
-void AttentionJob::absorb(const Slab& slab, int64_t unit, float* scratch) const {
-  const int64_t tiles = units_of(int64_t(slab.tokens.size()), kHeadTokens);
-  const int64_t head = unit / tiles, first = unit % tiles * kHeadTokens;
-  const int tokens = int(std::min<int64_t>(kHeadTokens, int64_t(slab.tokens.size()) - first));
+// How many heads `absorb` takes at once: lines of the queries hold 16 heads, and each visit of one costs as much as a
+// head's product with a token. But all workers shall have something to do.
+int AttentionJob::absorb_heads(const Slab& slab) const {
+  const int64_t parts = head_units(slab, kPartHeads);
+  return int(slab.tokens.size()) >= kHeadTokens && parts >= kPartsPerWorker * workers_ ? kPartHeads : 1;
+}
+
+int64_t AttentionJob::head_units(const Slab& slab, int heads) const {
+  return units_of(sizes_.heads, heads) * units_of(int64_t(slab.tokens.size()), kHeadTokens);
+}
+
+// Units of the same tokens follow each other: their lanes of the queries lie in the same lines, which stay in the L2 cache
+// until all heads are there. W_UK is read once per kHeadTokens tokens, mostly from the L3 cache.
+AttentionJob::HeadPart AttentionJob::head_part(const Slab& slab, int heads, int64_t unit) const {
+  const int64_t parts = units_of(sizes_.heads, heads);
+  const int64_t head = unit % parts * heads, token = unit / parts * kHeadTokens;
+  return {head, int(std::min<int64_t>(heads, sizes_.heads - head)), token,
+          int(std::min<int64_t>(kHeadTokens, int64_t(slab.tokens.size()) - token))};
+}
+
+void AttentionJob::absorb(const Slab& slab, const UnitQueue::Unit& unit, float* scratch) const {
+  const int heads = absorb_heads(slab);
+  const HeadPart part = head_part(slab, heads, unit.unit);
   const float* q[kHeadTokens];
-  float* out[kHeadTokens];
-  for (int t = 0; t < tokens; ++t) {
-    const SlabToken& token = slab.tokens[size_t(first + t)];
-    q[t] = input_.q + (token.row * sizes_.heads + head) * (sizes_.nope + sizes_.rope);
-    out[t] = query_lane(token.first_lane + head);
+  float* out[kHeadTokens * kPartHeads];
+  for (int t = 0; t < part.tokens; ++t) {
+    const SlabToken& token = slab.tokens[size_t(part.first_token + t)];
+    q[t] = input_.q + (token.row * sizes_.heads + part.first_head) * (sizes_.nope + sizes_.rope);
+    for (int h = 0; h < part.heads; ++h) {
+      out[t * part.heads + h] = query_lane(token.first_lane + part.first_head + h);
+    }
   }
   table_.absorb({.sizes = &sizes_,
-                 .w_uk = weights(head, 0),
+                 .w_uk = weights(part.first_head, 0),
+                 .next = unit.next < 0 ? nullptr : weights(head_part(slab, heads, unit.next).first_head, 0),
                  .bf16 = input_.kv_b_bf16,
                  .scale = scale_,
-                 .tokens = tokens,
+                 .heads = part.heads,
+                 .tokens = part.tokens,
                  .q = q,
                  .out = out,
                  .scratch = scratch});
 }
 
-void AttentionJob::attend(const Slab& slab, const Unit& unit, float* scratch) const {
-  const Group& group = slab.groups[size_t(unit.group)];
-  const AttentionSequence& sequence = input_.sequences[size_t(group.sequence)];
-  const int64_t begin = plan_.range_starts[size_t(unit.range)];
-  const int64_t end = std::min(plan_.range_starts[size_t(unit.range) + 1], group.keys);
-  const int64_t seen_by_all = sequence.cached + group.first_row / sizes_.heads + 1;
-  for (int64_t first = begin; first < end; first += kBlockKeys) {
-    const int keys = int(std::min<int64_t>(kBlockKeys, end - first));
-    const void* latents[kBlockKeys];
-    for (int key = 0; key < keys; ++key) latents[key] = latent(sequence, first + key);
-    int visible[kGroupRows];
-    for (int row = 0; row < kGroupRows; ++row) {
-      const int64_t position = sequence.cached + (group.first_row + row) / sizes_.heads;
-      visible[row] = int(std::clamp<int64_t>(position + 1 - first, 0, keys));
+void AttentionJob::attend(const Slab& slab, const Wave& wave, const std::vector<Batch>& batches,
+                          const UnitQueue::Unit& taken, float* scratch) const {
+  const Batch& batch = batches[size_t(taken.unit)];
+  const Span span = span_of(slab, wave, batch);
+  float* wide = scratch + kAttendNumbers;
+  const int lines = int(units_of(latent_bytes(), 64)), groups = batch.last - batch.first;
+  for (int64_t first = span.begin; first < span.end; first += kBlockKeys) {
+    const void *latents[kBlockKeys], *next[kBlockKeys];
+    const int keys = find_latents({span.sequence, first, span.end}, latents);
+    int next_keys = 0;
+    if (first + kBlockKeys < span.end) {
+      next_keys = find_latents({span.sequence, first + kBlockKeys, span.end}, next);
+    } else if (taken.next >= 0) {
+      next_keys = find_latents(span_of(slab, wave, batches[size_t(taken.next)]), next);
     }
-    table_.attend({.sizes = &sizes_,
-                   .latents = latents,
-                   .bf16 = input_.pages.bf16,
-                   .keys = keys,
-                   .q = query_lane(int64_t(unit.group) * kGroupRows),
-                   .visible = first + keys <= seen_by_all ? nullptr : visible,
-                   .first = first == begin,
-                   .partial = partial(group.first_partial + unit.range),
-                   .scratch = scratch});
+    int widened = 0;
+    for (int i = 0; i < groups; ++i) {
+      const Unit& unit = wave.units[size_t(batch.first + i)];
+      const Group& group = slab.groups[size_t(unit.group)];
+      const int group_keys = int(std::min<int64_t>(keys, group.keys - first));
+      if (group_keys <= 0) continue;
+      int visible[kGroupRows];
+      const int line = lines * i / groups;
+      table_.attend({.sizes = &sizes_,
+                     .latents = latents,
+                     .bf16 = input_.pages.bf16,
+                     .keys = group_keys,
+                     .wide = wide,
+                     .widened = widened,
+                     .q = query_lane(int64_t(unit.group) * kGroupRows),
+                     .visible = find_visible(group, first, group_keys, visible) ? nullptr : visible,
+                     .first = first == span.begin,
+                     .partial = partial(group.first_partial + unit.range),
+                     .fetch = {next, next_keys, line, lines * (i + 1) / groups - line},
+                     .scratch = scratch});
+      widened = std::max(widened, group_keys);
+    }
   }
+}
+
+// The keys that the last group of a batch, which sees most, attends to.
+AttentionJob::Span AttentionJob::span_of(const Slab& slab, const Wave& wave, const Batch& batch) const {
+  const Unit& last = wave.units[size_t(batch.last - 1)];
+  const Group& group = slab.groups[size_t(last.group)];
+  const int64_t* range = plan_.range_starts.data() + last.range;
+  return {&input_.sequences[size_t(group.sequence)], range[0], std::min(range[1], group.keys)};
+}
+
+// Where the latents of a span's first block lie; returns how many there are.
+int AttentionJob::find_latents(const Span& span, const void** latents) const {
+  const LatentPages& pages = input_.pages;
+  const int keys = int(std::min<int64_t>(kBlockKeys, span.end - span.begin));
+  for (int key = 0; key < keys;) {
+    const int64_t slot = pages.slot(*span.sequence, span.begin + key);
+    const uint8_t* at = static_cast<const uint8_t*>(pages.data) + slot * latent_bytes();
+    const int64_t page_end = key + pages.tokens - slot % pages.tokens;
+    for (; key < keys && key < page_end; ++key, at += latent_bytes()) latents[key] = at;
+  }
+  return keys;
+}
+
+// How many of `keys` from `first` on each row sees; whether all see all.
+bool AttentionJob::find_visible(const Group& group, int64_t first, int keys, int* visible) const {
+  const int64_t cached = input_.sequences[size_t(group.sequence)].cached;
+  if (first + keys <= cached + group.first_row / sizes_.heads + 1) return true;
+  for (int row = 0; row < kGroupRows; ++row) {
+    const int64_t position = cached + (group.first_row + row) / sizes_.heads;
+    visible[row] = int(std::clamp<int64_t>(position + 1 - first, 0, keys));
+  }
+  return false;
 }
 
 int64_t AttentionJob::merge_units(const Wave& wave) const {
@@ -154,20 +254,20 @@ void AttentionJob::merge(const Slab& slab, const Wave& wave, int64_t unit, std::
                 .out = out});
 }
 
-void AttentionJob::expand(const Slab& slab, int64_t unit) const {
-  const int64_t tiles = units_of(int64_t(slab.tokens.size()), kHeadTokens);
-  const int64_t head = unit / tiles, first = unit % tiles * kHeadTokens;
-  const int tokens = int(std::min<int64_t>(kHeadTokens, int64_t(slab.tokens.size()) - first));
+void AttentionJob::expand(const Slab& slab, const UnitQueue::Unit& unit) const {
+  const HeadPart part = head_part(slab, 1, unit.unit);
   const float* contexts[kHeadTokens];
   float* out[kHeadTokens];
-  for (int t = 0; t < tokens; ++t) {
-    contexts[t] = context((first + t) * sizes_.heads + head);
-    out[t] = input_.out + (slab.tokens[size_t(first + t)].row * sizes_.heads + head) * sizes_.value;
+  for (int t = 0; t < part.tokens; ++t) {
+    const int64_t token = part.first_token + t;
+    contexts[t] = context(token * sizes_.heads + part.first_head);
+    out[t] = input_.out + (slab.tokens[size_t(token)].row * sizes_.heads + part.first_head) * sizes_.value;
   }
   table_.expand({.sizes = &sizes_,
-                 .w_uv = weights(head, sizes_.nope),
+                 .w_uv = weights(part.first_head, sizes_.nope),
+                 .next = unit.next < 0 ? nullptr : weights(head_part(slab, 1, unit.next).first_head, sizes_.nope),
                  .bf16 = input_.kv_b_bf16,
-                 .tokens = tokens,
+                 .tokens = part.tokens,
                  .context = contexts,
                  .out = out});
 }
@@ -177,17 +277,17 @@ const uint8_t* AttentionJob::weights(int64_t head, int64_t row) const {
   return static_cast<const uint8_t*>(input_.kv_b) + at * (input_.kv_b_bf16 ? 2 : 4);
 }
 
-const void* AttentionJob::latent(const AttentionSequence& sequence, int64_t key) const {
-  const LatentPages& pages = input_.pages;
-  const int64_t at = pages.slot(sequence, key) * sizes_.latent;
-  return static_cast<const uint8_t*>(pages.data) + at * (pages.bf16 ? 2 : 4);
-}
+int64_t AttentionJob::latent_bytes() const { return int64_t(sizes_.latent) * (input_.pages.bf16 ? 2 : 4); }
 
 float* AttentionJob::query_lane(int64_t lane) const {
   return numbers(workspace_.queries) + lane / kPanelRows * kPanelRows * sizes_.latent + lane % kPanelRows;
 }
 
-float* AttentionJob::context(int64_t row) const { return numbers(workspace_.contexts) + row * sizes_.context_width; }
+// Tokens are a line more apart than their heads take: a power of two would put a head's rows of all tokens into the same
+// few sets of a cache.
+float* AttentionJob::context(int64_t row) const {
+  return numbers(workspace_.contexts) + row * sizes_.context_width + row / sizes_.heads * kPanelRows;
+}
 
 Partial AttentionJob::partial(int64_t index) const {
   float* peak = numbers(workspace_.partials) + index * int64_t(partial_numbers(sizes_));

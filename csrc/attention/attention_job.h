@@ -4,17 +4,17 @@
 // attend  each unit (a group and a range of keys) makes a partial
 // merge   the partials of a group become contexts
 // expand  W_UV turns contexts into values, head by head
-// Units are taken from a counter: whoever is free takes the next one, and none of them depends on who computes it.
+// Whoever is free takes a unit, and none of them depends on who computes it. A worker knows what it takes next, and asks
+// for its weights and latents while it computes.
 #pragma once
-#include <atomic>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "attention/attention_plan.h"
 #include "attention/latent_pages.h"
 #include "core/huge_buffer.h"
 #include "cpu/thread_pool.h"
+#include "cpu/unit_queue.h"
 #include "kernels/attention.h"
 
 namespace k2 {
@@ -48,30 +48,62 @@ class AttentionJob final : public Job {
 
  private:
   void run(Team& team, int worker) override;
-  // Calls `work` with units that nobody has taken yet, until none is left.
+  void plan_phases();
+  // Units of a wave that a worker takes at once: those of some groups of one sequence and the same range.
+  struct Batch {
+    int first;
+    int last;
+  };
+  struct Phase {
+    UnitQueue queue;
+    std::vector<Batch> batches;  // of `attend`
+  };
+  // Some keys of a sequence.
+  struct Span {
+    const AttentionSequence* sequence;
+    int64_t begin;
+    int64_t end;
+  };
+  // Some heads and tokens of a slab.
+  struct HeadPart {
+    int64_t first_head;
+    int heads;
+    int64_t first_token;
+    int tokens;
+  };
+
+  // Calls `work` with units of the phase that nobody has taken yet, until none is left.
   template <class Work>
-  void take_units(Team& team, int phase, int64_t units, Work work);
+  void take_units(Team& team, int worker, Phase& phase, Work work);
 
-  void absorb(const Slab& slab, int64_t unit, float* scratch) const;
-  void attend(const Slab& slab, const Unit& unit, float* scratch) const;
+  void absorb(const Slab& slab, const UnitQueue::Unit& unit, float* scratch) const;
+  void attend(const Slab& slab, const Wave& wave, const std::vector<Batch>& batches, const UnitQueue::Unit& taken,
+              float* scratch) const;
   void merge(const Slab& slab, const Wave& wave, int64_t unit, std::vector<Partial>& partials) const;
-  void expand(const Slab& slab, int64_t unit) const;
+  void expand(const Slab& slab, const UnitQueue::Unit& unit) const;
 
-  int64_t head_units(const Slab& slab) const;
+  std::vector<Batch> make_batches(const Slab& slab, const Wave& wave) const;
+  HeadPart head_part(const Slab& slab, int heads, int64_t unit) const;
+  Span span_of(const Slab& slab, const Wave& wave, const Batch& batch) const;
+  int find_latents(const Span& span, const void** latents) const;
+  bool find_visible(const Group& group, int64_t first, int keys, int* visible) const;
+  int absorb_heads(const Slab& slab) const;
+  int64_t head_units(const Slab& slab, int heads) const;
   int64_t merge_units(const Wave& wave) const;
   const uint8_t* weights(int64_t head, int64_t row) const;
-  const void* latent(const AttentionSequence& sequence, int64_t key) const;
+  int64_t latent_bytes() const;
   float* query_lane(int64_t lane) const;
   float* context(int64_t row) const;
   Partial partial(int64_t index) const;
 
+  const int workers_;
   const AttentionTable& table_;
   const MlaSizes sizes_;
   const float scale_;
   const AttentionInput input_;
   AttentionPlan plan_;
   AttentionWorkspace& workspace_;
-  std::unique_ptr<std::atomic<int64_t>[]> next_;  // [phases] unit that nobody has taken
+  std::vector<Phase> phases_;  // in the order of `run`
 };
 
 }  // namespace k2

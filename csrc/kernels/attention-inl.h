@@ -14,25 +14,13 @@
 // No include guard: it has no meaning outside those namespaces.
 
 #include "kernels/exp-inl.h"
-
-// W_UK is read in the order it lies in memory, so many rows at a time; the sums of a row stay in the L1 cache between.
-constexpr int kAbsorbDepth = 16;
+#include "kernels/attention_tile-inl.h"
+#include "kernels/attention_heads-inl.h"
 
 // Of the queries' panels, so that a tile's 12 to 24 KB stay in the L1 cache while it meets the keys of a block.
 constexpr int kScoreDepth = 192;
 
 constexpr float kLowest = -3.40282347e38f;  // below every score, and finite: a difference with it is never NaN
-
-K2_INLINE F32x16 load(const float* x) { return load_f32(x); }
-K2_INLINE F32x16 load(const uint16_t* x) { return load_bf16(x); }
-
-// The first n of 16 numbers, then zeros; reads no further.
-template <class Number>
-K2_INLINE F32x16 load_part(const Number* x, int n) {
-  Number part[16] = {};
-  for (int i = 0; i < n; ++i) part[i] = x[i];
-  return load(part);
-}
 
 // exp(x) for x <= 0 and NaN; exactly 0 below -87.7. Relative error below 2^-22 where the result is a normal number.
 K2_INLINE F32x16 exp_to_zero(F32x16 x) {
@@ -40,146 +28,72 @@ K2_INLINE F32x16 exp_to_zero(F32x16 x) {
   return mul(e.mantissa, power_of_two(max_i32(e.exponent, i32(-127))));
 }
 
-// out[row][panel] = start + sum over k < depth of a[row][k] * b[k][panel], strides in numbers.
-template <class Number>
-struct Product {
-  const float* a;
-  const Number* b;
-  ptrdiff_t b_step, b_panel;
-  int depth;
-  float* out;
-  ptrdiff_t out_row, out_panel;
-};
-
-enum Start { kZero, kAdd, kShrink };
-
-// `shrink`: [N][16], what `out` is multiplied by first, for kShrink. The strides of `a` are arguments because one of
-// them is the constant 1, which makes for one pointer instead of many.
-template <int M, int N, Start kStart, class Number>
-K2_INLINE void multiply_tile(const Product<Number>& p, ptrdiff_t a_row, ptrdiff_t a_step, const float* shrink) {
-  F32x16 sums[M][N];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      const float* out = p.out + m * p.out_row + n * p.out_panel;
-      if (kStart == kZero) sums[m][n] = f32(0.0f);
-      if (kStart == kAdd) sums[m][n] = load_f32(out);
-      if (kStart == kShrink) sums[m][n] = mul(load_f32(out), load_f32(shrink + n * kPanelRows));
-    }
-  }
-  const float* a = p.a;
-  const Number* b = p.b;
-  for (int k = 0; k < p.depth; ++k) {
-    F32x16 row[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) row[n] = load(b + n * p.b_panel);
-#pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) {
-      const F32x16 x = f32(a[m * a_row]);
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sums[m][n] = fma(x, row[n], sums[m][n]);
-    }
-    a += a_step;
-    b += p.b_step;
-  }
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store_f32(sums[m][n], p.out + m * p.out_row + n * p.out_panel);
-  }
-}
-
-// ---- absorb ----
-
-// `panels` vectors of columns of W_UK for M queries.
-template <int M, int N, class Number>
-K2_INLINE void absorb_panels(Product<Number> p, const float* const* q, int panels, bool begin) {
-  // Queries lie apart: their stride is not a constant, so they are brought together.
-  float a[kAbsorbDepth][M];
-  for (int k = 0; k < p.depth; ++k) {
-    for (int m = 0; m < M; ++m) a[k][m] = q[m][k];
-  }
-  p.a = a[0];
-  for (int panel = 0; panel < panels; panel += N) {
-    if (begin) {
-      multiply_tile<M, N, kZero>(p, 1, M, nullptr);
-    } else {
-      multiply_tile<M, N, kAdd>(p, 1, M, nullptr);
-    }
-    p.b += N * p.b_panel;
-    p.out += N * p.out_panel;
-  }
-}
-
-// Columns [0, 16 * panels) of `tokens` queries over rows [n, n + depth) of W_UK, into [tokens][context_width].
-template <class Number>
-void absorb_rows(const AbsorbTask& task, const Number* w, ptrdiff_t w_step, int panels, int n, int depth, float* out) {
-  const ptrdiff_t width = task.sizes->context_width;
-  const float* q[kHeadTokens];
-  for (int t = 0; t < task.tokens; ++t) q[t] = task.q[t] + n;
-  const bool begin = n == 0;
-  int t = 0;
-  for (; t + 4 <= task.tokens; t += 4) {
-    const Product<Number> p = {nullptr, w, w_step, kPanelRows, depth, out + t * width, width, kPanelRows};
-    absorb_panels<4, 1>(p, q + t, panels, begin);
-  }
-  for (; t < task.tokens; ++t) {
-    Product<Number> p = {nullptr, w, w_step, kPanelRows, depth, out + t * width, width, kPanelRows};
-    const int fours = panels / 4 * 4;
-    absorb_panels<1, 4>(p, q + t, fours, begin);
-    p.b += fours * kPanelRows;
-    p.out += fours * kPanelRows;
-    absorb_panels<1, 1>(p, q + t, panels - fours, begin);
-  }
-}
-
-template <class Number>
-void absorb_as(const AbsorbTask& task) {
-  const MlaSizes& s = *task.sizes;
-  const Number* w = static_cast<const Number*>(task.w_uk);
-  const int panels = s.kv_lora / kPanelRows, rest = s.kv_lora % kPanelRows;
-  for (int n = 0; n < s.nope; n += kAbsorbDepth) {
-    const int depth = s.nope - n < kAbsorbDepth ? s.nope - n : kAbsorbDepth;
-    const Number* rows = w + ptrdiff_t(n) * s.kv_lora;
-    absorb_rows<Number>(task, rows, s.kv_lora, panels, n, depth, task.scratch);
-    if (rest == 0) continue;
-    const Number* tail = rows + panels * kPanelRows;
-    float wide[kAbsorbDepth][kPanelRows];
-    for (int k = 0; k < depth; ++k) store_f32(load_part(tail + ptrdiff_t(k) * s.kv_lora, rest), wide[k]);
-    absorb_rows<float>(task, wide[0], kPanelRows, 1, n, depth, task.scratch + panels * kPanelRows);
-  }
-  for (int t = 0; t < task.tokens; ++t) {
-    const float* absorbed = task.scratch + ptrdiff_t(t) * s.context_width;
-    const float* rope = task.q[t] + s.nope;
-    float* out = task.out[t];
-    for (int c = 0; c < s.kv_lora; ++c) out[c * kPanelRows] = task.scale * absorbed[c];
-    out += ptrdiff_t(s.kv_lora) * kPanelRows;
-    for (int r = 0; r < s.rope; ++r) out[r * kPanelRows] = task.scale * rope[r];
-  }
-}
-
-void absorb(const AbsorbTask& task) { task.bf16 ? absorb_as<uint16_t>(task) : absorb_as<float>(task); }
-
 // ---- attend ----
 
+// Brings latents into fp32 a vector at a time, beside a tile of scores that needs others: done alone it waits for the L2
+// cache, where the widened block goes.
 template <class Number>
-void widen(const AttendTask& task, float* wide) {
-  const int columns = task.sizes->latent, stride = task.sizes->latent_stride;
-  for (int key = 0; key < task.keys; ++key, wide += stride) {
-    const Number* x = static_cast<const Number*>(task.latents[key]);
-    int c = 0;
-    for (; c + 16 <= columns; c += 16) store_f32(load(x + c), wide + c);
-    if (c < columns) store_f32(load_part(x + c, columns - c), wide + c);
+class Widening {
+ public:
+  // Columns [first, first + columns) of latents [key, end) that were not widened before.
+  Widening(const AttendTask& task, int first, int columns, int key, int end)
+      : task_(task),
+        first_(first),
+        vectors_(columns / kPanelRows),
+        rest_(columns % kPanelRows),
+        begin_(key < task.widened ? task.widened : key),
+        end_(end < task.keys ? end : task.keys),
+        key_(vectors_ > 0 ? begin_ : end_) {
+    start();
   }
-}
+
+  K2_INLINE void operator()(int) {
+    if (key_ >= end_) return;
+    store_f32(load(from_), to_);
+    from_ += kPanelRows;
+    to_ += kPanelRows;
+    if (--left_ > 0) return;
+    ++key_;
+    start();
+  }
+
+  // What the tile had too few steps for.
+  void finish() {
+    while (key_ < end_) (*this)(0);
+    if (rest_ == 0) return;
+    for (int key = begin_; key < end_; ++key) {
+      store_f32(load_part(latent(key) + vectors_ * kPanelRows, rest_), wide(key) + vectors_ * kPanelRows);
+    }
+  }
+
+ private:
+  const Number* latent(int key) const { return static_cast<const Number*>(task_.latents[key]) + first_; }
+  float* wide(int key) const { return task_.wide + ptrdiff_t(key) * task_.sizes->latent_stride + first_; }
+
+  K2_INLINE void start() {
+    if (key_ >= end_) return;
+    from_ = latent(key_);
+    to_ = wide(key_);
+    left_ = vectors_;
+  }
+
+  const AttendTask& task_;
+  const int first_, vectors_, rest_, begin_, end_;
+  int key_;
+  int left_ = 0;  // vectors of the key
+  const Number* from_ = nullptr;
+  float* to_ = nullptr;
+};
 
 // scores[panel][key][16] = latents[key] . q[panel]
-void score(const AttendTask& task, const float* wide, float* scores) {
+template <class Number>
+void score(const AttendTask& task, float* scores) {
   const MlaSizes& s = *task.sizes;
   const ptrdiff_t q_panel = ptrdiff_t(s.latent) * kPanelRows;
+  const auto depth_from = [&](int first) { return s.latent - first < kScoreDepth ? s.latent - first : kScoreDepth; };
+  Widening<Number>(task, 0, depth_from(0), 0, kTileRows).finish();
   for (int first = 0; first < s.latent; first += kScoreDepth) {
-    const int depth = s.latent - first < kScoreDepth ? s.latent - first : kScoreDepth;
+    const int depth = depth_from(first), next = first + depth;
     for (int panel = 0; panel < kPanels; panel += kTilePanels) {
       Product<float> p = {};
       p.b = task.q + panel * q_panel + ptrdiff_t(first) * kPanelRows;
@@ -189,13 +103,19 @@ void score(const AttendTask& task, const float* wide, float* scores) {
       p.out_row = kPanelRows;
       p.out_panel = kBlockKeys * kPanelRows;
       for (int key = 0; key < task.keys; key += kTileRows) {  // a last tile may compute scores that nobody reads
-        p.a = wide + ptrdiff_t(key) * s.latent_stride + first;
+        p.a = task.wide + ptrdiff_t(key) * s.latent_stride + first;
         p.out = scores + (ptrdiff_t(panel) * kBlockKeys + key) * kPanelRows;
+        const bool same = key + kTileRows < task.keys;  // the next tile is one of this panel
+        const int next_key = same ? key + kTileRows : 0;
+        const bool widen = same ? panel == 0 : panel + kTilePanels == kPanels && next < s.latent;
+        Widening<Number> beside(task, same ? first : next, same ? depth : depth_from(next), next_key,
+                                widen ? next_key + kTileRows : 0);
         if (first == 0) {
-          multiply_tile<kTileRows, kTilePanels, kZero>(p, s.latent_stride, 1, nullptr);
+          multiply_tile<kTileRows, kTilePanels, kZero>(p, s.latent_stride, 1, nullptr, beside);
         } else {
-          multiply_tile<kTileRows, kTilePanels, kAdd>(p, s.latent_stride, 1, nullptr);
+          multiply_tile<kTileRows, kTilePanels, kAdd>(p, s.latent_stride, 1, nullptr, beside);
         }
+        beside.finish();
       }
     }
   }
@@ -229,8 +149,22 @@ void soften(const AttendTask& task, int panel, float* scores, float* shrink) {
   store_f32(factor, shrink + panel * kPanelRows);
 }
 
+// Asks for one line of a latent of the next block at each step of a tile.
+struct FetchLine {
+  FetchLine(const LatentFetch& fetch, int tile)
+      : latents(fetch.latents), keys(tile < fetch.lines ? fetch.keys : 0), offset(64 * ptrdiff_t(fetch.line + tile)) {}
+
+  K2_INLINE void operator()(int k) const {
+    if (k < keys) prefetch(static_cast<const char*>(latents[k]) + offset);
+  }
+
+  const void* const* latents;
+  int keys;
+  ptrdiff_t offset;
+};
+
 // context[panel][c][16] = shrink * context + sum over keys of weights * latents
-void add_latents(const AttendTask& task, const float* wide, const float* weights, const float* shrink) {
+void add_latents(const AttendTask& task, const float* weights, const float* shrink) {
   const MlaSizes& s = *task.sizes;
   const ptrdiff_t context_panel = ptrdiff_t(s.context_rows) * kPanelRows;
   for (int panel = 0; panel < kPanels; panel += kTilePanels) {
@@ -242,26 +176,25 @@ void add_latents(const AttendTask& task, const float* wide, const float* weights
     p.out_row = kPanelRows;
     p.out_panel = context_panel;
     for (int c = 0; c < s.context_rows; c += kTileRows) {
-      p.a = wide + c;
+      p.a = task.wide + c;
+      const FetchLine fetch(task.fetch, (panel / kTilePanels * s.context_rows + c) / kTileRows);
       p.out = task.partial.context + panel * context_panel + ptrdiff_t(c) * kPanelRows;
       if (task.first) {
-        multiply_tile<kTileRows, kTilePanels, kZero>(p, 1, s.latent_stride, nullptr);
+        multiply_tile<kTileRows, kTilePanels, kZero>(p, 1, s.latent_stride, nullptr, fetch);
       } else {
-        multiply_tile<kTileRows, kTilePanels, kShrink>(p, 1, s.latent_stride, shrink + panel * kPanelRows);
+        multiply_tile<kTileRows, kTilePanels, kShrink>(p, 1, s.latent_stride, shrink + panel * kPanelRows, fetch);
       }
     }
   }
 }
 
 void attend(const AttendTask& task) {
-  float* wide = task.scratch;
-  float* scores = wide + ptrdiff_t(kBlockKeys) * task.sizes->latent_stride;
+  float* scores = task.scratch;
   float* shrink = scores + kPanels * kBlockKeys * kPanelRows;
-  task.bf16 ? widen<uint16_t>(task, wide) : widen<float>(task, wide);
-  score(task, wide, scores);
+  task.bf16 ? score<uint16_t>(task, scores) : score<float>(task, scores);
   if (task.visible) hide_later_keys(task, scores);
   for (int panel = 0; panel < kPanels; ++panel) soften(task, panel, scores, shrink);
-  add_latents(task, wide, scores, shrink);
+  add_latents(task, scores, shrink);
 }
 
 // ---- merge ----
@@ -297,64 +230,6 @@ void merge(const MergeTask& task) {
     }
   }
 }
-
-// ---- expand ----
-
-// The one sum across lanes: halves are added to halves.
-K2_INLINE float sum_lanes(F32x16 x) {
-  float v[16];
-  store_f32(x, v);
-  for (int half = 8; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  }
-  return v[0];
-}
-
-// V rows of W_UV from `first` on, for T tokens.
-template <int V, int T, class Number>
-K2_INLINE void expand_tile(const ExpandTask& task, const Number* w, int first, int token) {
-  const int kv_lora = task.sizes->kv_lora;
-  w += ptrdiff_t(first) * kv_lora;
-  F32x16 sums[V][T];
-  for (int v = 0; v < V; ++v) {
-    for (int t = 0; t < T; ++t) sums[v][t] = f32(0.0f);
-  }
-  int c = 0;
-  for (; c + 16 <= kv_lora; c += 16) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const F32x16 x = load(w + ptrdiff_t(v) * kv_lora + c);
-#pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) sums[v][t] = fma(x, load_f32(task.context[token + t] + c), sums[v][t]);
-    }
-  }
-  if (c < kv_lora) {
-    for (int v = 0; v < V; ++v) {
-      const F32x16 x = load_part(w + ptrdiff_t(v) * kv_lora + c, kv_lora - c);
-      for (int t = 0; t < T; ++t) sums[v][t] = fma(x, load_f32(task.context[token + t] + c), sums[v][t]);
-    }
-  }
-  for (int v = 0; v < V; ++v) {
-    for (int t = 0; t < T; ++t) task.out[token + t][first + v] = sum_lanes(sums[v][t]);
-  }
-}
-
-template <int V, int T, class Number>
-K2_INLINE void expand_column(const ExpandTask& task, const Number* w, int token) {
-  int v = 0;
-  for (; v + V <= task.sizes->value; v += V) expand_tile<V, T>(task, w, v, token);
-  for (; v < task.sizes->value; ++v) expand_tile<1, T>(task, w, v, token);
-}
-
-template <class Number>
-void expand_as(const ExpandTask& task) {
-  const Number* w = static_cast<const Number*>(task.w_uv);
-  int token = 0;
-  for (; token + 3 <= task.tokens; token += 3) expand_column<2, 3>(task, w, token);
-  for (; token < task.tokens; ++token) expand_column<4, 1>(task, w, token);
-}
-
-void expand(const ExpandTask& task) { task.bf16 ? expand_as<uint16_t>(task) : expand_as<float>(task); }
 
 // ---- peak ----
 
