@@ -17,8 +17,9 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 COMMON = ["-std=c++20", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# gcc 12's own AVX-512 header reads variables that it leaves undefined on purpose, and warns about it.
-QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# gcc 12's own AVX-512 header reads variables that it leaves undefined on purpose, and warns about it; clang does not
+# know the second warning.
+QUIET = ["-Wno-uninitialized", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]
 AVX512_VNNI = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", *QUIET]
 ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],

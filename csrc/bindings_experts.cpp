@@ -85,7 +85,10 @@ class PyLayer {
   // The expert from the files of a checkpoint, each tensor as (name, path, fd, offset, bytes).
   using Tensor = std::tuple<std::string, std::string, int, int64_t, int64_t>;
   void load_stored(int expert, const std::array<Tensor, 6>& tensors, ReadMode mode) {
-    auto tensor = [&](int i) { return std::make_from_tuple<StoredTensor>(tensors[i]); };
+    auto tensor = [&](int i) {
+      const auto& [name, path, fd, offset, bytes] = tensors[i];
+      return StoredTensor{name, path, fd, offset, bytes};
+    };
     const StoredExpert stored{
         {tensor(0), tensor(1)}, {tensor(2), tensor(3)}, {tensor(4), tensor(5)}};
     const std::shared_ptr<Layer> layer = open();

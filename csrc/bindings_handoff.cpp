@@ -124,8 +124,8 @@ class PyMailbox {
     check_argument(slot >= 0 && slot < kMailboxSlots, "slot", text("0..", kMailboxSlots - 1), slot);
     const Mailbox::Payload& p = m.payload(slot);
     SlotLines* lines = reinterpret_cast<SlotLines*>(m.lines_data()) + slot;
-    return py::make_tuple(py::array_t<int32_t>({4}, reinterpret_cast<int32_t*>(&lines->request), self),
-                          py::array_t<int32_t>({2}, reinterpret_cast<int32_t*>(&lines->reply), self),
+    return py::make_tuple(py::array_t<int32_t>(4, reinterpret_cast<int32_t*>(&lines->request), self),
+                          py::array_t<int32_t>(2, reinterpret_cast<int32_t*>(&lines->reply), self),
                           py::array_t<float>({p.tokens, m.hidden}, reinterpret_cast<float*>(p.hidden), self),
                           py::array_t<int32_t>({p.tokens, m.per_token}, p.ids, self),
                           py::array_t<float>({p.tokens, m.per_token}, p.weights, self),

@@ -10,7 +10,6 @@ A contender that is absent, fails, or does not support this CPU is skipped, with
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.peers.arguments import parse
 from bench.peers.exchange import Sizes
 from bench.peers.inputs import Inputs
 from bench.peers.process import AbsentError, Contender
@@ -154,35 +154,10 @@ def describe_machine(threads: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table, or JSON; write JSON to a file beside it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--hidden", type=int, default=7168)
-    parser.add_argument("--intermediate", type=int, default=2048)
-    parser.add_argument("--experts", type=int, default=32)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--tokens", default="1,4,16,64,256")
-    parser.add_argument("--threads", type=int, help="left out: one for each core")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--numerics", default="exact,fast", help="ours: exact, fast, or both")
-    for name in ("kt", "ggml", "ik"):
-        parser.add_argument(f"--{name}-python", help=f"interpreter that has the package of {name}")
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: of the busiest thread; on a busy machine, one thread",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument("--output", type=Path, help="also write JSON to this file")
-    args = parser.parse_args(arguments)
-    tokens = [int(count) for count in args.tokens.split(",")]
-    sizes = Sizes(args.hidden, args.intermediate, args.experts, args.top_k, max(tokens), min(DISTINCT, args.experts))
-    ours = args.numerics.split(",")
-    if unknown := set(ours) - set(OURS):
-        parser.error(f"--numerics: expected {' or '.join(OURS)}, got {unknown.pop()}")
-    pythons = dict.fromkeys(ours, sys.executable)
+    args = parse(arguments, __doc__ or "")
+    most_tokens, distinct = max(args.tokens), min(DISTINCT, args.experts)
+    sizes = Sizes(args.hidden, args.intermediate, args.experts, args.top_k, most_tokens, distinct)
+    pythons = dict.fromkeys(args.numerics, sys.executable)
     pythons["kt-kernel"] = args.kt_python or sys.executable
     pythons["ggml"] = args.ggml_python or sys.executable
     pythons["ik_llama"] = args.ik_python or pythons["ggml"]
@@ -194,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"error: expected {needed >> 20} MiB of memory, got {machine.host_available_bytes >> 20}; fewer --experts"
         )
     try:
-        report = compare(sizes, tokens, args.rounds, args.threads or machine.cores, pythons, args.seed, args.clock)
+        report = compare(sizes, args.tokens, args.rounds, args.threads or machine.cores, pythons, args.seed, args.clock)
     except AbsentError as error:
         sys.exit(f"error: {error}")
     text = json.dumps(report.to_json(), indent=1)

@@ -247,7 +247,9 @@ def _choose(isa: str | None, numerics: str) -> str:
             f"bench experts: expected the native kernels, got none: {NATIVE_ERROR}",
             hint="install g++ 11 or newer and reinstall hybrid-k2",
         )
-    return choose_isa(facts, isa, numerics, forced_by="--isa") if isa else choose_isa(facts, forced_isa(), numerics)
+    if isa is None:
+        return choose_isa(facts, forced_isa(), numerics)
+    return choose_isa(facts, isa, numerics, forced_by="--isa")
 
 
 @contextmanager

@@ -41,14 +41,14 @@ def choose_isa(
     Raises: IsaError if the forced one is unknown, not built, not supported or without these numerics; or none has them.
     """
     offering = [fact.name for fact in facts if fact.offers(numerics)]
-    if not forced:
+    if forced is None:
         if not offering:
             raise IsaError(f"numerics {numerics}: expected kernels that this build contains, got none")
         return offering[0]
     names = ", ".join(fact.name for fact in facts)
     fact = next((fact for fact in facts if fact.name == forced), None)
     if fact is None:
-        raise IsaError(f"{forced_by}: expected one of {names}, got {forced}")
+        raise IsaError(f"{forced_by}: expected one of {names}, got {forced!r}")
     if not fact.built:
         raise IsaError(f"{forced_by}={forced}: expected kernels that this build contains, got none for it")
     if not fact.supported:

@@ -37,7 +37,11 @@ def test_one_json_object_on_stdout(call: Call) -> None:
     done = call(*SMALL, "--tokens", "1,3", "--threads", "1", "--numerics", ",".join(numerics), "--json")
     assert done.code == 0, done.err
     report = json.loads(done.out)
+    assert set(report) == {"raw_read_gbps", "peak_gops", "tuning", "results"}
     assert list(report["peak_gops"]) == numerics
+    names = "tokens numerics isa threads ms gbps gops distinct_experts share_of_floor error"
+    assert all(list(result) == names.split() for result in report["results"])
+    assert all(type(value) in (int, float, str) for result in report["results"] for value in result.values())
     assert [(r["numerics"], r["tokens"]) for r in report["results"]] == list(product(numerics, (1, 3)))
     assert "round 1 of 1" in done.err
 
@@ -73,7 +77,11 @@ def test_wrong_usage(call: Call, arguments: tuple[str, ...], expected: str) -> N
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [(("--experts", "4096", "--hidden", "65536", "--intermediate", "65536"), "available"), (("--isa", "sse9"), "sse9")],
+    [
+        (("--experts", "4096", "--hidden", "65536", "--intermediate", "65536"), "available"),
+        (("--isa", "sse9"), "got 'sse9'"),
+        (("--isa", ""), "got ''"),
+    ],
 )
 def test_what_the_machine_cannot_do(call: Call, arguments: tuple[str, ...], expected: str) -> None:
     done = call(*SMALL, *arguments)

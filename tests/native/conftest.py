@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -48,13 +49,13 @@ MOE_SOURCES = (
 class Compiler:
     """Compile files once per test session, in parallel, into a folder of their own."""
 
-    def __init__(self, path: str, folder: Path) -> None:
-        self.path = path
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
+        self.command = command
         self.folder = folder
 
     def run(self, arguments: Iterable[str]) -> None:
         """Run the compiler and show what it said if it fails."""
-        result = subprocess.run([self.path, *arguments], capture_output=True, text=True, check=False)
+        result = subprocess.run([*self.command, *arguments], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
 
     def object(self, source: str, *flags: str) -> Path:
@@ -78,11 +79,11 @@ class Compiler:
 
 @pytest.fixture(scope="session")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Compiler:
-    """The C++ compiler; skips where there is none."""
-    path = shutil.which("g++")
-    if path is None:
-        pytest.skip("g++ is not installed")
-    return Compiler(path, tmp_path_factory.mktemp("native"))
+    """The C++ compiler: CXX, or g++; skips where it is missing."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    return Compiler(command, tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture(scope="session")
@@ -117,7 +118,7 @@ def require_sanitizer(compiler: Compiler, name: str) -> None:
     source.write_text("int main() {}\n")
     program = compiler.folder / f"empty_{name.replace(',', '_')}"
     linked = subprocess.run(
-        [compiler.path, f"-fsanitize={name}", source, "-o", program], capture_output=True, check=False
+        [*compiler.command, f"-fsanitize={name}", source, "-o", program], capture_output=True, check=False
     )
     if linked.returncode != 0 or subprocess.run([program], capture_output=True, check=False).returncode != 0:
         pytest.skip(f"-fsanitize={name} does not work here")

@@ -276,11 +276,30 @@ def test_ours_are_measured_where_peers_are_missing(tmp_path: Path, capsys: pytes
 
 
 def test_too_many_experts_are_refused_before_anything_is_made() -> None:
-    with pytest.raises(SystemExit, match=r"expected \d+ MiB of memory"):
-        main(["--experts=1000000"])
+    with pytest.raises(SystemExit, match=r"error: expected \d+ MiB of memory"):
+        main(["--experts=4096", "--hidden=65536", "--intermediate=65536"])
 
 
-def test_numerics_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--numerics=exactly"])
-    assert "expected exact or fast, got exactly" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--numerics=exactly", "expected exact or fast, got 'exactly'"),
+        ("--numerics=", "expected exact or fast, got ''"),
+        ("--tokens=1,x", "expected a number 1..65536, got 'x'"),
+        ("--tokens=4,0", "expected a number 1..65536, got '0'"),
+        ("--tokens=", "expected a number 1..65536, got ''"),
+        ("--hidden=65", "expected a number 32..65536, a multiple of 32, got '65'"),
+        ("--intermediate=0", "expected a number 32..65536, a multiple of 32, got '0'"),
+        ("--experts=" + "9" * 5000, "expected a number 1..4096"),
+        ("--top-k=7", "expected at most the 6 experts of the layer, got 7"),
+        ("--rounds=0", "expected a number 1..10000, got '0'"),
+        ("--threads=0", "expected a number 1..4096, got '0'"),
+        ("--seed=-1", "expected a number 0..9223372036854775807, got '-1'"),
+        ("--output=/nowhere/x.json", "expected a file that can be written, got No such file or directory"),
+    ],
+)
+def test_wrong_usage(argument: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*TINY, argument])
+    assert ended.value.code == 2
+    assert f"argument {argument.partition('=')[0]}: {said}" in capsys.readouterr().err
