@@ -72,6 +72,7 @@ PROGRAMS: dict[str, Program] = {
     "moe_job_test": once("under-a-tool"),
     "rows_test": once(seed()),
     "thread_pool_test": once("under-a-tool"),  # leaves out what the tools cannot follow
+    "unit_queue_test": once(),
 }
 
 
