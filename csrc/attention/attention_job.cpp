@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kMergeColumns = 128;  // of one unit: several workers share a group
 
-// Widening a block's latents takes an eighth of the time of attending to it, so units of the same range go together.
+// Units of the same range go together: they share the widened latents of a block, which take a twentieth of the time of
+// attending to it, and a reading of the cache.
 constexpr int kBatchUnits = 4;
 
 // Work is taken in larger parts only where each worker has so many of them: the last ones end at about the same time.

@@ -33,7 +33,7 @@ struct AttentionInput {
 // Scratch memory, kept from call to call.
 struct AttentionWorkspace {
   HugeBuffer queries;   // [groups, kPanels, latent, 16]
-  HugeBuffer contexts;  // [tokens, heads, context_width]
+  HugeBuffer contexts;  // [tokens, heads * context_width + 16]
   HugeBuffer partials;  // [partials, partial_numbers]
   HugeBuffer scratch;   // [workers, scratch_numbers]
 

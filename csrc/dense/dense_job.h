@@ -60,7 +60,7 @@ class DenseJob final : public Job {
   const DenseTable& table_;
   const std::vector<DenseProduct> products_;
   const DenseInput input_;
-  std::vector<uint8_t>& packed_;              // [groups, tokens of the chunk, group_bytes]
+  std::vector<uint8_t>& packed_;  // [groups, tokens of the chunk, group_bytes]
   const int prefetch_one_;
   const std::unique_ptr<std::atomic<int>[]> taken_;  // [chunks, nodes] of the row blocks that no worker owns
   std::unique_ptr<std::atomic<bool>[]> bad_;         // [tokens] the row has no packed form
