@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,11 +81,15 @@ def _ours(name: str) -> str:
 
 
 def _writable(name: str) -> Path:
-    """Refuse a file that could not be written when all is measured."""
+    """Refuse a file that could not be written when all is measured; leave none behind that was not there."""
+    path, there = Path(name), os.path.lexists(name)
     try:
-        with open(name, "a", encoding="utf-8"):
-            return Path(name)
+        with open(path, "a", encoding="utf-8"):
+            pass
+        if not there:
+            path.unlink()
     except OSError as error:
         raise argparse.ArgumentTypeError(
             f"expected a file that can be written, got {error.strerror}: {name!r}"
         ) from None
+    return path

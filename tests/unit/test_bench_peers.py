@@ -303,3 +303,13 @@ def test_wrong_usage(argument: str, said: str, capsys: pytest.CaptureFixture[str
         main([*TINY, argument])
     assert ended.value.code == 2
     assert f"argument {argument.partition('=')[0]}: {said}" in capsys.readouterr().err
+
+
+def test_wrong_usage_leaves_no_file_behind(tmp_path: Path) -> None:
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    old.write_text("{}")
+    for output in (new, old):
+        with pytest.raises(SystemExit):
+            main([*TINY, f"--output={output}", "--rounds=0"])
+    assert not new.exists()
+    assert old.read_text() == "{}"
