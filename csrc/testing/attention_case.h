@@ -18,17 +18,25 @@ class AttentionCase {
  public:
   using Random = std::mt19937_64;
 
-  // `long_context`: one decode step behind so many tokens that ranges of different sizes are used.
-  AttentionCase(Random& random, bool long_context = false) {
+  enum Kind {
+    kAny,
+    kLongContext,  // a decode step behind so many tokens that ranges of different sizes are used
+    kPrompt,       // so many tokens and heads that one or two workers take several heads and groups at once, and more do not
+  };
+
+  explicit AttentionCase(Random& random, Kind kind = kAny) {
+    const bool long_context = kind == kLongContext;
     auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
     sizes = mla_sizes(pick(1, 40), pick(1, 40), pick(1, 20), pick(1, 20), pick(1, 70));
     if (long_context) sizes = mla_sizes(3, 5, 2, 4, 9);
+    if (kind == kPrompt) sizes = mla_sizes(pick(29, 40), pick(1, 20), pick(1, 20), pick(1, 10), pick(1, 70));
     weights_bf16 = pick(0, 1), pages_bf16 = pick(0, 1);
     page_tokens = pick(1, 70);
     int64_t free_row = pick(0, 2);
-    const int count = long_context ? 2 : pick(1, 4);
+    const int count = kind == kPrompt ? 1 : long_context ? 2 : pick(1, 4);
     for (int i = 0; i < count; ++i) {
       AttentionSequence s{free_row, pick(0, 2) ? 1 : pick(2, 12), long_context ? pick(6000, 15000) : pick(0, 250), 0};
+      if (kind == kPrompt) s.rows = pick(33, 50), s.cached = pick(0, 60);
       s.first_page = int64_t(table.size()) + pick(0, 2);
       table.resize(size_t(s.first_page + (s.cached + s.rows + page_tokens - 1) / page_tokens));
       free_row = s.first_row + s.rows + pick(0, 1);

@@ -124,7 +124,10 @@ int main(int argc, char** argv) {
   AttentionWorkspace workspaces[3];
   const int cases = std::stoi(argv[2]);
   for (int i = 0; i < cases; ++i) {
-    const AttentionCase attention(random, i == 5);  // a few cases, as under a sanitizer, do without the long one
+    // A few cases, as under a sanitizer, do without the long one.
+    const AttentionCase attention(random, i == 5       ? AttentionCase::kLongContext
+                                          : i % 8 == 1 ? AttentionCase::kPrompt
+                                                       : AttentionCase::kAny);
     const std::vector<float> whole = attention.run(table, pools[0], workspaces[0]);
     equals_float64(attention, whole);
     for (int p = 1; p < 3; ++p) {

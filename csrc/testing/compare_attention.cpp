@@ -17,7 +17,7 @@ int main(int argc, char** argv) {
   ThreadPool pool(2);
   AttentionWorkspace workspaces[2];
   for (int i = 0; i < cases; ++i) {
-    const AttentionCase attention(random);
+    const AttentionCase attention(random, i % 8 == 1 ? AttentionCase::kPrompt : AttentionCase::kAny);
     const std::vector<float> x = attention.run(a, pool, workspaces[0]), y = attention.run(b, pool, workspaces[1]);
     for (size_t k = 0; k < x.size(); ++k) K2_EXPECT(std::bit_cast<uint32_t>(x[k]) == std::bit_cast<uint32_t>(y[k]));
   }
