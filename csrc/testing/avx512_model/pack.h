@@ -37,8 +37,6 @@ inline __m128i quarter(const __m512i& x, int at) {
 
 }  // namespace avx512_model
 
-inline __m512i _mm512_set1_epi16(int16_t x) { return _mm512_set1_epi32(int32_t(uint32_t(uint16_t(x)) * 0x00010001u)); }
-
 // Parts of vectors. Casts to a shorter vector keep its low part; to a longer one what is above is undefined, here zero.
 inline __m128i _mm_loadl_epi64(const __m128i* p) {
   __m128i r = {};
