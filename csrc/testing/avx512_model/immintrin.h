@@ -41,8 +41,8 @@ inline __m512 _mm512_setzero_ps() { K2_MODEL_LANES(__m512, 0.0f); }
 inline __m512i _mm512_setzero_si512() { K2_MODEL_LANES(__m512i, 0); }
 inline __m512 _mm512_set1_ps(float x) { K2_MODEL_LANES(__m512, x); }
 inline __m512i _mm512_set1_epi32(int32_t x) { K2_MODEL_LANES(__m512i, x); }
-inline __m512i _mm512_set1_epi8(int8_t x) { K2_MODEL_LANES(__m512i, int32_t(uint32_t(uint8_t(x)) * 0x01010101u)); }
 inline __m512i _mm512_set1_epi16(int16_t x) { K2_MODEL_LANES(__m512i, int32_t(uint32_t(uint16_t(x)) * 0x00010001u)); }
+inline __m512i _mm512_set1_epi8(int8_t x) { K2_MODEL_LANES(__m512i, int32_t(uint32_t(uint8_t(x)) * 0x01010101u)); }
 inline __m512 _mm512_castsi512_ps(__m512i x) { return avx512_model::reinterpret<__m512>(x); }
 inline __m512i _mm512_castps_si512(__m512 x) { return avx512_model::reinterpret<__m512i>(x); }
 
