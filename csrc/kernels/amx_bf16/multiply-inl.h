@@ -21,7 +21,8 @@
 //   sums are visited once in two groups; everything between the units stays in the L1 cache, so a call has 32 tokens.
 //
 // Thrown away: four halves at a time (slower from 17 tokens on: the L1 cache), sums in registers over a chunk of groups,
-// 64 tokens a call, prefetching the tiles of tokens, results of four groups between the units; A8 on tiles, no faster than `vpdpbusd`.
+// 64 tokens a call, prefetching the tiles of tokens, results of four groups between the units; A8 on tiles, no faster
+// than `vpdpbusd`.
 // The scale inside the weights, bf16(q * scale), and sums that stay in C over all groups would save the additions, with
 // an error of 3e-3 against 5e-5 and sums in the order of this one instruction.
 
