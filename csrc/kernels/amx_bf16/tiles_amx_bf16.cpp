@@ -11,8 +11,8 @@ namespace {
 #include "kernels/avx512_vnni/lanes-inl.h"
 #include "kernels/avx512_vnni/values-inl.h"
 #include "kernels/avx512_vnni/a16_block-inl.h"
+#include "kernels/avx512_bf16/block-inl.h"
 #include "kernels/avx512_vnni/tile-inl.h"
-#include "kernels/avx512_bf16/tile-inl.h"
 #include "kernels/a16-inl.h"
 // on these:
 #include "kernels/bf16-inl.h"

@@ -1,6 +1,7 @@
 // The tile on AVX2, for the forms of activations whose `add_block`, `one_token` and `add_block_one` are included before it.
 
 constexpr int kMaxTile = 6;
+constexpr bool kPairs = false;
 
 // Groups that one token is prepared for at a time: 1.5 KB. One at a time, its broadcasts would wait for the stores.
 constexpr int kPrepared = 16;

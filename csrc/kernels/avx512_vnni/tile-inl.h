@@ -1,6 +1,7 @@
 // The tile on AVX-512, for the forms of activations whose `add_block` is included before it.
 
 constexpr int kMaxTile = 6;
+constexpr bool kPairs = true;  // sums of two row blocks and of a group for 3 tokens take 24 of the 32 registers
 
 // [half][token or stream]; half 0 = rows 0..15 of the row block.
 template <int N>
@@ -18,6 +19,25 @@ void tile(const uint8_t* weights, int groups, const Group* const (&input)[T], in
   for (int t = 0; t < T; ++t) {
     sums.rows[0][t] = totals[0][t];
     sums.rows[1][t] = totals[1][t];
+  }
+}
+
+template <int T, class Group>
+void tile_pair(const uint8_t* weights, ptrdiff_t distance, int groups, const Group* const (&input)[T], int prefetch,
+               Tile<T> (&sums)[2]) {
+  __m512 totals[2][2][T];  // [row block][half][token]
+  for (int t = 0; t < T; ++t) {
+    for (int s = 0; s < 2; ++s) totals[s][0][t] = totals[s][1][t] = _mm512_setzero_ps();
+  }
+  for (int g = 0; g < groups; ++g, weights += kBlockBytes) {
+#pragma GCC unroll 2
+    for (int s = 0; s < 2; ++s) add_block<T>(weights + s * distance, input, g, prefetch, totals[s]);
+  }
+  for (int t = 0; t < T; ++t) {
+    for (int s = 0; s < 2; ++s) {
+      sums[s].rows[0][t] = totals[s][0][t];
+      sums[s].rows[1][t] = totals[s][1][t];
+    }
   }
 }
 

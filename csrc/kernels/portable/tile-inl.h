@@ -2,6 +2,7 @@
 // `dot_group` and `scale_group` are included before it.
 
 constexpr int kMaxTile = 6;
+constexpr bool kPairs = false;
 
 // [half][token or stream]; half 0 = rows 0..15 of the row block.
 template <int N>

@@ -1,5 +1,5 @@
-// The tile on AVX-512 BF16, for hidden states: `vdpbf16ps` adds two products of bf16 numbers to a 32-bit lane; a lane is
-// a row. Stands beside the VNNI tile, which the down projection uses.
+// One block of weights times hidden states on AVX-512 BF16: `vdpbf16ps` adds two products of bf16 numbers to a 32-bit
+// lane; a lane is a row. Stands beside that of VNNI, which the down projection uses.
 //
 // A vector of nibbles becomes four vectors of bf16 weights by `vpermw` alone: the index is the 16-bit word, shifted by
 // 0, 4, 8 and 12; only its low 5 bits count, and a table of 32 entries that repeats after 16 makes the fifth harmless.
@@ -85,48 +85,17 @@ K2_INLINE void dot_pairs(const uint8_t* block, const Bf16Group* const (&x)[N], i
   }
 }
 
-template <int T>
-void tile(const uint8_t* weights, int groups, const Bf16Group* const (&input)[T], int prefetch, Tile<T>& sums) {
-  __m512 totals[2][T];
-  for (int t = 0; t < T; ++t) totals[0][t] = totals[1][t] = _mm512_setzero_ps();
-  for (int g = 0; g < groups; ++g, weights += kBlockBytes) {
-    __m512 dot[2][T];
-    dot_pairs<T>(weights, input, g, prefetch, dot);
-    prefetch_line(weights, prefetch, 8);
-    const __m512i pairs = _mm512_load_si512(weights);
+// Adds one block for N tokens.
+template <int N>
+K2_INLINE void add_block(const uint8_t* block, const Bf16Group* const (&x)[N], int g, int prefetch,
+                         __m512 (&totals)[2][N]) {
+  __m512 dot[2][N];
+  dot_pairs<N>(block, x, g, prefetch, dot);
+  prefetch_line(block, prefetch, 8);
+  const __m512i pairs = _mm512_load_si512(block);
 #pragma GCC unroll 6
-    for (int t = 0; t < T; ++t) {
-      const int32_t exponent = input[t][g].exponent;
-      add_group(totals[0][t], dot[0][t], strip_scale(pairs, 0), exponent);
-      add_group(totals[1][t], dot[1][t], strip_scale(pairs, 1), exponent);
-    }
-  }
-  for (int t = 0; t < T; ++t) {
-    sums.rows[0][t] = totals[0][t];
-    sums.rows[1][t] = totals[1][t];
-  }
-}
-
-template <int S>
-void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const Bf16Group* input, int prefetch,
-                  Tile<S>& sums) {
-  const Bf16Group* const x[1] = {input};
-  __m512 totals[S][2];
-  for (int s = 0; s < S; ++s) totals[s][0] = totals[s][1] = _mm512_setzero_ps();
-  for (int g = 0; g < groups; ++g, weights += kBlockBytes) {
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) {
-      const uint8_t* block = weights + s * distance;
-      __m512 dot[2][1];
-      dot_pairs<1>(block, x, g, prefetch, dot);
-      prefetch_line(block, prefetch, 8);
-      const __m512i pairs = _mm512_load_si512(block);
-      add_group(totals[s][0], dot[0][0], strip_scale(pairs, 0), input[g].exponent);
-      add_group(totals[s][1], dot[1][0], strip_scale(pairs, 1), input[g].exponent);
-    }
-  }
-  for (int s = 0; s < S; ++s) {
-    sums.rows[0][s] = totals[s][0];
-    sums.rows[1][s] = totals[s][1];
+  for (int n = 0; n < N; ++n) {
+    add_group(totals[0][n], dot[0][n], strip_scale(pairs, 0), x[n][g].exponent);
+    add_group(totals[1][n], dot[1][n], strip_scale(pairs, 1), x[n][g].exponent);
   }
 }
