@@ -41,16 +41,21 @@ K2_INLINE __m512i to_pairs(__m512 first, __m512 second) {
   return _mm512_permutexvar_epi16(_mm512_load_si512(order), values);
 }
 
+template <>
+struct Form<Bf16Group> {
+  using Dot = __m512;
+};
+
 // total += dot * scale * 2^(k + 60): the one rounding.
-K2_INLINE void add_group(__m512& total, __m512 dot, __m512i scale, int32_t exponent) {
-  const __m512i factor = _mm512_add_epi32(scale, _mm512_set1_epi32(exponent));
+K2_INLINE void add_group(__m512& total, __m512 dot, __m512i scale, const Bf16Group& group) {
+  const __m512i factor = _mm512_add_epi32(scale, _mm512_set1_epi32(group.exponent));
   total = _mm512_fmadd_ps(dot, _mm512_castsi512_ps(factor), total);
 }
 
 // Products of one group. Few tokens take several chains per sum, because each step of a chain waits for the one before;
 // the sums are exact, so it does not matter how they are split.
 template <int N>
-K2_INLINE void dot_pairs(const uint8_t* block, const Bf16Group* const (&x)[N], int g, int prefetch, __m512 (&dot)[2][N]) {
+K2_INLINE void dot_block(const uint8_t* block, const Bf16Group* const (&x)[N], int g, int prefetch, __m512 (&dot)[2][N]) {
   constexpr int kChains = N == 1 ? 4 : N == 2 ? 2 : 1;
   const __m512i table = nibble_table();
   __m512 chain[2][N][kChains];
@@ -82,20 +87,5 @@ K2_INLINE void dot_pairs(const uint8_t* block, const Bf16Group* const (&x)[N], i
       dot[half][n] = chain[half][n][0];
       for (int c = 1; c < kChains; ++c) dot[half][n] = _mm512_add_ps(dot[half][n], chain[half][n][c]);
     }
-  }
-}
-
-// Adds one block for N tokens.
-template <int N>
-K2_INLINE void add_block(const uint8_t* block, const Bf16Group* const (&x)[N], int g, int prefetch,
-                         __m512 (&totals)[2][N]) {
-  __m512 dot[2][N];
-  dot_pairs<N>(block, x, g, prefetch, dot);
-  prefetch_line(block, prefetch, 8);
-  const __m512i pairs = _mm512_load_si512(block);
-#pragma GCC unroll 6
-  for (int n = 0; n < N; ++n) {
-    add_group(totals[0][n], dot[0][n], strip_scale(pairs, 0), x[n][g].exponent);
-    add_group(totals[1][n], dot[1][n], strip_scale(pairs, 1), x[n][g].exponent);
   }
 }

@@ -8,8 +8,8 @@
 //   97 % of the raw read bandwidth at one token.
 
 // total += float(dot) * scale * 2^(k + 60): the one rounding.
-K2_INLINE void add_group(__m512& total, __m512i dot, __m512i scale, int32_t exponent) {
-  const __m512i factor = _mm512_add_epi32(scale, _mm512_set1_epi32(exponent));
+K2_INLINE void add_group(__m512& total, __m512i dot, __m512i scale, const A16Group& group) {
+  const __m512i factor = _mm512_add_epi32(scale, _mm512_set1_epi32(group.exponent));
   total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_castsi512_ps(factor), total);
 }
 
@@ -70,21 +70,12 @@ K2_INLINE void dot_in_turn(const uint8_t* block, const A16Group* const (&x)[N], 
   }
 }
 
-// Adds one block for N tokens.
+// Products of one group.
 template <int N>
-K2_INLINE void add_block(const uint8_t* block, const A16Group* const (&x)[N], int g, int prefetch,
-                         __m512 (&totals)[2][N]) {
-  __m512i dot[2][N];
+K2_INLINE void dot_block(const uint8_t* block, const A16Group* const (&x)[N], int g, int prefetch, __m512i (&dot)[2][N]) {
   if constexpr (N <= 4) {
     dot_planes<N>(block, x, g, prefetch, dot);
   } else {
     dot_in_turn<N>(block, x, g, prefetch, dot);
-  }
-  prefetch_line(block, prefetch, 8);
-  const __m512i pairs = _mm512_load_si512(block);
-#pragma GCC unroll 6
-  for (int n = 0; n < N; ++n) {
-    add_group(totals[0][n], dot[0][n], strip_scale(pairs, 0), x[n][g].exponent);
-    add_group(totals[1][n], dot[1][n], strip_scale(pairs, 1), x[n][g].exponent);
   }
 }

@@ -8,15 +8,15 @@
 //   of the raw read bandwidth at one token. This text has not run on such a CPU.
 
 // total += float(dot) * (scale * factor).
-K2_INLINE void add_scaled(__m512& total, __m512i dot, __m512i scale, float factor) {
-  const __m512 both = _mm512_mul_ps(_mm512_castsi512_ps(scale), _mm512_set1_ps(factor));
+K2_INLINE void add_group(__m512& total, __m512i dot, __m512i scale, const A8Group& group) {
+  const __m512 both = _mm512_mul_ps(_mm512_castsi512_ps(scale), _mm512_set1_ps(group.factor));
   total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), both, total);
 }
 
 // Products of one group. One and two tokens take two chains per sum, because each step of a chain waits for the one
 // before.
 template <int N>
-K2_INLINE void dot_bytes(const uint8_t* block, const A8Group* const (&x)[N], int g, int prefetch, __m512i (&dot)[2][N]) {
+K2_INLINE void dot_block(const uint8_t* block, const A8Group* const (&x)[N], int g, int prefetch, __m512i (&dot)[2][N]) {
   constexpr int kChains = N <= 2 ? 2 : 1;
   __m512i chains[kChains][2][N];
   for (int n = 0; n < N; ++n) {
@@ -41,20 +41,5 @@ K2_INLINE void dot_bytes(const uint8_t* block, const A8Group* const (&x)[N], int
       dot[half][n] = chains[0][half][n];
       for (int c = 1; c < kChains; ++c) dot[half][n] = _mm512_add_epi32(dot[half][n], chains[c][half][n]);
     }
-  }
-}
-
-// Adds one block for N tokens.
-template <int N>
-K2_INLINE void add_block(const uint8_t* block, const A8Group* const (&x)[N], int g, int prefetch,
-                         __m512 (&totals)[2][N]) {
-  __m512i dot[2][N];
-  dot_bytes<N>(block, x, g, prefetch, dot);
-  prefetch_line(block, prefetch, 8);
-  const __m512i pairs = _mm512_load_si512(block);
-#pragma GCC unroll 6
-  for (int n = 0; n < N; ++n) {
-    add_scaled(totals[0][n], dot[0][n], strip_scale(pairs, 0), x[n][g].factor);
-    add_scaled(totals[1][n], dot[1][n], strip_scale(pairs, 1), x[n][g].factor);
   }
 }

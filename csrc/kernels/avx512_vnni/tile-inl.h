@@ -1,4 +1,4 @@
-// The tile on AVX-512, for the forms of activations whose `add_block` is included before it.
+// The tile on AVX-512, for the forms of activations whose `dot_block` and `add_group` are included before it.
 
 constexpr int kMaxTile = 6;
 constexpr bool kPairs = true;  // sums of two row blocks and of a group for 3 tokens take 24 of the 32 registers
@@ -8,6 +8,20 @@ template <int N>
 struct Tile {
   F32x16 rows[2][N];
 };
+
+// Adds one block for N tokens.
+template <int N, class Group>
+K2_INLINE void add_block(const uint8_t* block, const Group* const (&x)[N], int g, int prefetch, __m512 (&totals)[2][N]) {
+  typename Form<Group>::Dot dot[2][N];
+  dot_block<N>(block, x, g, prefetch, dot);
+  prefetch_line(block, prefetch, 8);
+  const __m512i pairs = _mm512_load_si512(block);
+#pragma GCC unroll 6
+  for (int n = 0; n < N; ++n) {
+    add_group(totals[0][n], dot[0][n], strip_scale(pairs, 0), x[n][g]);
+    add_group(totals[1][n], dot[1][n], strip_scale(pairs, 1), x[n][g]);
+  }
+}
 
 template <int T, class Group>
 void tile(const uint8_t* weights, int groups, const Group* const (&input)[T], int prefetch, Tile<T>& sums) {

@@ -10,6 +10,12 @@ K2_INLINE void prefetch_line(const uint8_t* block, int ahead, int line) {
   if (ahead) _mm_prefetch(reinterpret_cast<const char*>(block) + ahead + 64 * line, _MM_HINT_T1);
 }
 
+// What a form of activations is multiplied to; see tile-inl.h.
+template <class Group>
+struct Form {
+  using Dot = __m512i;
+};
+
 // The values of 8 inputs for one half of the rows, unpacked.
 struct Values {
   __m512i first, second;  // inputs 8q..8q+3 and 8q+4..8q+7
