@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,8 @@ from hybrid_k2.engine.service_types import (
     ServiceRequest,
 )
 from hybrid_k2.errors import ConfigError, EngineError, RequestError
-from tests.engines import free_pages, generated, native_engine
-from tests.services import CHUNK, PAGES, PARAMS, TIMEOUT_S, Client, alone, random_ids, same, serve
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with native_engine(Path(tmp_path_factory.mktemp("model")), chunk_tokens=CHUNK, tokens=PAGES * 64) as one:
-        assert one.loaded.block_tokens == 1
-        yield one
-
-
-@pytest.fixture(autouse=True)
-def all_pages_come_back(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    if "engine" in request.fixturenames:
-        assert free_pages(request.getfixturevalue("engine")) == PAGES
+from tests.engines import generated
+from tests.services import CHUNK, PARAMS, TIMEOUT_S, Client, alone, random_ids, same, serve
 
 
 @pytest.mark.parametrize("ram_pages", [0, 20])

@@ -5,9 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,22 +17,7 @@ from hybrid_k2.engine.service_types import (
     ServiceRequest,
 )
 from hybrid_k2.errors import EngineError, RequestError
-from tests.engines import free_pages, native_engine
-from tests.services import CHUNK, ODD, PAGES, PARAMS, Client, alone, random_ids, same, serve
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    with native_engine(Path(tmp_path_factory.mktemp("model")), chunk_tokens=CHUNK, tokens=PAGES * 64) as one:
-        assert one.loaded.block_tokens == 1
-        yield one
-
-
-@pytest.fixture(autouse=True)
-def all_pages_come_back(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    if "engine" in request.fixturenames:
-        assert free_pages(request.getfixturevalue("engine")) == PAGES
+from tests.services import ODD, PARAMS, Client, alone, random_ids, same, serve
 
 
 def test_logits_that_are_not_finite_end_one_request(engine: Engine) -> None:
