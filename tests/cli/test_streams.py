@@ -39,7 +39,7 @@ def test_wrong_usage_without_stderr(environment: dict[str, str]) -> None:
 
 
 def test_an_answer_without_stderr_and_stdin(environment: dict[str, str], babbler: Path) -> None:
-    arguments = ["chat", str(babbler), *ONE_THREAD, "-p", "hello", "--json", "--max-tokens", "5"]
+    arguments = ["chat", str(babbler), *ONE_THREAD, "-p", "hello", "--json", "--temperature", "0", "--max-tokens", "5"]
     done = shell(environment, arguments, "2>&- <&-")
     assert done.code == 0
     assert json.loads(done.out)["usage"]["completion_tokens"] == 5
