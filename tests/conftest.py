@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # A busy machine makes an example slow, not wrong.
@@ -20,6 +21,12 @@ SHARED = Path(os.environ.get("HYBRID_K2_SHARED", REPO.parent / "shared"))
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Let the tests, and what they start, remember nothing in the user's cache."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> None:
+    """Let oracles multiply on one thread: on small tensors two wait for each other longer than they compute."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,7 @@ def check(value: Any) -> None:
 @pytest.mark.parametrize("thinking", [True, False])
 def test_the_content_fits_its_schema_and_the_thinking_is_free(demo: Engine, thinking: bool, temperature: float) -> None:
     free = demo.chat(QUESTION, thinking=thinking, params=SamplingParams(temperature=0, max_tokens=300))
-    params = SamplingParams(temperature=temperature, max_tokens=400, grammar=Grammar.json_schema(SCHEMA))
+    params = SamplingParams(temperature=temperature, seed=1, max_tokens=400, grammar=Grammar.json_schema(SCHEMA))
     reply = demo.chat(QUESTION, thinking=thinking, params=params)
     check(json.loads(reply.content))
     assert reply.finish_reason == "stop"
@@ -171,7 +171,13 @@ def test_sampling_parameters_cannot_break_a_grammar(demo: Engine) -> None:
     (brace,) = demo.tokenizer.encode("{")
     grammar = Grammar.json_schema({"enum": ["a", "b"]})
     params = SamplingParams(
-        temperature=5.0, top_p=0.01, repetition_penalty=2.0, logit_bias={brace: 100.0}, max_tokens=20, grammar=grammar
+        temperature=5.0,
+        seed=1,
+        top_p=0.01,
+        repetition_penalty=2.0,
+        logit_bias={brace: 100.0},
+        max_tokens=20,
+        grammar=grammar,
     )
     assert demo.chat(QUESTION, thinking=False, params=params).content in ('"a"', '"b"')
 
