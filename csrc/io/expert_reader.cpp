@@ -99,7 +99,8 @@ void for_pieces(int first, int last, int64_t row_bytes, int64_t bytes, int multi
   for (int row = first; row < last; row += rows) use(row, std::min(rows, last - row));
 }
 
-// The same for matrices of which the same rows are read together, `row_bytes` of one row of each.
+// The same for matrices of which the same rows are read together, `row_bytes` of one row of all of them, from where the
+// first one's words lie.
 template <class Use>
 void for_located_pieces(std::initializer_list<MatrixReader*> matrices, int rows, int64_t row_bytes, int multiple,
                         const Use& use) {

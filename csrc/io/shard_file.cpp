@@ -104,12 +104,15 @@ const uint8_t* ShardFile::read(int64_t offset, int64_t bytes, ReadFrom from, Hug
 FetchWindow::FetchWindow(const ShardFile& file, int64_t offset, int64_t bytes) {
 #if defined(MADV_POPULATE_READ)
   if (!file.inside(offset, bytes)) return;
-  const int64_t page = sysconf(_SC_PAGESIZE), first = offset / page * page;
-  // Fails, without a signal, where the file has become too short, and on kernels before 5.14.
-  if (madvise(file.mapping_ + first, size_t(offset + bytes - first), MADV_POPULATE_READ) != 0) return;
-  mapping_ = file.mapping_;
-  first_ = first;
-  last_ = offset + bytes;
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  FetchWindow window;
+  window.mapping_ = file.mapping_;
+  window.first_ = offset / page * page;
+  window.last_ = offset + bytes;
+  // Fails, without a signal, where the file has become too short, and on kernels before 5.14. Pages that came before that
+  // go with the window.
+  if (madvise(window.mapping_ + window.first_, size_t(window.last_ - window.first_), MADV_POPULATE_READ) != 0) return;
+  *this = std::move(window);
 #else
   static_cast<void>(file), static_cast<void>(offset), static_cast<void>(bytes);
 #endif

@@ -10,23 +10,14 @@
 // Sums of a step that is not a row block's last wait in fp32, and not in the output, whose rows may all fall into the same
 // sets of a cache. Nothing is rounded on the way, so results do not depend on how a batch is cut.
 
+#include "kernels/for_each_tile-inl.h"
+
 // Groups of a step for several tokens: 16 KB of bf16 weights, which an L1 cache keeps beside a tile's rows.
 constexpr int kStepGroups = 8;
 
 // Row blocks that take the same step one after the other: what 64 tokens hold of its groups (64 KB in fp32) stays in the
 // L2 cache for them. Their whole rows (1.8 MB at 7168 inputs) would not.
 constexpr int kStepBlocks = 8;
-
-// Cuts `tokens` into the fewest tiles of at most `largest`, as equal as they go.
-template <class Run>
-K2_INLINE void for_each_dense_tile(int tokens, int largest, Run run) {
-  const int tiles = (tokens + largest - 1) / largest;
-  for (int i = 0, first = 0; i < tiles; ++i) {
-    const int size = tokens / tiles + (i < tokens % tiles);
-    run(first, size);
-    first += size;
-  }
-}
 
 // What differs between the types of weights.
 struct DenseForm {
@@ -75,7 +66,7 @@ K2_INLINE void run_tiles(const DenseForm& form, const DenseTask& task, int first
       const uint8_t* next = block + 1 < end            ? form.weights(task, block + 1, group)
                             : next_group < task.groups ? form.weights(task, first, next_group)
                                                        : form.weights(task, end, 0);
-      for_each_dense_tile(task.tokens, form.largest, [&](int token, int size) {
+      for_each_tile(task.tokens, form.largest, [&](int token, int size) {
         DenseStep step = form.step(task, block, token, group, sums[block - first] + token * kDenseRows);
         step.fetch = next;
         step.fetch_lines = lines;

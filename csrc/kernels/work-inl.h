@@ -2,9 +2,10 @@
 //
 // Included inside the anonymous namespace of each kernel file, after
 //   `lanes-inl.h`   the types F32x16 and I32x16 and their operations;
-//   `tile-inl.h`    tile<T>(weights, groups, input[T], prefetch, sums)       one row block times T tokens, T <= kMaxTile
-//                   tile_pair<T>(weights, distance, groups, input[T], prefetch, sums[2])   two row blocks, T = 2 and 3, if kPairs
-//                   tile_streams<S>(weights, distance, groups, input, prefetch, sums)  S row blocks, `distance` apart, one token
+//   `tile-inl.h`    tile<T>(weights, groups, input[T], prefetch, sums)
+//                     one row block times T tokens, T <= kMaxTile;
+//                   tile_streams<S>(weights, distance, groups, input[T], prefetch, sums[S])
+//                     S row blocks, `distance` apart: 1, 2 or 4 with one token, and 2 with two and three if kTwoStreams;
 //                   overloaded for the forms of activations: Hidden, that of the input, and Middle, that of the
 //                   intermediate. They add group after group by one fma each; sums carry the factor 2^kExponentBase;
 //   `pack_group`    for the same forms.
@@ -13,6 +14,7 @@
 // No include guard: it has no meaning outside those namespaces.
 
 #include "kernels/exp-inl.h"
+#include "kernels/for_each_tile-inl.h"
 
 // Six tiles of six: with 16 KB per token at 7168 inputs their activations stay in a 1 MB L2 cache (Zen 4: 198 GOPS at
 // 256 tokens against 187 without the limit), and a row block's weights are read from memory once per call.
@@ -47,10 +49,10 @@ K2_INLINE void add_rows(F32x16 low, F32x16 high, float factor, float* out) {
   store_f32(fma(unscale(high), f32(factor), load_f32(out + kHalfBlock)), out + kHalfBlock);
 }
 
-// silu(gate) * up of one row block for S tokens or streams: gate rows are its first half, up rows its second.
-template <int S>
-K2_INLINE void activate(const Tile<S>& sums, F32x16 (&h)[S]) {
-  for (int s = 0; s < S; ++s) h[s] = mul(silu(unscale(sums.rows[0][s])), unscale(sums.rows[1][s]));
+// silu(gate) * up of one row block for T tokens: gate rows are its first half, up rows its second.
+template <int T>
+K2_INLINE void activate(const Tile<T>& sums, F32x16 (&h)[T]) {
+  for (int t = 0; t < T; ++t) h[t] = mul(silu(unscale(sums.rows[0][t])), unscale(sums.rows[1][t]));
 }
 
 // The first tile over a row block brings it into the cache for the others.
@@ -81,52 +83,31 @@ uint64_t gate_up_tile(const GateUpTask& task, int pair, int first_token) {
   return bad;
 }
 
-// One token: S pairs at once, each a part of the slice away from the next, so that every stream runs through its part in
-// order and the hardware prefetchers follow all of them.
-template <class Hidden, class Middle, int S>
+// Few tokens: S pairs at once, each a part of the slice away from the next, so that every stream runs through its part in
+// order and the hardware prefetchers follow all of them. Two and three tokens gain by two streams, because one leaves
+// memory idle while it multiplies (Emerald Rapids: 87 to 96 and 81 to 88 % of the raw read). Adjacent pairs gain nothing:
+// what a stream prefetches past its end was just read.
+template <class Hidden, class Middle, int S, int T>
 uint64_t gate_up_streams(const GateUpTask& task) {
-  const ptrdiff_t row_block = ptrdiff_t(task.groups) * kBlockBytes;
-  const Hidden* input = reinterpret_cast<const Hidden*>(task.input[0]);
-  Middle* output = reinterpret_cast<Middle*>(task.output[0]);
-  const int part = task.pairs / S;
-  uint64_t bad = 0;
-  for (int i = 0; i < part; ++i) {
-    F32x16 h[2][S];
-    for (int block = 0; block < 2; ++block) {
-      Tile<S> sums;
-      tile_streams<S>(task.weights + (2 * i + block) * row_block, 2 * part * row_block, task.groups, input,
-                      task.policy.prefetch_one, sums);
-      activate<S>(sums, h[block]);
-    }
-    for (int s = 0; s < S; ++s) bad |= !pack_group(h[0][s], h[1][s], output + s * part + i);
-  }
-  for (int pair = S * part; pair < task.pairs; ++pair) bad |= gate_up_tile<Hidden, Middle, 1>(task, pair, 0);
-  return bad;
-}
-
-// Two and three tokens: two pairs at once, as above. One stream leaves memory idle while it multiplies (Emerald Rapids: 87
-// to 96 and 81 to 88 % of the raw read). Adjacent pairs gain nothing: what a stream prefetches past its end was just read.
-template <class Hidden, class Middle, int T>
-uint64_t gate_up_pairs(const GateUpTask& task) {
   const ptrdiff_t row_block = ptrdiff_t(task.groups) * kBlockBytes;
   const Hidden* input[T];
   for (int t = 0; t < T; ++t) input[t] = reinterpret_cast<const Hidden*>(task.input[t]);
-  const int half = task.pairs / 2;
+  const int prefetch = prefetch_distance(task.policy, T, 0);
+  const int part = task.pairs / S;
   uint64_t bad = 0;
-  for (int i = 0; i < half; ++i) {
-    F32x16 h[2][2][T];
+  for (int i = 0; i < part; ++i) {
+    F32x16 h[2][S][T];
     for (int block = 0; block < 2; ++block) {
-      Tile<T> sums[2];
-      tile_pair<T>(task.weights + (2 * i + block) * row_block, 2 * half * row_block, task.groups, input,
-                   task.policy.prefetch_many, sums);
-      for (int s = 0; s < 2; ++s) activate<T>(sums[s], h[s][block]);
+      Tile<T> sums[S];
+      tile_streams<S>(task.weights + (2 * i + block) * row_block, 2 * part * row_block, task.groups, input, prefetch, sums);
+      for (int s = 0; s < S; ++s) activate<T>(sums[s], h[block][s]);
     }
     for (int t = 0; t < T; ++t) {
       Middle* output = reinterpret_cast<Middle*>(task.output[t]) + i;
-      for (int s = 0; s < 2; ++s) bad |= uint64_t(!pack_group(h[s][0][t], h[s][1][t], output + s * half)) << t;
+      for (int s = 0; s < S; ++s) bad |= uint64_t(!pack_group(h[0][s][t], h[1][s][t], output + s * part)) << t;
     }
   }
-  if (task.pairs % 2 != 0) bad |= gate_up_tile<Hidden, Middle, T>(task, 2 * half, 0);
+  for (int pair = S * part; pair < task.pairs; ++pair) bad |= gate_up_tile<Hidden, Middle, T>(task, pair, 0);
   return bad;
 }
 
@@ -143,66 +124,40 @@ void down_tile(const DownTask& task, int block, int first_token) {
   }
 }
 
-template <class Middle, int S>
+template <class Middle, int S, int T>
 void down_streams(const DownTask& task) {
-  const int part = task.blocks / S;
-  for (int i = 0; i < part; ++i) {
-    Tile<S> sums;
-    tile_streams<S>(task.weights + i * task.stride_bytes, part * task.stride_bytes, task.groups,
-                           reinterpret_cast<const Middle*>(task.input[0]), task.policy.prefetch_one, sums);
-    for (int s = 0; s < S; ++s) {
-      add_rows(sums.rows[0][s], sums.rows[1][s], task.factor[0], task.output[0] + (s * part + i) * kRowBlock);
-    }
-  }
-  for (int block = S * part; block < task.blocks; ++block) down_tile<Middle, 1>(task, block, 0);
-}
-
-template <class Middle, int T>
-void down_pairs(const DownTask& task) {
   const Middle* input[T];
   for (int t = 0; t < T; ++t) input[t] = reinterpret_cast<const Middle*>(task.input[t]);
-  const int half = task.blocks / 2;
-  for (int i = 0; i < half; ++i) {
-    Tile<T> sums[2];
-    tile_pair<T>(task.weights + i * task.stride_bytes, half * task.stride_bytes, task.groups, input,
-                 task.policy.prefetch_many, sums);
-    for (int s = 0; s < 2; ++s) {
+  const int prefetch = prefetch_distance(task.policy, T, 0);
+  const int part = task.blocks / S;
+  for (int i = 0; i < part; ++i) {
+    Tile<T> sums[S];
+    tile_streams<S>(task.weights + i * task.stride_bytes, part * task.stride_bytes, task.groups, input, prefetch, sums);
+    for (int s = 0; s < S; ++s) {
       for (int t = 0; t < T; ++t) {
-        add_rows(sums[s].rows[0][t], sums[s].rows[1][t], task.factor[t], task.output[t] + (s * half + i) * kRowBlock);
+        add_rows(sums[s].rows[0][t], sums[s].rows[1][t], task.factor[t], task.output[t] + (s * part + i) * kRowBlock);
       }
     }
   }
-  if (task.blocks % 2 != 0) down_tile<Middle, T>(task, 2 * half, 0);
-}
-
-// Cuts `tokens` into the fewest tiles of at most kMaxTile and makes them as equal as they go: 7 is 4 + 3, not 6 + 1,
-// because a tile of one costs as much memory traffic as a tile of three.
-template <class Run>
-K2_INLINE void for_each_tile(int tokens, Run run) {
-  const int tiles = (tokens + kMaxTile - 1) / kMaxTile;
-  for (int i = 0, first = 0; i < tiles; ++i) {
-    const int size = tokens / tiles + (i < tokens % tiles);
-    run(first, size);
-    first += size;
-  }
+  for (int block = S * part; block < task.blocks; ++block) down_tile<Middle, T>(task, block, 0);
 }
 
 template <class Hidden, class Middle>
 uint64_t gate_up(const GateUpTask& task) {
   if (task.tokens == 1) {
     switch (task.policy.streams) {
-      case 1: return gate_up_streams<Hidden, Middle, 1>(task);
-      case 2: return gate_up_streams<Hidden, Middle, 2>(task);
-      default: return gate_up_streams<Hidden, Middle, 4>(task);
+      case 1: return gate_up_streams<Hidden, Middle, 1, 1>(task);
+      case 2: return gate_up_streams<Hidden, Middle, 2, 1>(task);
+      default: return gate_up_streams<Hidden, Middle, 4, 1>(task);
     }
   }
-  if constexpr (kPairs) {
-    if (task.tokens == 2) return gate_up_pairs<Hidden, Middle, 2>(task);
-    if (task.tokens == 3) return gate_up_pairs<Hidden, Middle, 3>(task);
+  if constexpr (kTwoStreams) {
+    if (task.tokens == 2) return gate_up_streams<Hidden, Middle, 2, 2>(task);
+    if (task.tokens == 3) return gate_up_streams<Hidden, Middle, 2, 3>(task);
   }
   uint64_t bad = 0;
   for (int pair = 0; pair < task.pairs; ++pair) {
-    for_each_tile(task.tokens, [&](int first, int size) {
+    for_each_tile(task.tokens, kMaxTile, [&](int first, int size) {
       switch (size) {
         case 1: bad |= gate_up_tile<Hidden, Middle, 1>(task, pair, first); break;
         case 2: bad |= gate_up_tile<Hidden, Middle, 2>(task, pair, first); break;
@@ -220,17 +175,17 @@ template <class Middle>
 void down(const DownTask& task) {
   if (task.tokens == 1) {
     switch (task.policy.streams) {
-      case 1: return down_streams<Middle, 1>(task);
-      case 2: return down_streams<Middle, 2>(task);
-      default: return down_streams<Middle, 4>(task);
+      case 1: return down_streams<Middle, 1, 1>(task);
+      case 2: return down_streams<Middle, 2, 1>(task);
+      default: return down_streams<Middle, 4, 1>(task);
     }
   }
-  if constexpr (kPairs) {
-    if (task.tokens == 2) return down_pairs<Middle, 2>(task);
-    if (task.tokens == 3) return down_pairs<Middle, 3>(task);
+  if constexpr (kTwoStreams) {
+    if (task.tokens == 2) return down_streams<Middle, 2, 2>(task);
+    if (task.tokens == 3) return down_streams<Middle, 2, 3>(task);
   }
   for (int block = 0; block < task.blocks; ++block) {
-    for_each_tile(task.tokens, [&](int first, int size) {
+    for_each_tile(task.tokens, kMaxTile, [&](int first, int size) {
       switch (size) {
         case 1: down_tile<Middle, 1>(task, block, first); break;
         case 2: down_tile<Middle, 2>(task, block, first); break;

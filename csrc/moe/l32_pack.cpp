@@ -38,19 +38,19 @@ struct RowBlock {
   auto* scales(int row) const { return matrix(row).scales + int64_t(matrix_row(row)) * (matrix(row).inputs / kGroup); }
 };
 
-// Rows of the last groups, where they are fewer than a tile's, filled up with zeros.
-struct Remainder {
+// Rows of fewer groups than a tile has, filled up with zeros.
+struct FewGroups {
   uint32_t words[kRowBlock][kTileGroups * kWordsPerGroup] = {};
   uint16_t scales[kRowBlock][kTileGroups] = {};
 
-  Remainder(const RowBlock<PackedMatrix>& rows, int first_group, int groups) {
+  FewGroups(const RowBlock<PackedMatrix>& rows, GroupRange groups) {
     for (int row = 0; row < kRowBlock; ++row) {
-      std::memcpy(words[row], rows.words(row) + first_group * kWordsPerGroup, size_t(groups) * kGroup / 2);
-      std::memcpy(scales[row], rows.scales(row) + first_group, size_t(groups) * sizeof(uint16_t));
+      std::memcpy(words[row], rows.words(row) + groups.first * kWordsPerGroup, size_t(groups.count) * kGroup / 2);
+      std::memcpy(scales[row], rows.scales(row) + groups.first, size_t(groups.count) * sizeof(uint16_t));
     }
   }
 
-  TileRows rows() const {
+  TileRows tile() const {
     return {{words[0], words[kHalfBlock]}, {scales[0], scales[kHalfBlock]}, kTileGroups * kWordsPerGroup, kTileGroups};
   }
 };
@@ -88,32 +88,27 @@ void finish_writing() {
 uint64_t pack_row_block(const PackTable& packer, const RowBlock<PackedMatrix>& rows, GroupRange groups, L32Matrix kind,
                         int64_t row_index, uint8_t* out) {
   const PackedMatrix& any = *rows.half[0];
-  TileRows tile{{rows.words(0) + groups.first * kWordsPerGroup, rows.words(kHalfBlock) + groups.first * kWordsPerGroup},
-                {rows.scales(0) + groups.first, rows.scales(kHalfBlock) + groups.first},
-                any.inputs / 8,
-                any.inputs / kGroup,
-                {rows.half[0]->fetch, rows.half[1]->fetch}};
   uint64_t digest = 0;
-  const int last = groups.first + groups.count;
-  for (int first = groups.first; first < last; first += kTileGroups) {
+  const int last = groups.first + groups.count, count = std::min(kTileGroups, groups.count);
+  for (int next = groups.first; next < last; next += kTileGroups) {
+    // A tile that would reach beyond the last group begins earlier and writes some blocks again, with the same bits.
+    const int first = std::min(next, last - count);
     BlockSums sums[kTileGroups];
-    const int count = std::min(kTileGroups, last - first);
     bool in_range;
     if (count == kTileGroups) {
-      in_range = packer.tile(tile, out, sums);
+      const TileRows tile{{rows.words(0) + first * kWordsPerGroup, rows.words(kHalfBlock) + first * kWordsPerGroup},
+                          {rows.scales(0) + first, rows.scales(kHalfBlock) + first},
+                          any.inputs / 8,
+                          any.inputs / kGroup,
+                          {rows.half[0]->fetch, rows.half[1]->fetch}};
+      in_range = packer.tile(tile, out + int64_t(first - groups.first) * kBlockBytes, sums);
     } else {
       alignas(64) uint8_t blocks[kTileGroups * kBlockBytes];
-      const Remainder remainder(rows, first, count);
-      in_range = packer.tile(remainder.rows(), blocks, sums);
+      in_range = packer.tile(FewGroups(rows, groups).tile(), blocks, sums);
       std::memcpy(out, blocks, size_t(count) * kBlockBytes);
     }
     if (!in_range) refuse_scale(rows, first);
-    for (int block = 0; block < count; ++block) digest += digest_of(sums[block], kind, row_index + first + block);
-    out += count * kBlockBytes;
-    for (int half = 0; half < 2; ++half) {
-      tile.words[half] += kTileGroups * kWordsPerGroup;
-      tile.scales[half] += kTileGroups;
-    }
+    for (int i = next - first; i < count; ++i) digest += digest_of(sums[i], kind, row_index + first + i);
   }
   finish_writing();
   return digest;

@@ -47,7 +47,7 @@ struct Weights {
   int next = 0;
 };
 
-// Writes the buffer for the first time: the memory comes to be. A small number in all of it is finite as a scale.
+// Writes the buffer for the first time: the memory comes to be. Zero is a scale that can be computed with.
 class Touch final : public Job {
  public:
   Touch(ThreadPool& pool, const HugeBuffer& buffer) : Job(pool), buffer_(buffer) {}

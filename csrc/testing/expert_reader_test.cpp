@@ -5,8 +5,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cinttypes>
+#include <cstdio>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "core/error.h"
@@ -83,6 +88,39 @@ void a_file_may_be_cut_short_under_a_window(Random& random) {
   K2_EXPECT(ftruncate(file.fd, 100) == 0);
   for (int64_t at = 5000; at < 605000; at += 64) __builtin_prefetch(window.at(at));
   K2_EXPECT(!FetchWindow(reader, 5000, 600000).at(5000));
+}
+
+// Bytes of the file that count as this process's memory.
+size_t mapped_bytes(const std::string& path) {
+  std::ifstream smaps("/proc/self/smaps");
+  size_t kib = 0, sum = 0;
+  bool inside = false;
+  for (std::string line; std::getline(smaps, line);) {
+    uintptr_t first, last;
+    if (std::sscanf(line.c_str(), "%" SCNxPTR "-%" SCNxPTR " ", &first, &last) == 2) {
+      inside = line.find(path) != std::string::npos;
+    } else if (inside && std::sscanf(line.c_str(), "Rss: %zu kB", &kib) == 1) {
+      sum += kib * 1024;
+    }
+  }
+  return sum;
+}
+
+// But for a few beside it, which the kernel maps with the first and the last.
+void a_window_leaves_no_pages_behind(Random& random) {
+  const int64_t size = 3 << 20;
+  const size_t few = 1 << 20;
+  const File file(random_bytes(random, size + 10000));
+  const ShardFile reader(file.fd, ReadMode::kAuto);
+  const std::string path = std::filesystem::read_symlink(text("/proc/self/fd/", file.fd));
+  {
+    const FetchWindow window(reader, 5000, size);
+    if (!window.at(5000) || mapped_bytes(path) < size_t(size)) return;  // an old kernel, or one that does not say
+  }
+  K2_EXPECT(mapped_bytes(path) < few);
+  K2_EXPECT(ftruncate(file.fd, size - 100000) == 0);
+  K2_EXPECT(!FetchWindow(reader, 5000, size).at(5000));  // fails near its end
+  K2_EXPECT(mapped_bytes(path) < few);
 }
 
 std::string failure(const ShardFile& file, int64_t offset, int64_t bytes, ReadFrom from) {
@@ -247,6 +285,7 @@ int main(int, char** arguments) {  // folder for files, seed
   k2::every_range_is_read(random);
   k2::the_cache_is_used_and_not_filled(random);
   k2::a_file_may_be_cut_short_under_a_window(random);
+  k2::a_window_leaves_no_pages_behind(random);
   k2::a_file_that_ends_early_is_refused(random);
   k2::a_failing_read_is_refused();
   for (int round = 0; round < 3; ++round) k2::an_expert_is_read_as_it_is_packed(random);

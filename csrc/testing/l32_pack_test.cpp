@@ -1,6 +1,7 @@
 // Packing in pieces, checksums and refusals, for the sanitizers: l32_pack_test SEED [ISA]
 //
 // With an instruction set its packer gives the bits of the portable one. The layout itself is tested from Python.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -128,6 +129,33 @@ void packers_agree(Random& random, const PackTable& packer) {
   }
 }
 
+// A slice of each size, whole tiles and not: it is the inverse of unpacking, and nothing around its blocks is written to.
+void every_number_of_groups_is_packed(Random& random, const PackTable& packer) {
+  for (int count = 1; count <= 13; ++count) {
+    const int before = int(random() % 4), after = int(random() % 4);
+    const Matrix matrix(random, "down", 64, 32 * (before + count + after));
+    const size_t bytes = size_t(2) * count * kBlockBytes, margin = 4 * kBlockBytes;
+    const HugeBuffer memory(margin + bytes + margin);
+    uint8_t* const blocks = memory.data() + margin;
+    const GroupRange groups{before, count};
+    uint64_t expected = 0;
+    const uint64_t sum = pack_l32(packer, matrix.all(), groups, blocks);
+    for (int block = 0; block < 2; ++block) {
+      const int64_t index = int64_t(block) * (before + count + after) + before;
+      expected += digest_blocks(blocks + int64_t(block) * count * kBlockBytes, L32Matrix::kDown, index, count);
+    }
+    K2_EXPECT(sum == expected);
+    for (size_t i = 0; i < margin; ++i) K2_EXPECT(memory.data()[i] == 0 && blocks[bytes + i] == 0);
+    Matrix back = matrix;
+    for (int row = 0; row < matrix.rows; ++row) {
+      std::fill_n(back.words.begin() + (int64_t(row) * matrix.inputs + before * 32) / 8, count * 4, 0);
+      std::fill_n(back.scales.begin() + int64_t(row) * matrix.inputs / 32 + before, count, 0);
+    }
+    unpack_l32(blocks, groups, {back.words.data(), back.scales.data(), back.rows, back.inputs});
+    K2_EXPECT(back.words == matrix.words && back.scales == matrix.scales);
+  }
+}
+
 void channels_are_cut_without_gap_or_overlap(Random& random) {
   for (int round = 0; round < 100; ++round) {
     const int groups = int(random() % 70), nodes = 1 + int(random() % 9);
@@ -232,6 +260,7 @@ int main(int count, char** arguments) {
   k2::exchanged_blocks_and_matrices_are_noticed(random);
   const k2::PackTable& packer = k2::find_packer(count > 2 ? arguments[2] : "portable");
   for (int round = 0; round < 20; ++round) k2::packers_agree(random, packer);
+  k2::every_number_of_groups_is_packed(random, packer);
   k2::a_scale_out_of_range_is_placed(random, packer);
   k2::rows_outside_the_matrix_are_refused(random);
   std::puts("ok");

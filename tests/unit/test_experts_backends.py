@@ -146,11 +146,19 @@ def test_the_instruction_sets_agree_in_every_bit() -> None:
     sizes = (416, 224, 4, 2)
     layers = [native_runtime(isa).make_layer(*sizes) for isa in usable_isas()]
     load_random_experts(*layers)
-    for tokens in (1, 2, 30, 200):
-        hidden, (ids, weights) = torch.randn(tokens, 416), random_routing(tokens, 4, 2)
+
+    def compare(ids: Tensor, weights: Tensor) -> None:
+        hidden = torch.randn(len(ids), 416)
         first, *others = [layer.forward(hidden, ids, weights) for layer in layers]
         for other in others:
             assert torch.equal(other, first)
+
+    for tokens in (1, 2, 30, 200):
+        compare(*random_routing(tokens, 4, 2))
+    for rows in range(1, 20):  # of one expert, which tokens name twice: two rows then add to one output
+        ids = torch.full((2 * ((rows + 1) // 2),), 3, dtype=torch.int32)
+        ids[rows:] = -1  # elsewhere
+        compare(ids.view(-1, 2), torch.randn(len(ids) // 2, 2))
 
 
 def test_more_tokens_than_a_chunk_of_scratch_memory() -> None:

@@ -35,12 +35,6 @@ K2_INLINE __m256i weight_pair(const uint8_t* p) {
   return _mm256_and_si256(Pair == 0 ? values : _mm256_srli_epi16(values, 4 * Pair), _mm256_set1_epi16(15));
 }
 
-K2_INLINE __m256i broadcast_pair(const int16_t* n) {
-  int32_t two;
-  __builtin_memcpy(&two, n, sizeof(two));
-  return _mm256_set1_epi32(two);
-}
-
 // 2 inputs of 16 rows times N tokens.
 template <int Pair, int N>
 K2_INLINE void add_step(const uint8_t* values, int q, const A16Words* const (&x)[N], int g, __m256i (&sums)[2][N]) {

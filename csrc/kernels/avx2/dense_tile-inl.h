@@ -171,12 +171,6 @@ K2_INLINE void store_group(const FixedPoint& x, Int8Group* group) {
   group->correction = -128 * reduce_add(add(x.n[0], x.n[1]));
 }
 
-K2_INLINE __m256i broadcast_pair(const int16_t* n) {
-  int32_t pair;
-  __builtin_memcpy(&pair, n, sizeof(pair));
-  return _mm256_set1_epi32(pair);
-}
-
 // Of every four inputs, the even and the odd ones, in 16 bits.
 struct Pairs {
   __m256i even, odd;

@@ -70,6 +70,13 @@ K2_INLINE int32_t reduce_add(I32x16 x) {
   return _mm_cvtsi128_si32(s);
 }
 
+// Two words in every lane.
+K2_INLINE __m256i broadcast_pair(const int16_t* n) {
+  int32_t two;
+  __builtin_memcpy(&two, n, sizeof(two));
+  return _mm256_set1_epi32(two);
+}
+
 // Keeps a partial sum in its register at this point: left alone, gcc collects several products before it adds them, and
 // spills them all.
 K2_INLINE void pin(__m256i& sum) { __asm__("" : "+x"(sum)); }

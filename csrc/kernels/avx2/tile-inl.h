@@ -1,12 +1,12 @@
 // The tile on AVX2, for the forms of activations whose `add_block`, `one_token` and `add_block_one` are included before it.
 
 constexpr int kMaxTile = 6;
-constexpr bool kPairs = false;
+constexpr bool kTwoStreams = false;
 
 // Groups that one token is prepared for at a time: 1.5 KB. One at a time, its broadcasts would wait for the stores.
 constexpr int kPrepared = 16;
 
-// [half][token or stream]; half 0 = rows 0..15 of the row block.
+// [half][token]; half 0 = rows 0..15 of the row block.
 template <int N>
 struct Tile {
   F32x16 rows[2][N];
@@ -36,16 +36,16 @@ void tile(const uint8_t* weights, int groups, const Group* const (&input)[T], in
 }
 
 template <int S, class Group>
-void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const Group* input, int prefetch,
-                  Tile<S>& sums) {
+void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const Group* const (&input)[1], int prefetch,
+                  Tile<1> (&sums)[S]) {
   __m256 strips[S][4];
   for (int s = 0; s < S; ++s) {
     for (int strip = 0; strip < 4; ++strip) strips[s][strip] = _mm256_setzero_ps();
   }
-  decltype(one_token(*input)) prepared[kPrepared];
+  decltype(one_token(**input)) prepared[kPrepared];
   for (int first = 0; first < groups; first += kPrepared) {
     const int count = groups - first < kPrepared ? groups - first : kPrepared;
-    for (int g = 0; g < count; ++g) prepared[g] = one_token(input[first + g]);
+    for (int g = 0; g < count; ++g) prepared[g] = one_token(input[0][first + g]);
     for (int g = 0; g < count; ++g, weights += kBlockBytes) {
 #pragma GCC unroll 1
       for (int s = 0; s < S; ++s) {
@@ -55,7 +55,7 @@ void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const 
     }
   }
   for (int s = 0; s < S; ++s) {
-    sums.rows[0][s] = {strips[s][0], strips[s][1]};
-    sums.rows[1][s] = {strips[s][2], strips[s][3]};
+    sums[s].rows[0][0] = {strips[s][0], strips[s][1]};
+    sums[s].rows[1][0] = {strips[s][2], strips[s][3]};
   }
 }

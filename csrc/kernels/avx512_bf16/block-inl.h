@@ -4,9 +4,9 @@
 // A vector of nibbles becomes four vectors of bf16 weights by `vpermw` alone: the index is the 16-bit word, shifted by
 // 0, 4, 8 and 12; only its low 5 bits count, and a table of 32 entries that repeats after 16 makes the fifth harmless.
 //
-// Registers of a tile of six tokens: 12 sums of the group, 12 of the row block, 4 vectors of weights, the table and one
-// vector of nibbles = 30 of 32; the activations are broadcast by the instruction's memory operand. Per group and token:
-// 32 vdpbf16ps, then for each half an integer addition to the scale's exponent and an FMA.
+// Registers of a tile of six tokens: 12 sums of the group, 12 of the row block, 2 vectors of nibbles, 2 of weights, the
+// table and a broadcast pair of activations = 30 of 32. Per group and token: 32 vdpbf16ps and 16 broadcasts, then for each
+// half an integer addition to the scale's exponent and an FMA.
 //   Peak: one 512-bit vdpbf16ps per cycle on Zen 4 = 64 operations, the same as two planes of vpdpbusd.
 // Measured on Emerald Rapids: a quarter of what two planes of vpdpbusd do there. Never on Zen 4.
 

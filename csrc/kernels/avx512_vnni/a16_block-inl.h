@@ -1,8 +1,8 @@
 // One block of weights times A16 activations on AVX-512 VNNI.
 //
-// Registers of a tile of six tokens: 12 integer sums, 12 fp32 sums, 4 vectors of unpacked values, 1 mask = 29 of 32;
-// the activations are broadcast by the instruction's memory operand. Per group and token: 32 vpdpbusd (16 per plane),
-// then for each half a conversion, an integer addition to the scale's exponent and an FMA.
+// Registers of a tile of six tokens: 12 integer sums, 12 fp32 sums, 4 vectors of unpacked values, 1 mask, 1 broadcast of
+// activations = 30 of 32. Per group and token: 32 vpdpbusd (16 per plane) and 16 broadcasts, which serve both halves, then
+// for each half a conversion, an integer addition to the scale's exponent and an FMA.
 //   Peak: one 512-bit vpdpbusd per cycle on Zen 4 = 128 operations, halved by the two planes: 236 GOPS at 3.69 GHz.
 //   Measured with the experiment that this follows (2 vCPU Zen 4): 200-210 GOPS per core at 3 and more tokens,
 //   97 % of the raw read bandwidth at one token.

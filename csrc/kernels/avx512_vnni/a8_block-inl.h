@@ -1,6 +1,6 @@
 // One block of weights times A8 activations on AVX-512 VNNI.
 //
-// Registers of a tile of six tokens: as for A16, 29 of 32. Per group and token: 16 vpdpbusd, then for each half a
+// Registers of a tile of six tokens: as for A16, 30 of 32. Per group and token: 16 vpdpbusd, then for each half a
 // conversion, the product of the two scales and an FMA.
 //   Peak: one 512-bit vpdpbusd per cycle on Zen 4 = 128 operations: 472 GOPS at 3.69 GHz. Products and FMAs of the scales
 //   run on the same pipes, so that at most 16 of 20 are left.

@@ -117,12 +117,6 @@ K2_INLINE void store_group(const FixedPoint& x, Int8Group* group) {
   group->correction = -128 * reduce_add(add(x.n[0], x.n[1]));
 }
 
-K2_INLINE __m512i broadcast4(const int8_t* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, sizeof(four));
-  return _mm512_set1_epi32(four);
-}
-
 // Sums over the groups stay in memory, which means the L1 cache: loads and stores take ports that multiplying leaves idle,
 // and so many tokens fit the registers that enough sums are independent of each other.
 template <int T>

@@ -45,6 +45,13 @@ K2_INLINE I32x16 shift_right(I32x16 x) {
 K2_INLINE int32_t reduce_max(I32x16 x) { return _mm512_reduce_max_epi32(x); }
 K2_INLINE int32_t reduce_add(I32x16 x) { return _mm512_reduce_add_epi32(x); }
 
+// Four bytes in every lane.
+K2_INLINE __m512i broadcast4(const int8_t* x) {
+  int32_t four;
+  __builtin_memcpy(&four, x, sizeof(four));
+  return _mm512_set1_epi32(four);
+}
+
 // Makes the compiler keep a sum in one register, where gcc copies those of a loop in and out: a copy is an instruction.
 #if defined(__AVX512F__)
 K2_INLINE void pin(__m512i& x) { __asm__("" : "+v"(x)); }

@@ -1,9 +1,9 @@
 // The tile on AVX-512, for the forms of activations whose `dot_block` and `add_group` are included before it.
 
 constexpr int kMaxTile = 6;
-constexpr bool kPairs = true;  // sums of two row blocks and of a group for 3 tokens take 24 of the 32 registers
+constexpr bool kTwoStreams = true;  // of two and three tokens: their sums and those of a group take 24 of 32 registers
 
-// [half][token or stream]; half 0 = rows 0..15 of the row block.
+// [half][token]; half 0 = rows 0..15 of the row block.
 template <int N>
 struct Tile {
   F32x16 rows[2][N];
@@ -36,39 +36,21 @@ void tile(const uint8_t* weights, int groups, const Group* const (&input)[T], in
   }
 }
 
-template <int T, class Group>
-void tile_pair(const uint8_t* weights, ptrdiff_t distance, int groups, const Group* const (&input)[T], int prefetch,
-               Tile<T> (&sums)[2]) {
-  __m512 totals[2][2][T];  // [row block][half][token]
-  for (int t = 0; t < T; ++t) {
-    for (int s = 0; s < 2; ++s) totals[s][0][t] = totals[s][1][t] = _mm512_setzero_ps();
+template <int S, int T, class Group>
+void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const Group* const (&input)[T], int prefetch,
+                  Tile<T> (&sums)[S]) {
+  __m512 totals[S][2][T];
+  for (int s = 0; s < S; ++s) {
+    for (int t = 0; t < T; ++t) totals[s][0][t] = totals[s][1][t] = _mm512_setzero_ps();
   }
   for (int g = 0; g < groups; ++g, weights += kBlockBytes) {
-#pragma GCC unroll 2
-    for (int s = 0; s < 2; ++s) add_block<T>(weights + s * distance, input, g, prefetch, totals[s]);
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) add_block<T>(weights + s * distance, input, g, prefetch, totals[s]);
   }
-  for (int t = 0; t < T; ++t) {
-    for (int s = 0; s < 2; ++s) {
+  for (int s = 0; s < S; ++s) {
+    for (int t = 0; t < T; ++t) {
       sums[s].rows[0][t] = totals[s][0][t];
       sums[s].rows[1][t] = totals[s][1][t];
     }
-  }
-}
-
-template <int S, class Group>
-void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const Group* input, int prefetch,
-                  Tile<S>& sums) {
-  const Group* const x[1] = {input};
-  __m512 totals[S][2][1];
-  for (int s = 0; s < S; ++s) totals[s][0][0] = totals[s][1][0] = _mm512_setzero_ps();
-  for (int g = 0; g < groups; ++g, weights += kBlockBytes) {
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) {
-      add_block<1>(weights + s * distance, x, g, prefetch, totals[s]);
-    }
-  }
-  for (int s = 0; s < S; ++s) {
-    sums.rows[0][s] = totals[s][0][0];
-    sums.rows[1][s] = totals[s][1][0];
   }
 }

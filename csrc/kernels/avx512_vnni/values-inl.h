@@ -27,12 +27,6 @@ K2_INLINE Values load_values(const uint8_t* p) {
   return {_mm512_and_si512(values, nibble), _mm512_and_si512(_mm512_srli_epi16(values, 4), nibble)};
 }
 
-K2_INLINE __m512i broadcast4(const int8_t* x) {
-  int32_t four;
-  __builtin_memcpy(&four, x, sizeof(four));
-  return _mm512_set1_epi32(four);
-}
-
 // sum += values . x, for one plane of 8 inputs.
 K2_INLINE void add_products(__m512i& sum, const Values& values, const int8_t* x) {
   sum = _mm512_dpbusd_epi32(sum, values.first, broadcast4(x));

@@ -2,9 +2,9 @@
 // `dot_group` and `scale_group` are included before it.
 
 constexpr int kMaxTile = 6;
-constexpr bool kPairs = false;
+constexpr bool kTwoStreams = false;
 
-// [half][token or stream]; half 0 = rows 0..15 of the row block.
+// [half][token]; half 0 = rows 0..15 of the row block.
 template <int N>
 struct Tile {
   F32x16 rows[2][N];
@@ -24,13 +24,7 @@ void tile(const uint8_t* weights, int groups, const Group* const (&input)[T], in
 }
 
 template <int S, class Group>
-void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const Group* input, int /*prefetch*/,
-                  Tile<S>& sums) {
-  const Group* const inputs[1] = {input};
-  for (int s = 0; s < S; ++s) {
-    Tile<1> one;
-    tile<1>(weights + s * distance, groups, inputs, 0, one);
-    sums.rows[0][s] = one.rows[0][0];
-    sums.rows[1][s] = one.rows[1][0];
-  }
+void tile_streams(const uint8_t* weights, ptrdiff_t distance, int groups, const Group* const (&input)[1], int prefetch,
+                  Tile<1> (&sums)[S]) {
+  for (int s = 0; s < S; ++s) tile<1>(weights + s * distance, groups, input, prefetch, sums[s]);
 }
