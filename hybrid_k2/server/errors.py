@@ -47,7 +47,7 @@ _PARAMETER = re.compile(r"([A-Za-z_]\w*(?:[.\[][\w.\[\]'\"-]*)?): ")
 class ApiError(Exception):
     """One request cannot be answered; becomes a JSON error with this status.
 
-    `param` names the parameter at fault; `code` is a word that programs can compare.
+    `param` names the parameter at fault; `code` is a word that programs can compare; `allow`: the methods of a route.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -65,12 +66,15 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+        self.allow = allow
 
     @property
     def headers(self) -> dict[str, str]:
         """The headers that go with the status."""
         if self.status == 401:
             return {"www-authenticate": "Bearer"}
+        if self.allow is not None:
+            return {"allow": self.allow}
         return {} if self.retry_after_s is None else {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
 
 

@@ -208,9 +208,33 @@ def test_another_model_is_not_found(client: Client) -> None:
     assert client.get("/v1/models/gpt-9").status_code == 404
 
 
-def test_no_such_route_and_method(client: Client) -> None:
+def test_no_such_route(client: Client) -> None:
     assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
-    assert client.get(PATH).status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", PATH, "POST"),
+        ("OPTIONS", PATH, "POST"),
+        ("POST", "/health", "GET, HEAD"),
+        ("PUT", "/v1/files", "GET, POST"),
+        ("POST", "/v1/files/file-1", "GET, DELETE"),
+        ("BREW", "/", "GET, HEAD"),
+        ("PATCH", "/anthropic/v1/messages", "POST"),
+    ],
+)
+def test_a_wrong_method_is_told_the_right_ones(client: Client, method: str, path: str, allowed: str) -> None:
+    response = client.request(method, path)
+    assert (response.status_code, response.headers["allow"]) == (405, allowed)
+    assert response.json()["error"]["message"] == f"method: expected {allowed}, got '{method}'"
+
+
+def test_every_method_of_a_route_can_be_told(client: Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"].items()
+    for path, operations in paths:
+        allowed = client.request("BREW", path).headers["allow"].lower().split(", ")
+        assert set(operations) <= set(allowed), path
 
 
 def test_lone_surrogates_are_no_trouble(client: Client, service: ScriptedService, tokenizer: Any) -> None:
