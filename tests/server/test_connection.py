@@ -88,6 +88,15 @@ def answer(client: socket.socket) -> bytes:
     return got
 
 
+def whole_answer(client: socket.socket) -> tuple[bytes, bytes]:
+    """Read until the server closes; return head and body."""
+    got = b""
+    while piece := client.recv(2000):
+        got += piece
+    head, _, body = got.partition(b"\r\n\r\n")
+    return head, body
+
+
 def drip(client: socket.socket, piece: bytes) -> None:
     """Send a little now and then."""
     deadline = time.monotonic() + WAIT_S
@@ -158,6 +167,24 @@ def test_a_client_that_takes_little_at_a_time_gets_all() -> None:
     assert got > 2**26
 
 
+def test_one_connection_too_many_is_told_so() -> None:
+    with serving(App(), connections=2) as port, connect(port) as first, connect(port) as second:
+        for client in (first, second):
+            client.sendall(GET)
+            answer(client)
+        with connect(port) as third:
+            head, body = whole_answer(third)
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nretry-after: 5" in head
+        error = json.loads(body)["error"]
+        assert (error["type"], error["code"]) == ("overloaded_error", "too_many_connections")
+        second.sendall(GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+        whole_answer(second)  # its end: the server has let it go
+        with connect(port) as fourth:
+            fourth.sendall(GET)
+            assert answer(fourth).startswith(b"HTTP/1.1 200 ")
+
+
 @pytest.mark.parametrize(
     ("head", "status", "words"),
     [
@@ -169,10 +196,7 @@ def test_a_client_that_takes_little_at_a_time_gets_all() -> None:
 def test_what_is_no_request_is_a_json_error(head: Callable[[], bytes], status: int, words: str) -> None:
     with serving(App()) as port, connect(port) as client:
         client.sendall(head())
-        got = b""
-        while piece := client.recv(2000):
-            got += piece
-    start, _, body = got.partition(b"\r\n\r\n")
+        start, body = whole_answer(client)
     assert start.startswith(b"HTTP/1.1 %d" % status)
     assert words in json.loads(body)["error"]["message"]
 
