@@ -72,8 +72,8 @@ def message_routes(context: Context) -> APIRouter:
             body.check_fixed()
             limits = context.options.limits
             messages, tools = check_messages(body.chat_messages(), limits), check_tools(body.chat_tools(), limits)
-            tokenizer = context.backend.ready().model.tokenizer
-            count = await asyncio.to_thread(count_prompt_tokens, tokenizer, messages, tools, body.read_thinking())
+            model = context.backend.ready().model
+            count = await asyncio.to_thread(count_prompt_tokens, model, messages, tools, body.read_thinking())
             return json_response({"input_tokens": count})
 
     return router

@@ -166,6 +166,15 @@ def test_counting_tokens(client: Client, service: ScriptedService, tokenizer: An
     assert counted == len(encode_prompt(tokenizer, body["messages"], body["tools"]))
 
 
+@pytest.mark.parametrize("path", ["/v1/tokenizers/estimate-token-count", "/v1/messages/count_tokens"])
+def test_tokens_are_counted_up_to_some_contexts(client: Client, service: ScriptedService, path: str) -> None:
+    bound = 4 * service.context_tokens
+    for text, status in (("1 " * (bound // 2 - 50), 200), ("1 " * bound, 400)):
+        response = client.post(path, {"model": "k2", "messages": [{"role": "user", "content": text}]})
+        assert response.status_code == status, response.text
+    assert response.json()["error"]["message"].startswith(f"messages: expected at most {bound} tokens")
+
+
 def test_request_ids(client: Client) -> None:
     named = client.post("/v1/messages", {}).headers
     assert named["request-id"] == named["x-request-id"]
