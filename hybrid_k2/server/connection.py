@@ -68,8 +68,15 @@ class Connection(H11Protocol):
         uvicorn calls this where it handles h11's error.
         """
         status = getattr(sys.exc_info()[1], "error_status_hint", 400)
-        expected = f"a head of at most {self._limits.header_bytes} bytes" if status == 431 else "valid HTTP"
+        expected = {
+            431: f"a head of at most {self._limits.header_bytes} bytes",
+            501: "a body as it is or in chunks (transfer-encoding), got another coding",
+        }.get(status, "valid HTTP")
         self._refuse(ApiError(status, f"request: expected {expected}"))
+
+    def _should_upgrade(self) -> bool:
+        """Go on in HTTP/1.1, whatever other protocol the client knows; uvicorn would advise to install one."""
+        return False
 
     def _refuse(self, error: ApiError) -> None:
         """Answer with the error, unless an answer is under way, and close."""

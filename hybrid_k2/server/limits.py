@@ -13,6 +13,9 @@ from hybrid_k2.server.run import ClientGoneError
 
 VALUE_BYTES = 64  # that a value takes once it is parsed, or more; each comma of a body is counted as one
 PIECE_BYTES = 64 * 2**10
+# What ends the connection: it is not clear where the next request begins, or that is long in coming. After the others
+# the rest of the body is read and dropped: a client that meets a closed connection while it sends does not read why.
+_ENDING = (400, 408)
 
 
 @dataclass
@@ -47,7 +50,8 @@ class RequestLimits:
                 state = scope.get("state", {})
                 state.get("log", {}).update(logged(error))
                 response = error_response(error, scope["path"], state.get("request_id", ""))
-                response.headers["connection"] = "close"  # the rest of the request stays unread
+                if error.status in _ENDING:
+                    response.headers["connection"] = "close"
                 await response(scope, receive, send)
                 return
             await self._app(scope, _replay(body.content, receive), _in_pieces(send))
