@@ -30,7 +30,7 @@ from hybrid_k2.server.request_log import HEADER, RequestLog
 from hybrid_k2.server.status import status_routes
 from hybrid_k2.server.web_page import read_web_files, web_routes
 
-_METHODS = ("GET", "HEAD", "POST", "DELETE")  # of all routes
+_METHODS = ("GET", "POST", "DELETE")  # of all routes, beside HEAD, which is answered as GET is
 
 
 def create_app(backend: Backend, options: ServerOptions) -> FastAPI:
@@ -107,4 +107,4 @@ def _allowed_methods(request: Request) -> str:
         for method in _METHODS
         if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
     ]
-    return ", ".join(allowed)
+    return ", ".join(allowed).replace("GET", "GET, HEAD")

@@ -36,7 +36,6 @@ def model_routes(context: Context) -> APIRouter:
     """Return the routes."""
     router = APIRouter()
 
-    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> Response:
         """Say whether requests are taken: 200, or 503 while the model loads and while the server drains."""
