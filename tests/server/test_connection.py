@@ -215,6 +215,15 @@ def test_one_connection_too_many_is_told_so() -> None:
         (lambda: b"\x16\x03\x01 no HTTP\r\n\r\n", 400, "valid HTTP"),
         (lambda: b"GET / HTTP/1.1\r\nhost: x\r\nx-long: " + b"y" * 100_000, 431, "65536 bytes"),
         (lambda: b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip\r\n\r\n", 501, "transfer-encoding"),
+        (
+            lambda: b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked, chunked\r\n\r\n",
+            501,
+            "transfer-encoding",
+        ),
+        (lambda: b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n", 400, "valid HTTP"),
+        (lambda: b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: +1\r\n\r\n", 400, "valid HTTP"),
+        (lambda: b"GET / HTTP/1.1\r\nhost: x\r\nhost: y\r\n\r\n", 400, "valid HTTP"),
+        (lambda: b"GET / HTTP/1.1\r\nhost: x\r\nx : y\r\n\r\n", 400, "valid HTTP"),
     ],
 )
 def test_what_is_no_request_is_a_json_error(head: Callable[[], bytes], status: int, words: str) -> None:
