@@ -72,13 +72,16 @@ def model_routes(context: Context) -> APIRouter:
         """Count the tokens of a prompt, as a chat request would have them."""
         body = await read_body(request, EstimateRequest)
         context.check_model(body.model)
-        limits = context.options.limits
-        messages, tools = check_messages(body.messages, limits), check_tools(body.tools, limits)
-        thinking = read_thinking(body.thinking)
-        count = await asyncio.to_thread(count_prompt_tokens, context.backend.ready().model, messages, tools, thinking)
+        count = await asyncio.to_thread(_estimate, body, context)
         return json_response({"code": 0, "data": {"total_tokens": count}, "status": True})
 
     return router
+
+
+def _estimate(body: EstimateRequest, context: Context) -> int:
+    limits = context.options.limits
+    messages, tools = check_messages(body.messages, limits), check_tools(body.tools, limits)
+    return count_prompt_tokens(context.backend.ready().model, messages, tools, read_thinking(body.thinking))
 
 
 def count_prompt_tokens(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -11,10 +12,12 @@ import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from hybrid_k2.server.body import INLINE_BYTES
 from hybrid_k2.server.limits import PIECE_BYTES, VALUE_BYTES, RequestLimits
 from hybrid_k2.server.listen import allow_connections
 from hybrid_k2.server.options import Limits
-from tests.server.conftest import run
+from tests.server.conftest import Client, run
+from tests.server.scripted import Script, ScriptedService
 
 BOUNDS = Limits(body_bytes=1000, all_bodies_bytes=1500)
 
@@ -144,3 +147,37 @@ def test_the_process_may_open_the_files_that_its_connections_need() -> None:
         assert 500 < resource.getrlimit(resource.RLIMIT_NOFILE)[0] <= before[1]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+class Bound(int):
+    """A limit that knows on which threads it was compared."""
+
+    threads: set[threading.Thread]
+
+    def __lt__(self, size: int) -> bool:
+        self.threads.add(threading.current_thread())
+        return int(self) < size
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {}),
+        ("/v1/messages", {"max_tokens": 5}),
+        ("/v1/messages/count_tokens", {}),
+        ("/v1/tokenizers/estimate-token-count", {}),
+        ("/v1/responses", None),
+    ],
+)
+def test_a_large_body_is_not_checked_where_others_wait(
+    make_client: Callable[..., Client], service: ScriptedService, path: str, body: dict[str, Any] | None
+) -> None:
+    bound = Bound(10_000)
+    bound.threads = set()
+    client = make_client(limits=Limits(messages=bound))
+    messages = [{"role": "user", "content": "a" * INLINE_BYTES}]
+    service.scripts = [Script()]
+    response = client.post(path, {"input": messages} if body is None else {"model": "k2", "messages": messages, **body})
+    assert response.status_code in (200, 400), "where it is too long"
+    assert bound.threads
+    assert threading.current_thread() not in bound.threads, "that of the event loop"
