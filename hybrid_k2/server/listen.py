@@ -14,6 +14,7 @@ from pathlib import Path
 from hybrid_k2.errors import ConfigError
 
 _BACKLOG = 512
+REFUSED_AT_ONCE = 64  # connections beyond the bound that are there for as long as it takes to say so
 _OWN_FILES = 256  # that the process may need beside its connections: weights that are read, caches, pipes
 
 
@@ -100,10 +101,11 @@ def _remove_stale(path: Path) -> None:
 def allow_connections(number: int) -> None:
     """Let the process hold so many connections open beside its files. Raises: ConfigError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = number + _OWN_FILES
+    own = _OWN_FILES + REFUSED_AT_ONCE
+    wanted = number + own
     if hard != resource.RLIM_INFINITY and wanted > hard:
         raise ConfigError(
-            f"--max-connections: expected at most {max(hard - _OWN_FILES, 0)}, got {number}: "
+            f"--max-connections: expected at most {max(hard - own, 0)}, got {number}: "
             f"this process may open {hard} files",
             hint="ulimit -Hn shows that limit, LimitNOFILE= sets it in a unit of systemd",
         )

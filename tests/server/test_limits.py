@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import resource
+import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
+from hybrid_k2.server.accept import BoundedListener
 from hybrid_k2.server.body import INLINE_BYTES
 from hybrid_k2.server.limits import PIECE_BYTES, VALUE_BYTES, RequestLimits
 from hybrid_k2.server.listen import allow_connections
@@ -137,14 +141,44 @@ def test_a_large_answer_is_sent_bit_by_bit() -> None:
     assert [message.get("more_body", False) for message in sent[1:]] == [True] * (len(sent) - 2) + [False]
 
 
+def test_more_connections_than_may_be_open_are_not_kept() -> None:
+    with BoundedListener(socket.create_server(("127.0.0.1", 0)), most=2) as listening, ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            return stack.enter_context(socket.create_connection(listening.getsockname()))
+
+        clients = [connect() for _ in range(3)]
+        first, _ = listening.accept()
+        second, _ = listening.accept()
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+        assert clients[2].recv(1) == b"", "it was closed"
+        first.sendall(b"a")
+        assert clients[0].recv(1) == b"a"
+        first.close()
+        first.close()
+        connect()
+        third, _ = listening.accept()
+        socket.close(second.detach())
+        del second  # closed by another hand
+        gc.collect()
+        connect()
+        fourth, _ = listening.accept()
+        connect()
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+        third.close()
+        fourth.close()
+
+
 def test_the_process_may_open_the_files_that_its_connections_need() -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (500, before[1]))
-        allow_connections(200)
+        allow_connections(100)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 500, "it is enough"
         allow_connections(300)
-        assert 500 < resource.getrlimit(resource.RLIMIT_NOFILE)[0] <= before[1]
+        assert 600 < resource.getrlimit(resource.RLIMIT_NOFILE)[0] <= before[1]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
