@@ -22,6 +22,7 @@ from hybrid_k2.server.options import Limits
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 WAIT_S = 60.0  # of a busy machine
 SHORT_S = 0.3
+LONG_S = 600.0  # whatever the machine does meanwhile
 
 
 class App:
@@ -60,6 +61,7 @@ def serving(app: Any, **limits: float) -> Iterator[int]:
         ws="none",
         lifespan="off",
         log_config=None,
+        timeout_keep_alive=int(LONG_S),
         h11_max_incomplete_event_size=bound.header_bytes,
     )
     server = uvicorn.Server(config)
@@ -153,7 +155,7 @@ def test_the_rest_of_a_request_that_has_its_answer() -> None:
 def test_a_body_that_is_too_large_is_told_so_after_it_was_sent(coding: str) -> None:
     """Without a reset, which would take the answer from the client; and the connection goes on."""
     bound = Limits(body_bytes=1000)
-    with serving(RequestLimits(App(), bound)) as port, connect(port) as client:
+    with serving(RequestLimits(App(), bound), head_s=LONG_S, body_s=LONG_S) as port, connect(port) as client:
         client.sendall(f"POST / HTTP/1.1\r\nhost: x\r\n{coding}\r\n\r\n".encode())
         piece = bytes(2**20)
         for _ in range(16):
@@ -192,7 +194,7 @@ def test_a_client_that_takes_little_at_a_time_gets_all() -> None:
 
 
 def test_one_connection_too_many_is_told_so() -> None:
-    with serving(App(), connections=2) as port, connect(port) as first, connect(port) as second:
+    with serving(App(), connections=2, head_s=LONG_S) as port, connect(port) as first, connect(port) as second:
         for client in (first, second):
             client.sendall(GET)
             answer(client)
