@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hybrid_k2.engine.service_types import ServiceOptions
     from hybrid_k2.server.backend import Served
 
-_LISTEN, _ACCESS, _LOAD, _LIMITS = "Where it listens", "Who may call", "How much runs at once", "Limits of a request"
+_LISTEN, _ACCESS, _LOAD, _LIMITS = "Where it listens", "Who may call", "How much runs at once", "Limits of requests"
 
 
 def _option(name: str, metavar: str | None, text: str, panel: str | None = None, **more: Any) -> Any:
@@ -108,6 +108,10 @@ def serve(
         float, _seconds("--drain-timeout", "How long requests may go on after SIGTERM.", _LISTEN)
     ] = 60.0,
     max_body: Annotated[str, _option("--max-body", "SIZE", "The largest body.", _LIMITS)] = "32MiB",
+    max_bodies: Annotated[str, _option("--max-bodies", "SIZE", "All bodies together.", _LIMITS)] = "1GiB",
+    max_connections: Annotated[
+        int, _option("--max-connections", "N", "Connections open at once.", _LIMITS, min=1)
+    ] = 512,
     log_format: Annotated[str, _option("--log-format", "text|json", "How log lines look.")] = "text",
 ) -> None:
     """Serve a model over HTTP, with the dialects of OpenAI and Anthropic."""
@@ -117,7 +121,7 @@ def serve(
         try:
             from hybrid_k2.server.app import create_app
             from hybrid_k2.server.backend import Backend
-            from hybrid_k2.server.listen import check_tls, listen_tcp, listen_unix
+            from hybrid_k2.server.listen import allow_connections, check_tls, listen_tcp, listen_unix
             from hybrid_k2.server.options import Limits, ServerOptions
             from hybrid_k2.server.process import Process
         except ModuleNotFoundError as error:
@@ -127,7 +131,11 @@ def serve(
             ) from None
 
     _show_server_log(log_format)
-    limits = Limits(body_bytes=_read_size(max_body, "--max-body"))
+    limits = Limits(
+        body_bytes=_read_size(max_body, "--max-body"),
+        all_bodies_bytes=_read_size(max_bodies, "--max-bodies"),
+        connections=max_connections,
+    )
     options = ServerOptions(
         model_names=tuple(served_model_name or [_own_name(model)]),
         api_keys=(*(api_key or ()), *(read_keys(api_key_file) if api_key_file else ())),
@@ -148,6 +156,7 @@ def serve(
         cache_path=cache_file,
     )
     tls = check_tls(ssl_certfile, ssl_keyfile)
+    allow_connections(max_connections)
     backend = Backend()
     listener = listen_tcp(host, port, tls) if uds is None else listen_unix(uds)
     if options.hosts or (listener.loopback and not options.api_keys):

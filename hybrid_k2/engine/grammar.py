@@ -27,6 +27,7 @@ MAX_SCHEMA_CHARACTERS = 2**18
 MAX_GRAMMAR_CHARACTERS = 2**20  # all tools together
 MAX_BITS = 64  # of an integer in a schema; llguidance reads no more
 _SHOWN_REASON = 300
+_PLAIN_WORDS = {"NoExtensionBias": "one that none fits"}
 
 # White space as printers of JSON write it, and no more: models are known to write nothing else for ever.
 _OPTIONS = {"whitespace_pattern": r"( |\n {0,20}|\n\t{0,10})?"}
@@ -141,6 +142,7 @@ def reason(error: str) -> str:
     """Take what a user can use from an error of llguidance: not the source, of which we wrote most."""
     text = re.sub(r"^at \d+\(\d+\): ", "", error.partition("\n   1 | ")[0].partition("\n<")[0])
     text = " ".join(text.removeprefix("failed to compile JSON schema: ").replace('"%json"', "it").split())
+    text = _PLAIN_WORDS.get(text, text)
     return text if len(text) <= _SHOWN_REASON else f"{text[: _SHOWN_REASON - 3]}..."
 
 

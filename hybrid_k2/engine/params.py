@@ -49,7 +49,7 @@ class SamplingParams:
     min_p: float | None = None  # 0 to 1; drop tokens less likely than this times the most likely one
     presence_penalty: float | None = None  # -2 to 2; taken from each token that the reply already has
     frequency_penalty: float | None = None  # -2 to 2; taken once for each time that the reply already has it
-    repetition_penalty: float | None = None  # above 0, to 10; divides (or multiplies) logits of tokens seen anywhere
+    repetition_penalty: float | None = None  # 0.01 to 10; divides (or multiplies) logits of tokens seen anywhere
     seed: int | None = None  # None draws one, which the reply reports
     stop: Sequence[str] = ()  # one string or several: end the reply when its content has one; it is not shown
     stop_token_ids: Sequence[int] = ()  # end the reply at one of these tokens; it is not shown
@@ -75,7 +75,7 @@ class SamplingParams:
         _check_number("min_p", self.min_p, 0, 1)
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
-        _check_number("repetition_penalty", self.repetition_penalty, 0, 10, above=True)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 10)
         _check_integer("seed", self.seed, -_INTEGER_BOUND, _INTEGER_BOUND - 1)
         _check_integer("max_tokens", self.max_tokens, 1, _INTEGER_BOUND - 1)
         _check_integer("min_tokens", self.min_tokens, 0, _INTEGER_BOUND - 1, optional=False)
@@ -139,13 +139,12 @@ class SamplingParams:
                     raise RequestError(f"{name}: expected token ids from 0 to {vocab_size - 1}, got {shown(token)}")
 
 
-def _check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if value is None:
         return
     number = not isinstance(value, bool) and isinstance(value, Real)
-    if not number or not low <= value <= high or (above and value == low):
-        span = f"above {low}, at most {high}" if above else f"from {low} to {high}"
-        raise RequestError(f"{name}: expected a number {span}, got {shown(value)}")
+    if not number or not low <= value <= high:
+        raise RequestError(f"{name}: expected a number from {low} to {high}, got {shown(value)}")
 
 
 def _check_integer(name: str, value: Any, low: int, high: int, *, optional: bool = True) -> None:

@@ -32,7 +32,8 @@ def chat_sequences(
     """Prepare `n` answers to a conversation; choice i of those with a seed has seed + i. Raises: RequestError."""
     messages, call_ids = canonical_history(messages)
     tools = expand_builtins(tools, thinking)
-    ids = encode_prompt(loaded.tokenizer, messages, tools, thinking, preserve_thinking)
+    most = loaded.config.max_position_embeddings
+    ids = encode_prompt(loaded.tokenizer, messages, tools, thinking, preserve_thinking, most=most)
     if not messages:
         raise RequestError("messages: expected at least one message, got none")
     thinks = reply_thinks(messages, thinking)
@@ -53,7 +54,8 @@ def text_sequences(
     loaded: LoadedModel, prompt: str | Sequence[int], thinking: bool, params: SamplingParams, n: int = 1
 ) -> list[TokenSequence]:
     """Prepare `n` continuations of a text or of token ids, as `chat_sequences` does. Raises: RequestError."""
-    ids = loaded.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    most = loaded.config.max_position_embeddings
+    ids = loaded.tokenizer.encode(prompt, most=most) if isinstance(prompt, str) else prompt
     if params.grammar is not None and params.grammar.calls:
         raise RequestError("grammar: expected one for content with a prompt, got one for tool calls")
     return _sequences(loaded, ids, partial(PlainText, loaded.tokenizer), [], [], thinking, False, params, n)
@@ -80,7 +82,7 @@ def check_prompt_fits(prompt_tokens: int, loaded: LoadedModel) -> None:
     context, cache = loaded.config.max_position_embeddings, loaded.plan.kv_cache.tokens
     if prompt_tokens > context:
         raise ContextLengthError(
-            f"prompt: expected at most {context} tokens (the model's context), got {prompt_tokens}"
+            f"prompt: expected at most {context} tokens (the model's context), got {prompt_tokens} or more"
         )
     if prompt_tokens > cache:
         raise ContextLengthError(

@@ -86,16 +86,18 @@ def encode_prompt(
     thinking: bool = True,
     preserve_thinking: bool = False,
     add_generation_prompt: bool = True,
+    most: int | None = None,
 ) -> list[int]:
     """Encode a conversation; only the control tokens of the chat format become control ids.
 
-    Where no text looks like a special token, the ids are those of the rendered text.
+    Where no text looks like a special token, the ids are those of the rendered text. Encoding stops when there are more
+    than `most` ids.
     Raises: RequestError for malformed messages or tools, and for images and video, which are not implemented.
     """
     checked = read_messages(messages)
     _refuse_media(checked)
     pieces = _conversation(checked, tools, thinking, preserve_thinking, add_generation_prompt)
-    return tokenizer.encode_parts([(segment.text, segment.control) for segment in _merge_ordinary(pieces)])
+    return tokenizer.encode_parts([(segment.text, segment.control) for segment in _merge_ordinary(pieces)], most)
 
 
 def reply_thinks(messages: Sequence[Mapping[str, Any]], thinking: bool = True) -> bool:

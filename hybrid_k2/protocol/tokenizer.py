@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import codecs
-import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -85,29 +84,19 @@ class Tokenizer:
             raise CheckpointError(f"special token {name}: expected it in the vocabulary, got none of that name")
         return self.special[name]
 
-    def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Encode text; look-alikes of special tokens are ordinary text unless `allow_special` is true."""
-        text = _replace_surrogates(text)
-        allowed = self.special.keys() if allow_special else frozenset()
-        return self._encode_pieces(_split(text, _cuts(text)), frozenset(allowed))
+    def encode(self, text: str, allow_special: bool = False, most: int | None = None) -> list[int]:
+        """Encode text; look-alikes of special tokens are ordinary text unless `allow_special` is true.
 
-    def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> list[int]:
-        """Encode (text, is a special token) parts, with long text cut as if all were one string.
+        Encoding stops when there are more than `most` ids: a text that is too long takes no more time for it.
+        """
+        return self._encode_parts([(text, False)], self.special.keys() if allow_special else (), most)
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]], most: int | None = None) -> list[int]:
+        """Encode (text, is a special token) parts, with long text cut as if all were one string; `most` as above.
 
         Raises: CheckpointError when a special token is not in the vocabulary.
         """
-        clean = [(_replace_surrogates(text), control) for text, control in parts]
-        cuts = _cuts("".join(text for text, _ in clean))
-        ids: list[int] = []
-        start = 0
-        for text, control in clean:
-            if control:
-                ids.append(self.token_id(text))
-            else:
-                inside = [cut - start for cut in cuts if start < cut < start + len(text)]
-                ids += self._encode_pieces(_split(text, inside), frozenset())
-            start += len(text)
-        return ids
+        return self._encode_parts(parts, (), most)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of the ids; a special token gives its name.
@@ -136,13 +125,20 @@ class Tokenizer:
             raise RequestError(f"token id: expected 0..{self.vocab_size - 1}, got {token_id}")
         return self._encoding.decode_single_token_bytes(token_id)
 
-    def _encode_pieces(self, pieces: Iterable[str], allowed: frozenset[str]) -> list[int]:
+    def _encode_parts(self, parts: Sequence[tuple[str, bool]], allowed: Collection[str], most: int | None) -> list[int]:
+        """Encode parts; in their ordinary text the special tokens that are allowed are such tokens."""
+        clean = [(_replace_surrogates(text), control) for text, control in parts]
+        special = frozenset(allowed)
         ids: list[int] = []
-        for piece in pieces:
-            if allowed:
-                ids += self._encoding.encode(piece, allowed_special=allowed, disallowed_special=())
+        for piece, control in _pieces(clean):
+            if control:
+                ids.append(self.token_id(piece))
+            elif special:
+                ids += self._encoding.encode(piece, allowed_special=special, disallowed_special=())
             else:
                 ids += self._encoding.encode_ordinary(piece)
+            if most is not None and len(ids) > most:
+                break
         return ids
 
 
@@ -175,19 +171,30 @@ def _replace_surrogates(text: str) -> str:
     return text
 
 
-def _cuts(text: str) -> list[int]:
-    """Return where long text is cut: each window's end, and each RUN_CHARS inside a run of (non-)white space."""
+def _cuts(text: str) -> Iterator[int]:
+    """Yield where long text is cut: each window's end, and each RUN_CHARS inside a run of (non-)white space."""
     if len(text) <= RUN_CHARS:
-        return []
-    cuts: list[int] = []
+        return
     for start in range(0, len(text), WINDOW_CHARS):
         end = min(start + WINDOW_CHARS, len(text))
         for run in _RUN.finditer(text, start, end):
-            cuts += range(run.start() + RUN_CHARS, run.end(), RUN_CHARS)
-        cuts.append(end)
-    return cuts
+            yield from range(run.start() + RUN_CHARS, run.end(), RUN_CHARS)
+        yield end
 
 
-def _split(text: str, cuts: Sequence[int]) -> list[str]:
-    edges = [0, *cuts, len(text)]
-    return [text[start:end] for start, end in itertools.pairwise(edges) if start < end]
+def _pieces(parts: Sequence[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    """Yield the parts, their ordinary text in pieces; the cuts are those of all text as one."""
+    whole = "".join(text for text, _ in parts)
+    cuts = _cuts(whole)
+    cut = next(cuts, len(whole))
+    start = 0
+    for text, control in parts:
+        end = start + len(text)
+        while not control and cut < end:
+            if cut > start:
+                yield whole[start:cut], False
+                start = cut
+            cut = next(cuts, len(whole))
+        if start < end:
+            yield whole[start:end], control
+        start = end

@@ -14,6 +14,12 @@ from hybrid_k2.server.errors import in_words_of, json_response
 from hybrid_k2.server.run import Run, unless_gone
 from hybrid_k2.server.sse import SseResponse
 
+_NAMES = {  # what the engine calls them: the prompt that messages become, the grammar of a schema
+    "prompt": "messages",
+    "schema": "response_format.json_schema.schema",
+    "grammar": "response_format",
+}
+
 
 async def answer_chat(
     request: Request,
@@ -33,7 +39,7 @@ async def answer_chat(
     build = partial(chat.service_request, served.model.tokenizer, request.state.owner, context.options.limits)
 
     async def submit() -> None:
-        with in_words_of({"prompt": "messages"}):  # the engine speaks of the prompt that they become
+        with in_words_of(_NAMES):
             await run.submit(build)
 
     if stream:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from hybrid_k2.server.answer import answer_chat
 from hybrid_k2.server.anthropic_reply import message, message_frames
 from hybrid_k2.server.anthropic_request import OWN_NAMES, MessagesRequest, PromptFields
-from hybrid_k2.server.body import body_schema, read_body
+from hybrid_k2.server.body import apart, body_schema, read_body
 from hybrid_k2.server.chat import Chat
 from hybrid_k2.server.context import Context
 from hybrid_k2.server.conversation import check_messages, check_tools, read_tool_choice
@@ -52,7 +52,7 @@ def message_routes(context: Context) -> APIRouter:
         with in_words_of(OWN_NAMES):
             body = await read_body(request, MessagesRequest)
             model = context.check_model(body.model)
-            chat = check_message_chat(body, context)
+            chat = await apart(request, partial(check_message_chat, body, context))
             message_id = new_id("msg_")
 
             async def whole(run: Run) -> dict[str, Any]:
@@ -70,10 +70,14 @@ def message_routes(context: Context) -> APIRouter:
             body = await read_body(request, PromptFields)
             context.check_model(body.model)
             body.check_fixed()
-            limits = context.options.limits
-            messages, tools = check_messages(body.chat_messages(), limits), check_tools(body.chat_tools(), limits)
-            tokenizer = context.backend.ready().model.tokenizer
-            count = await asyncio.to_thread(count_prompt_tokens, tokenizer, messages, tools, body.read_thinking())
+            count = await asyncio.to_thread(count_input_tokens, body, context)
             return json_response({"input_tokens": count})
 
     return router
+
+
+def count_input_tokens(body: PromptFields, context: Context) -> int:
+    """Count the tokens of the prompt that a message would have. Raises: ApiError, RequestError."""
+    limits = context.options.limits
+    messages, tools = check_messages(body.chat_messages(), limits), check_tools(body.chat_tools(), limits)
+    return count_prompt_tokens(context.backend.ready().model, messages, tools, body.read_thinking())

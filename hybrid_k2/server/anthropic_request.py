@@ -38,7 +38,7 @@ _EVERY_BLOCK = {"type", "cache_control"}  # a hint to caches; here every prefix 
 # What a chat calls its parameters, and what they are called here.
 OWN_NAMES = {
     r"(tools\[\d+\])\.function\.parameters": r"\1.input_schema",
-    r"(tools\[\d+\])\.function": r"\1",
+    r"(tools\[\d+\])\.function(?=\.)": r"\1",
     r"tool_choice\.function\.name": "tool_choice.name",
     r"response_format(\.json_schema)?": "output_config.format",
 }

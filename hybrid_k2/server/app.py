@@ -9,9 +9,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from hybrid_k2 import __version__
-from hybrid_k2.errors import HybridK2Error
+from hybrid_k2.errors import HybridK2Error, shown
 from hybrid_k2.server.anthropic_messages import message_routes
 from hybrid_k2.server.auth import OPEN_PATHS, ApiKeys, Authentication
 from hybrid_k2.server.backend import Backend
@@ -28,6 +29,8 @@ from hybrid_k2.server.options import ServerOptions
 from hybrid_k2.server.request_log import HEADER, RequestLog
 from hybrid_k2.server.status import status_routes
 from hybrid_k2.server.web_page import read_web_files, web_routes
+
+_METHODS = ("GET", "POST", "DELETE")  # of all routes, beside HEAD, which is answered as GET is
 
 
 def create_app(backend: Backend, options: ServerOptions) -> FastAPI:
@@ -66,7 +69,7 @@ def create_app(backend: Backend, options: ServerOptions) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=options.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=_METHODS,
             allow_headers=["*"],
             expose_headers=[HEADER],
         )
@@ -90,5 +93,18 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         return await _answer_api_error(request, ApiError(404, "route: expected one of this server's, got another"))
     if error.status_code == 405:
-        return await _answer_api_error(request, ApiError(405, f"method: {request.method} is not for this route"))
+        allowed = _allowed_methods(request)
+        return await _answer_api_error(
+            request, ApiError(405, f"method: expected {allowed}, got {shown(request.method)}", allow=allowed)
+        )
     return await _answer_api_error(request, ApiError(error.status_code, error.detail))
+
+
+def _allowed_methods(request: Request) -> str:
+    """Return what the path can be asked for with: several routes may share it, each with methods of its own."""
+    allowed = [
+        method
+        for method in _METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
+    ]
+    return ", ".join(allowed).replace("GET", "GET, HEAD")

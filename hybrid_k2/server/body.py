@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
@@ -13,7 +14,7 @@ from hybrid_k2.errors import RequestError, shown
 from hybrid_k2.files import parse_json_object
 from hybrid_k2.server.errors import ApiError, bad_request
 
-_INLINE_BYTES = 64 * 2**10  # parsing more than this would hold up the other requests
+INLINE_BYTES = 64 * 2**10
 _MAX_COMMAS = 1_000_000  # of a body, in texts too: as many values, which take a hundred times the memory of the text
 _MAX_LEVELS = 128  # of a body; far beyond any real one, and well inside the recursion limit of Python
 
@@ -42,14 +43,19 @@ def check_fields(fields: Mapping[str, Any], known: Collection[str], place: str, 
 
 
 BodyType = TypeVar("BodyType", bound=Body)
+Result = TypeVar("Result")
 
 
 async def read_body(request: Request, form: type[BodyType]) -> BodyType:
     """Read a request's JSON body. A field that is null counts as absent. Raises: ApiError."""
-    body = await request.body()
-    if len(body) > _INLINE_BYTES:
-        return await asyncio.to_thread(parse_body, body, form)
-    return parse_body(body, form)
+    return await apart(request, partial(parse_body, await request.body(), form))
+
+
+async def apart(request: Request, work: Callable[[], Result]) -> Result:
+    """Do what goes through the whole body: in a thread where that is large, and would hold up the other requests."""
+    if len(await request.body()) > INLINE_BYTES:
+        return await asyncio.to_thread(work)
+    return work()
 
 
 def parse_body(body: bytes, form: type[BodyType]) -> BodyType:

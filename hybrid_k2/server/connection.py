@@ -2,7 +2,7 @@
 
 A request's head must come in time, and so must the rest of one that was answered before it was whole; and what the
 server writes must be taken. The time of a body that somebody waits for is bounded in `limits.py`, that of an idle
-connection by uvicorn.
+connection by uvicorn. There are only so many connections at once: one more is told so and closed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from hybrid_k2.server.errors import ApiError, error_object, json_bytes
+from hybrid_k2.server.errors import ApiError, error_object, json_bytes, overloaded
 from hybrid_k2.server.options import Limits
 
 log = logging.getLogger("hybrid_k2.server")
@@ -33,8 +33,12 @@ class Connection(H11Protocol):
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first request."""
+        """Begin to wait for the first request, if there is room for one more connection."""
         super().connection_made(transport)
+        if len(self.connections) > self._limits.connections:
+            self.logger.warning("a connection is refused: %d are open", self._limits.connections)
+            self._refuse(overloaded("connection: expected room for it, got too many others", "too_many_connections"))
+            return
         self._watch_request()
 
     def data_received(self, data: bytes) -> None:
@@ -64,16 +68,28 @@ class Connection(H11Protocol):
         uvicorn calls this where it handles h11's error.
         """
         status = getattr(sys.exc_info()[1], "error_status_hint", 400)
+        expected = {
+            431: f"a head of at most {self._limits.header_bytes} bytes",
+            501: "a body as it is or in chunks (transfer-encoding), got another coding",
+        }.get(status, "valid HTTP")
+        self._refuse(ApiError(status, f"request: expected {expected}"))
+
+    def _should_upgrade(self) -> bool:
+        """Go on in HTTP/1.1, whatever other protocol the client knows; uvicorn would advise to install one."""
+        return False
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer with the error, unless an answer is under way, and close."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            expected = f"a head of at most {self._limits.header_bytes} bytes" if status == 431 else "valid HTTP"
-            body = json_bytes(error_object(ApiError(status, f"request: expected {expected}")))
-            headers = [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(body)).encode()),
-                (b"connection", b"close"),
-            ]
+            body = json_bytes(error_object(error))
+            headers = {
+                "content-type": "application/json",
+                "content-length": str(len(body)),
+                "connection": "close",
+                **error.headers,
+            }
             for event in (
-                h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),
+                h11.Response(status_code=error.status, headers=[*headers.items()], reason=STATUS_PHRASES[error.status]),
                 h11.Data(data=body),
                 h11.EndOfMessage(),
             ):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrid_k2.errors import shown
+from hybrid_k2.protocol.messages import MEDIA_OF_TYPE
 from hybrid_k2.server.body import check_fields
 from hybrid_k2.server.errors import bad_request
 from hybrid_k2.server.options import Limits
@@ -57,6 +58,9 @@ def _check_message(message: Any, place: str) -> dict[str, Any]:
 def _check_part(part: Any, place: str) -> Any:
     if not isinstance(part, Mapping):
         raise bad_request(place, f"expected an object, got {shown(part)}")
+    kind = part.get("type")
+    if kind not in (None, "text") and not (isinstance(kind, str) and kind in MEDIA_OF_TYPE):
+        raise bad_request(f"{place}.type", f"expected text, got {shown(kind)}")
     check_fields(part, _PART_FIELDS, place, "a part of a message")
     return part
 

@@ -3,7 +3,7 @@
     400 the request is wrong         401 no key, or a wrong one       403 a web page from elsewhere, a foreign name
     404 no such route, model, file   405 wrong method                 408 the body came too slowly
     413, 431 body, headers too large 415 the body is packed           429 too many requests of a key
-    499 the client has gone          500 the engine failed, or a bug  503 loading, draining, or the queue is full
+    499 the client has gone          500 the engine failed, or a bug  503 loading, draining, or full
 
 What the engine says about itself (paths, devices) stays in the log; a client reads what concerns its request.
 """
@@ -24,7 +24,7 @@ from hybrid_k2.errors import ContextLengthError, HybridK2Error, RequestError
 
 CLIENT_GONE = 499  # never sent: the log's word for a client that left
 ANTHROPIC_PATHS = ("/v1/messages", "/anthropic/")
-_RETRY_AFTER_S = 5.0  # of a server that loads or ends
+_RETRY_AFTER_S = 5.0  # of a server that loads, ends or is full
 
 _TYPES = {  # of both dialects, where they agree
     400: "invalid_request_error",
@@ -47,7 +47,7 @@ _PARAMETER = re.compile(r"([A-Za-z_]\w*(?:[.\[][\w.\[\]'\"-]*)?): ")
 class ApiError(Exception):
     """One request cannot be answered; becomes a JSON error with this status.
 
-    `param` names the parameter at fault; `code` is a word that programs can compare.
+    `param` names the parameter at fault; `code` is a word that programs can compare; `allow`: the methods of a route.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -65,12 +66,15 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+        self.allow = allow
 
     @property
     def headers(self) -> dict[str, str]:
         """The headers that go with the status."""
         if self.status == 401:
             return {"www-authenticate": "Bearer"}
+        if self.allow is not None:
+            return {"allow": self.allow}
         return {} if self.retry_after_s is None else {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
 
 
@@ -112,6 +116,11 @@ def loading() -> ApiError:
 def shutting_down() -> ApiError:
     """Return the error of a server that is about to end."""
     return ApiError(503, "the server is shutting down", code="draining", retry_after_s=_RETRY_AFTER_S)
+
+
+def overloaded(message: str, code: str) -> ApiError:
+    """Return the error of a server that has no room for the request now."""
+    return ApiError(503, message, code=code, retry_after_s=_RETRY_AFTER_S)
 
 
 def api_error(error: HybridK2Error) -> ApiError:

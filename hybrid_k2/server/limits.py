@@ -1,36 +1,62 @@
-"""What a request's headers and body may be, checked before any of it is parsed."""
+"""What headers and bodies of requests may be, checked before any of it is parsed; and how a large answer is sent."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hybrid_k2.server.errors import ApiError, error_response
+from hybrid_k2.server.errors import ApiError, error_response, logged, overloaded
 from hybrid_k2.server.options import Limits
 from hybrid_k2.server.run import ClientGoneError
 
+VALUE_BYTES = 64  # that a value takes once it is parsed, or more; each comma of a body is counted as one
+PIECE_BYTES = 64 * 2**10
+# What ends the connection: it is not clear where the next request begins, or that is long in coming. After the others
+# the rest of the body is read and dropped: a client that meets a closed connection while it sends does not read why.
+_ENDING = (400, 408)
+
+
+@dataclass
+class _Body:
+    """What has come of a body, and how much memory it is taken to need with what it becomes."""
+
+    content: bytes = b""
+    weight: int = 0  # bytes
+
 
 class RequestLimits:
-    """Refuse a request with too many headers, a body that is too large or packed, or one that comes too slowly."""
+    """Refuse a request with too many headers, a body that is too large or packed, or one that comes too slowly.
+
+    The bodies of all requests that have no whole answer yet are bounded together.
+    """
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app = app
         self._limits = limits
+        self._weight = 0  # of all bodies, in bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        body = _Body()
         try:
-            self._check_headers(scope)
-            body = await self._read_body(receive)
-        except ApiError as error:
-            response = error_response(error, scope["path"], scope.get("state", {}).get("request_id", ""))
-            response.headers["connection"] = "close"  # the rest of the request stays unread
-            await response(scope, receive, send)
-            return
-        await self._app(scope, _replay(body, receive), send)
+            try:
+                self._check_headers(scope)
+                await self._read(body, receive)
+            except ApiError as error:
+                state = scope.get("state", {})
+                state.get("log", {}).update(logged(error))
+                response = error_response(error, scope["path"], state.get("request_id", ""))
+                if error.status in _ENDING:
+                    response.headers["connection"] = "close"
+                await response(scope, receive, send)
+                return
+            await self._app(scope, _replay(body.content, receive), _in_pieces(send))
+        finally:
+            self._weight -= body.weight
 
     def _check_headers(self, scope: Scope) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
@@ -46,10 +72,12 @@ class RequestLimits:
         for name, value in headers:
             if name == b"content-encoding" and value.lower() != b"identity":
                 raise ApiError(415, "content-encoding: expected a body as it is, got one that is packed")
-            if name == b"content-length" and value.isdigit() and int(value[:20]) > self._limits.body_bytes:
-                raise self._too_large(int(value[:20]))
+            if name == b"content-length" and value.isdigit():
+                length = int(value[:20])
+                self._check_size(length)
+                self._check_room(length, 0)
 
-    async def _read_body(self, receive: Receive) -> bytes:
+    async def _read(self, body: _Body, receive: Receive) -> None:
         """Read the whole body. Raises: ApiError, ClientGoneError."""
         parts: list[bytes] = []
         size, more = 0, True
@@ -62,15 +90,25 @@ class RequestLimits:
                 raise ApiError(408, f"body: expected it whole within {self._limits.body_s:g} s") from None
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self._limits.body_bytes:
-                raise self._too_large(size)
+            part = message.get("body", b"")
+            size += len(part)
+            self._check_size(size)
+            weight = len(part) + VALUE_BYTES * part.count(b",")
+            self._check_room(weight, body.weight)
+            parts.append(part)
+            body.weight += weight
+            self._weight += weight
             more = message.get("more_body", False)
-        return b"".join(parts)
+        body.content = b"".join(parts)
 
-    def _too_large(self, size: int) -> ApiError:
-        return ApiError(413, f"body: expected at most {self._limits.body_bytes} bytes, got {size} or more")
+    def _check_size(self, size: int) -> None:
+        if size > self._limits.body_bytes:
+            raise ApiError(413, f"body: expected at most {self._limits.body_bytes} bytes, got {size} or more")
+
+    def _check_room(self, more: int, own: int) -> None:
+        """Refuse `more` bytes beyond the bound; what is alone here may be as large as a body may. Raises: ApiError."""
+        if self._weight > own and self._weight + more > self._limits.all_bodies_bytes:
+            raise overloaded("body: expected room for it, got other requests that take it", "bodies_full")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -85,3 +123,17 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return next_message
+
+
+def _in_pieces(send: Send) -> Send:
+    """Send a large answer bit by bit, as its client takes it: one that takes nothing costs no copy of the whole."""
+
+    async def send_pieces(message: Message) -> None:
+        body = message.get("body", b"")
+        sent = 0
+        while len(body) - sent > PIECE_BYTES:
+            await send({**message, "body": body[sent : sent + PIECE_BYTES], "more_body": True})
+            sent += PIECE_BYTES
+        await send({**message, "body": body[sent:]} if sent else message)
+
+    return send_pieces

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import resource
 import socket
 import ssl
 import stat
@@ -13,6 +14,8 @@ from pathlib import Path
 from hybrid_k2.errors import ConfigError
 
 _BACKLOG = 512
+REFUSED_AT_ONCE = 64  # connections beyond the bound that are there for as long as it takes to say so
+_OWN_FILES = 256  # that the process may need beside its connections: weights that are read, caches, pipes
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,21 @@ def _remove_stale(path: Path) -> None:
             path.unlink()
             return
     raise ConfigError(f"--uds: expected a path that is free, got {path}, where another server listens")
+
+
+def allow_connections(number: int) -> None:
+    """Let the process hold so many connections open beside its files. Raises: ConfigError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    own = _OWN_FILES + REFUSED_AT_ONCE
+    wanted = number + own
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise ConfigError(
+            f"--max-connections: expected at most {max(hard - own, 0)}, got {number}: "
+            f"this process may open {hard} files",
+            hint="ulimit -Hn shows that limit, LimitNOFILE= sets it in a unit of systemd",
+        )
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_tls(certificate: Path | None, key: Path | None) -> bool:

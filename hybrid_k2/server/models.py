@@ -11,12 +11,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hybrid_k2 import __version__
-from hybrid_k2.protocol import Tokenizer, canonical_history, encode_prompt, expand_builtins
+from hybrid_k2.errors import ContextLengthError
+from hybrid_k2.protocol import canonical_history, encode_prompt, expand_builtins
+from hybrid_k2.server.backend import Model
 from hybrid_k2.server.body import AnyObject, Body, body_schema, read_body
 from hybrid_k2.server.context import Context
 from hybrid_k2.server.conversation import check_messages, check_tools
 from hybrid_k2.server.errors import json_response
 from hybrid_k2.server.thinking import Thinking, read_thinking
+
+COUNTED_CONTEXTS = 4  # more tokens are not counted: that takes long, and helps nobody to shorten a prompt
 
 
 class EstimateRequest(Body):
@@ -32,7 +36,6 @@ def model_routes(context: Context) -> APIRouter:
     """Return the routes."""
     router = APIRouter()
 
-    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> Response:
         """Say whether requests are taken: 200, or 503 while the model loads and while the server drains."""
@@ -69,26 +72,29 @@ def model_routes(context: Context) -> APIRouter:
         """Count the tokens of a prompt, as a chat request would have them."""
         body = await read_body(request, EstimateRequest)
         context.check_model(body.model)
-        limits = context.options.limits
-        messages, tools = check_messages(body.messages, limits), check_tools(body.tools, limits)
-        thinking = read_thinking(body.thinking)
-        tokenizer = context.backend.ready().model.tokenizer
-        count = await asyncio.to_thread(count_prompt_tokens, tokenizer, messages, tools, thinking)
+        count = await asyncio.to_thread(_estimate, body, context)
         return json_response({"code": 0, "data": {"total_tokens": count}, "status": True})
 
     return router
 
 
+def _estimate(body: EstimateRequest, context: Context) -> int:
+    limits = context.options.limits
+    messages, tools = check_messages(body.messages, limits), check_tools(body.tools, limits)
+    return count_prompt_tokens(context.backend.ready().model, messages, tools, read_thinking(body.thinking))
+
+
 def count_prompt_tokens(
-    tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]],
-    thinking: Thinking,
+    model: Model, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], thinking: Thinking
 ) -> int:
-    """Count the tokens of a conversation as the engine will encode it. Raises: RequestError."""
+    """Count the tokens of a conversation as the engine will encode it, up to some contexts. Raises: RequestError."""
+    most = COUNTED_CONTEXTS * model.context_tokens
     messages, _ = canonical_history(messages)
     declared = expand_builtins(tools, thinking.on)
-    return len(encode_prompt(tokenizer, messages, declared, thinking.on, thinking.keep))
+    count = len(encode_prompt(model.tokenizer, messages, declared, thinking.on, thinking.keep, most=most))
+    if count > most:
+        raise ContextLengthError(f"messages: expected at most {most} tokens to count, got {count} or more")
+    return count
 
 
 def _model(context: Context, name: str) -> dict[str, Any]:

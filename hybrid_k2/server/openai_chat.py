@@ -15,7 +15,7 @@ from hybrid_k2.engine.params import MAX_LOGPROBS
 from hybrid_k2.errors import shown
 from hybrid_k2.server import moonshot
 from hybrid_k2.server.answer import answer_chat
-from hybrid_k2.server.body import AnyObject, body_schema, read_body
+from hybrid_k2.server.body import AnyObject, apart, body_schema, read_body
 from hybrid_k2.server.chat import Chat
 from hybrid_k2.server.chat_reply import ReplyForm, chat_completion, chat_frames
 from hybrid_k2.server.context import Context
@@ -123,7 +123,7 @@ def chat_routes(context: Context) -> APIRouter:
         """Answer a conversation."""
         body = await read_body(request, ChatRequest)
         model = context.check_model(body.model)
-        chat = check_chat(body, context)
+        chat = await apart(request, partial(check_chat, body, context))
         form = ReplyForm(
             id=new_id("chatcmpl-"),
             model=model,

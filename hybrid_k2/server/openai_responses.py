@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -11,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hybrid_k2.server.answer import answer_chat
-from hybrid_k2.server.body import body_schema, read_body
+from hybrid_k2.server.body import apart, body_schema, read_body
 from hybrid_k2.server.chat import Chat
 from hybrid_k2.server.context import Context
 from hybrid_k2.server.conversation import check_messages, check_tools, read_tool_choice
@@ -52,7 +53,7 @@ def response_routes(context: Context) -> APIRouter:
         with in_words_of(OWN_NAMES):
             body = await read_body(request, ResponsesRequest)
             model = context.check_model(body.model)
-            chat = check_response_chat(body, context)
+            chat = await apart(request, partial(check_response_chat, body, context))
             head, with_logprobs = _head(body, model), chat.logprobs is not None
 
             async def frames(run: Run) -> AsyncGenerator[bytes, None]:

@@ -10,9 +10,11 @@ from hybrid_k2.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much one request may hold; beyond it stands an error of the client, before anything is computed."""
+    """How much a request may hold, and all of them together; beyond it stands an error, before anything is computed."""
 
     body_bytes: int = 32 * 2**20
+    all_bodies_bytes: int = 2**30  # of the requests that have no whole answer yet
+    connections: int = 512  # open at once
     head_s: float = 20.0  # until the whole head of a request must be here
     body_s: float = 60.0  # until the whole body must be here
     write_s: float = 60.0  # in which a client must take some of what was written

@@ -17,9 +17,10 @@ from typing import cast
 import uvicorn
 from starlette.types import ASGIApp
 
+from hybrid_k2.server.accept import BoundedListener
 from hybrid_k2.server.backend import Backend, Served
 from hybrid_k2.server.connection import Connection
-from hybrid_k2.server.listen import Listener
+from hybrid_k2.server.listen import REFUSED_AT_ONCE, Listener
 from hybrid_k2.server.options import Limits
 
 log = logging.getLogger("hybrid_k2.server")
@@ -58,7 +59,8 @@ class Process:
         loader = threading.Thread(target=self._load, args=(load, server, failure), name="loader")
         loader.start()
         try:
-            server.run(sockets=[self.listener.socket])
+            with BoundedListener(self.listener.socket, self.limits.connections + REFUSED_AT_ONCE) as listening:
+                server.run(sockets=[listening])
         finally:
             self.backend.drain()
             loader.join()

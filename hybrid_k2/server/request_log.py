@@ -29,7 +29,8 @@ _QUIET_PATHS = frozenset({"/health", "/metrics", "/v1/hybrid-k2/status", "/v1/hy
 class RequestLog:
     """Give each request an id, answer what went wrong unforeseen with 500, log and count the response.
 
-    A client may name its request with the header `x-request-id`. Routes put what they know into `state["log"]`.
+    A client may name its request with the header `x-request-id`. Routes put what they know into `state["log"]`. HEAD is
+    answered as GET is; the server beneath leaves out the body.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -44,6 +45,9 @@ class RequestLog:
         request_id = _request_id(scope)
         names = [HEADER.encode(), *([_ANTHROPIC_HEADER] if is_anthropic(scope["path"]) else [])]
         facts: dict[str, Any] = {}
+        method = scope["method"]
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}
         scope["state"] = {**scope.get("state", {}), "request_id": request_id, "log": facts}
         status = 0
 
@@ -76,7 +80,7 @@ class RequestLog:
             level = logging.DEBUG if scope["path"] in _QUIET_PATHS else logging.INFO
             line = {
                 "request_id": request_id,
-                "method": scope["method"],
+                "method": method,
                 "route": route,
                 "status": status,
                 "seconds": round(time.perf_counter() - started, 4),

@@ -34,7 +34,7 @@ _INCLUDED = (_LOGPROBS, "reasoning.encrypted_content")
 
 # What a chat calls its parameters, and what they are called here.
 OWN_NAMES = {
-    r"(tools\[\d+\])\.function": r"\1",
+    r"(tools\[\d+\])\.function(?=\.)": r"\1",
     r"tool_choice\.function\.name": "tool_choice.name",
     r"response_format(\.json_schema)?": "text.format",
     "reasoning_effort": "reasoning.effort",

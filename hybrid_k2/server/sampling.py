@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ StopStrings = Annotated[
 
 
 MAX_TOKEN_IDS = 4096  # of one parameter
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
 
 
 def _check_size(value: Any) -> Any:
@@ -117,7 +119,7 @@ def _token_bias(bias: Mapping[str, float]) -> dict[int, float]:
     """Read the keys of a JSON object as token ids. Raises: ApiError."""
     ids: dict[int, float] = {}
     for token, value in bias.items():
-        if not (token.isascii() and token.isdigit() and len(token) <= 9):
+        if not _TOKEN_ID.fullmatch(token):
             raise bad_request("logit_bias", f"expected token ids as keys, got {shown(token)}")
         ids[int(token)] = value
     return ids

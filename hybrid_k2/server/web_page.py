@@ -68,8 +68,8 @@ def web_routes(files: Mapping[str, WebFile]) -> APIRouter:
     """Return the routes of the page."""
     router = APIRouter(include_in_schema=False)
 
-    @router.api_route("/", methods=["GET", "HEAD"])
-    @router.api_route(PREFIX + "{name}", methods=["GET", "HEAD"])
+    @router.get("/")
+    @router.get(PREFIX + "{name}")
     async def get_web_file(request: Request) -> Response:
         """Give a file of the page."""
         file = files.get(request.scope["path"])

@@ -106,8 +106,10 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         code = ended.value.code
         return Done(code if isinstance(code, int) else int(code is not None), out, err)
 
-    log = logging.getLogger("hybrid_k2")
-    handlers, level = [*log.handlers], log.level
+    logs = [logging.getLogger(name) for name in ("hybrid_k2", "hybrid_k2.server")]
+    before = [([*log.handlers], log.level, log.propagate) for log in logs]
     yield call_main
-    log.handlers[:] = handlers
-    log.setLevel(level)
+    for log, (handlers, level, propagate) in zip(logs, before, strict=True):
+        log.handlers[:] = handlers
+        log.setLevel(level)
+        log.propagate = propagate

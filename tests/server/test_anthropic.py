@@ -214,6 +214,7 @@ def block(**fields: Any) -> dict[str, Any]:
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools[0].type"),
         ({"tools": [{**WEATHER, "cost": 1}]}, "tools[0].cost"),
         ({"tools": [{**WEATHER, "name": "a b"}]}, "tools[0].name"),
+        ({"tools": [{**WEATHER, "function": {"name": "a"}}]}, "tools[0].function"),
         ({"tools": [{**WEATHER, "input_schema": 5}]}, "tools[0].input_schema"),
         ({"tools": [{**WEATHER, "strict": True, "input_schema": {"type": "colour"}}]}, "tools[0].input_schema.type"),
         ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "other"}}, "tool_choice.name"),

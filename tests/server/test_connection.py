@@ -16,11 +16,13 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from hybrid_k2.server.connection import Connection
+from hybrid_k2.server.limits import RequestLimits
 from hybrid_k2.server.options import Limits
 
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 WAIT_S = 60.0  # of a busy machine
 SHORT_S = 0.3
+LONG_S = 600.0  # whatever the machine does meanwhile
 
 
 class App:
@@ -59,6 +61,7 @@ def serving(app: Any, **limits: float) -> Iterator[int]:
         ws="none",
         lifespan="off",
         log_config=None,
+        timeout_keep_alive=int(LONG_S),
         h11_max_incomplete_event_size=bound.header_bytes,
     )
     server = uvicorn.Server(config)
@@ -86,6 +89,15 @@ def answer(client: socket.socket) -> bytes:
         assert piece, got
         got += piece
     return got
+
+
+def whole_answer(client: socket.socket) -> tuple[bytes, bytes]:
+    """Read until the server closes; return head and body."""
+    got = b""
+    while piece := client.recv(2000):
+        got += piece
+    head, _, body = got.partition(b"\r\n\r\n")
+    return head, body
 
 
 def drip(client: socket.socket, piece: bytes) -> None:
@@ -139,6 +151,29 @@ def test_the_rest_of_a_request_that_has_its_answer() -> None:
             drip(client, b"x")
 
 
+@pytest.mark.parametrize("coding", ["content-length: 16777216", "transfer-encoding: chunked"])
+def test_a_body_that_is_too_large_is_told_so_after_it_was_sent(coding: str) -> None:
+    """Without a reset, which would take the answer from the client; and the connection goes on."""
+    bound = Limits(body_bytes=1000)
+    with serving(RequestLimits(App(), bound), head_s=LONG_S, body_s=LONG_S) as port, connect(port) as client:
+        client.sendall(f"POST / HTTP/1.1\r\nhost: x\r\n{coding}\r\n\r\n".encode())
+        piece = bytes(2**20)
+        for _ in range(16):
+            client.sendall(piece if "length" in coding else b"%x\r\n%b\r\n" % (len(piece), piece))
+        client.sendall(b"" if "length" in coding else b"0\r\n\r\n")
+        client.sendall(GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+        head, rest = whole_answer(client)
+    assert head.startswith(b"HTTP/1.1 413 ")
+    assert b"HTTP/1.1 200 OK" in rest
+
+
+def test_another_protocol_is_not_taken_up(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(App()) as port, connect(port) as client:
+        client.sendall(GET.replace(b"\r\n\r\n", b"\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n"))
+        assert answer(client).startswith(b"HTTP/1.1 200")
+    assert "upgrade" not in caplog.text.lower()
+
+
 def test_a_client_that_takes_nothing() -> None:
     app = App()
     with serving(app, write_s=SHORT_S) as port, connect(port) as client:
@@ -158,21 +193,45 @@ def test_a_client_that_takes_little_at_a_time_gets_all() -> None:
     assert got > 2**26
 
 
+def test_one_connection_too_many_is_told_so() -> None:
+    with serving(App(), connections=2, head_s=LONG_S) as port, connect(port) as first, connect(port) as second:
+        for client in (first, second):
+            client.sendall(GET)
+            answer(client)
+        with connect(port) as third:
+            head, body = whole_answer(third)
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nretry-after: 5" in head
+        error = json.loads(body)["error"]
+        assert (error["type"], error["code"]) == ("overloaded_error", "too_many_connections")
+        second.sendall(GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+        whole_answer(second)  # its end: the server has let it go
+        with connect(port) as fourth:
+            fourth.sendall(GET)
+            assert answer(fourth).startswith(b"HTTP/1.1 200 ")
+
+
 @pytest.mark.parametrize(
     ("head", "status", "words"),
     [
         (lambda: b"\x16\x03\x01 no HTTP\r\n\r\n", 400, "valid HTTP"),
         (lambda: b"GET / HTTP/1.1\r\nhost: x\r\nx-long: " + b"y" * 100_000, 431, "65536 bytes"),
-        (lambda: b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip\r\n\r\n", 501, "valid HTTP"),
+        (lambda: b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip\r\n\r\n", 501, "transfer-encoding"),
+        (
+            lambda: b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked, chunked\r\n\r\n",
+            501,
+            "transfer-encoding",
+        ),
+        (lambda: b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n", 400, "valid HTTP"),
+        (lambda: b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: +1\r\n\r\n", 400, "valid HTTP"),
+        (lambda: b"GET / HTTP/1.1\r\nhost: x\r\nhost: y\r\n\r\n", 400, "valid HTTP"),
+        (lambda: b"GET / HTTP/1.1\r\nhost: x\r\nx : y\r\n\r\n", 400, "valid HTTP"),
     ],
 )
 def test_what_is_no_request_is_a_json_error(head: Callable[[], bytes], status: int, words: str) -> None:
     with serving(App()) as port, connect(port) as client:
         client.sendall(head())
-        got = b""
-        while piece := client.recv(2000):
-            got += piece
-    start, _, body = got.partition(b"\r\n\r\n")
+        start, body = whole_answer(client)
     assert start.startswith(b"HTTP/1.1 %d" % status)
     assert words in json.loads(body)["error"]["message"]
 

@@ -119,9 +119,13 @@ def test_health_while_loading_serving_and_draining(make_client: MakeClient) -> N
     assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
 
 
-def test_health_can_be_asked_for_without_a_body(client: Client) -> None:
-    response = client.request("HEAD", "/health")
-    assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/gpt-9", "/", "/openapi.json"])
+def test_what_can_be_got_can_be_asked_for_without_a_body(client: Client, path: str) -> None:
+    whole, head = client.get(path), client.request("HEAD", path)
+    assert head.status_code == whole.status_code
+    for name in ("content-type", "content-length"):
+        assert head.headers[name] == whole.headers[name]
+    assert head.content == b""
 
 
 def test_metrics(client: Client, service: ScriptedService, tokenizer: Any) -> None:
@@ -164,6 +168,15 @@ def test_counting_tokens(client: Client, service: ScriptedService, tokenizer: An
     body = {"messages": [{"role": "user", "content": "How many tokens?"}], "tools": [WEATHER]}
     counted = client.post("/v1/tokenizers/estimate-token-count", body).json()["data"]["total_tokens"]
     assert counted == len(encode_prompt(tokenizer, body["messages"], body["tools"]))
+
+
+@pytest.mark.parametrize("path", ["/v1/tokenizers/estimate-token-count", "/v1/messages/count_tokens"])
+def test_tokens_are_counted_up_to_some_contexts(client: Client, service: ScriptedService, path: str) -> None:
+    bound = 4 * service.context_tokens
+    for text, status in (("1 " * (bound // 2 - 50), 200), ("1 " * bound, 400)):
+        response = client.post(path, {"model": "k2", "messages": [{"role": "user", "content": text}]})
+        assert response.status_code == status, response.text
+    assert response.json()["error"]["message"].startswith(f"messages: expected at most {bound} tokens")
 
 
 def test_request_ids(client: Client) -> None:
@@ -314,6 +327,23 @@ def test_a_prompt_beyond_the_context_has_a_code(
     else:
         assert (error["code"], error["param"]) == ("context_length_exceeded", param)
         assert error["message"].startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "place"),
+    [
+        (PATH, HELLO, "response_format.json_schema.schema"),
+        ("/v1/messages", {**HELLO, "max_tokens": 5}, "output_config.format.schema"),
+        ("/v1/responses", {"input": "a"}, "text.format.schema"),
+    ],
+)
+def test_a_schema_that_nothing_fits_has_the_name_of_its_place(
+    client: Client, service: ScriptedService, path: str, body: dict[str, Any], place: str
+) -> None:
+    service.scripts = [Script(refusal=RequestError("schema: expected a grammar that some text fits"))]
+    response = client.post(path, body)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == f"{place}: expected a grammar that some text fits"
 
 
 def test_a_slash_too_much_is_no_redirect(client: Client) -> None:

@@ -76,6 +76,10 @@ def schema_format(**fields: Any) -> dict[str, Any]:
         ({"stop_token_ids": [1] * 4097}, "stop_token_ids"),
         ({"logit_bias": {str(token): "x" for token in range(4097)}}, "logit_bias"),
         ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 2, "01": 1}}, "logit_bias"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
+        (parts({"type": "input_audio", "input_audio": {}}), "messages[0].content[0].type"),
+        (parts({"type": ["text"], "text": "x"}), "messages[0].content[0].type"),
         ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
         ({"logit_bias": {"5": "x"}}, "logit_bias.5"),
         ({"n": 0}, "n"),
@@ -208,9 +212,33 @@ def test_another_model_is_not_found(client: Client) -> None:
     assert client.get("/v1/models/gpt-9").status_code == 404
 
 
-def test_no_such_route_and_method(client: Client) -> None:
+def test_no_such_route(client: Client) -> None:
     assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
-    assert client.get(PATH).status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", PATH, "POST"),
+        ("OPTIONS", PATH, "POST"),
+        ("POST", "/health", "GET, HEAD"),
+        ("PUT", "/v1/files", "GET, HEAD, POST"),
+        ("POST", "/v1/files/file-1", "GET, HEAD, DELETE"),
+        ("BREW", "/", "GET, HEAD"),
+        ("PATCH", "/anthropic/v1/messages", "POST"),
+    ],
+)
+def test_a_wrong_method_is_told_the_right_ones(client: Client, method: str, path: str, allowed: str) -> None:
+    response = client.request(method, path)
+    assert (response.status_code, response.headers["allow"]) == (405, allowed)
+    assert response.json()["error"]["message"] == f"method: expected {allowed}, got '{method}'"
+
+
+def test_every_method_of_a_route_can_be_told(client: Client) -> None:
+    for path, operations in client.get("/openapi.json").json()["paths"].items():
+        allowed = client.request("BREW", path).headers["allow"].lower().split(", ")
+        assert set(allowed) - {"head"} == set(operations), path
+        assert ("head" in allowed) is ("get" in allowed), path
 
 
 def test_lone_surrogates_are_no_trouble(client: Client, service: ScriptedService, tokenizer: Any) -> None:

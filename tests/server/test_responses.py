@@ -156,6 +156,7 @@ def test_effort_none_does_not_think(client: Client, service: ScriptedService, to
         ({"text": {"format": {"type": "json_schema", "schema": {"type": "colour"}}}}, "text.format"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"tools": [{**WEATHER, "name": "a b"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "function": {"name": "a"}}]}, "tools[0].function"),
         ({"tools": [{**WEATHER, "parameters": 5}]}, "tools[0].parameters"),
         ({"tools": [{**WEATHER, "strict": True, "parameters": {"type": "colour"}}]}, "tools[0].parameters.type"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice.name"),

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 
+from hybrid_k2.server.listen import REFUSED_AT_ONCE
 from tests.cli.conftest import ONE_THREAD, Done
 from tests.cli.conftest import call as call  # noqa: PLC0414  (a fixture)
-from tests.server.processes import serving
+from tests.server.processes import START_S, serving
 from tests.server.test_chat import PATH
 
 LONG = {"messages": [{"role": "user", "content": "hello"}], "ignore_eos": True, "stream": True, "temperature": 0}
@@ -79,10 +81,17 @@ def test_tls(tmp_path: Path) -> None:
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
     names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
     subprocess.run([*command.split(), *names], check=True, capture_output=True)
-    with serving(tmp_path, "--ssl-certfile", certificate, "--ssl-keyfile", key) as server:
+    files = ("--ssl-certfile", certificate, "--ssl-keyfile", key)
+    with serving(tmp_path, *files, "--max-connections", "1") as server, ExitStack() as stack:
         assert server.url.startswith("https://127.0.0.1:")
         trusted = ssl.create_default_context(cafile=str(certificate))
         assert httpx.get(f"{server.url}/health", verify=trusted, timeout=30).status_code in (200, 503)
+        # Those that do not end their handshake are bounded, too.
+        host, port = server.url.removeprefix("https://").split(":")
+        silent = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(REFUSED_AT_ONCE + 2)]
+        silent[-1].settimeout(START_S)
+        assert silent[-1].recv(1) == b""
+    assert "Traceback" not in server.text()
 
 
 def test_options_from_a_file_and_the_environment(tmp_path: Path) -> None:
@@ -150,6 +159,9 @@ def test_grammars_are_prepared_before_requests_are_taken(capsys: pytest.CaptureF
         (["--served-model-name", ""], 1, "model name"),
         (["--cache-ram", "much"], 1, "--cache-ram"),
         (["--max-body", "0"], 1, "--max-body"),
+        (["--max-bodies", "all"], 1, "--max-bodies"),
+        (["--max-connections", "0"], 2, "--max-connections"),
+        (["--max-connections", str(2**40)], 1, "--max-connections: expected at most"),
         (["--log-format", "xml"], 2, "--log-format"),
         (["--keep-alive", "nan"], 2, "86400"),
         (["--drain-timeout", "inf"], 2, "86400"),

@@ -25,6 +25,7 @@ from hybrid_k2.errors import (
     RequestError,
     RulesError,
 )
+from hybrid_k2.protocol.tokenizer import WINDOW_CHARS
 from tests.conftest import REPO
 from tests.engines import GREEDY, free_pages, generated, host_rules, random_engine
 from tests.generators import write_checkpoint, write_tokenizer
@@ -237,6 +238,13 @@ def test_the_models_context_is_the_other_limit(tmp_path: Path) -> None:
             engine.generate([1] * 41)
         with pytest.raises(ContextLengthError, match=r"within 40 tokens \(the model's context\)"):
             engine.generate([1] * 40)
+        text = "ab " * (WINDOW_CHARS // 2)
+        beginning = len(engine.tokenizer.encode(text[:WINDOW_CHARS]))
+        with pytest.raises(ContextLengthError, match=f"got {beginning} or more"):
+            engine.generate(text)
+        with pytest.raises(ContextLengthError) as error:
+            ask(engine, text)
+        assert int(error.value.message.split()[-3]) < beginning + 100, "the rest is not encoded"
 
 
 @pytest.mark.parametrize(

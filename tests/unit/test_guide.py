@@ -396,5 +396,5 @@ def test_the_real_vocabulary(kimi_data: Any) -> None:
 
 
 def test_a_grammar_that_no_text_fits_is_refused_at_once() -> None:
-    with pytest.raises(RequestError, match="schema: expected a grammar that some text fits"):
+    with pytest.raises(RequestError, match="schema: expected a grammar that some text fits, got: one that none fits"):
         guide(Grammar.json_schema({"$ref": "#"}))

@@ -24,6 +24,7 @@ WRONG = [
     ("presence_penalty", -2.1),
     ("frequency_penalty", 2.1),
     ("repetition_penalty", 0),
+    ("repetition_penalty", 1e-38),  # would make logits infinite
     ("repetition_penalty", 10.1),
     ("seed", 2**63),
     ("seed", -(2**63) - 1),

@@ -199,6 +199,23 @@ def test_long_text_is_cut_as_the_reference_says(seed: int) -> None:
         assert tokenizer.encode(text) == [token for piece in reference_cuts(text) for token in tokenizer.encode(piece)]
 
 
+def test_text_beyond_the_most_ids_is_not_encoded() -> None:
+    rng = random.Random(7)
+    text = "".join(rng.choice(["ab ", "1", "\n", "你"]) for _ in range(WINDOW_CHARS))
+    head, rest = text[:WINDOW_CHARS], text[WINDOW_CHARS:]
+    assert rest
+    for tokenizer in tokenizers():
+        first = tokenizer.encode(head)
+        whole = first + tokenizer.encode(rest)
+        assert tokenizer.encode(text, most=1) == first
+        assert tokenizer.encode(text, most=len(first)) == whole
+        assert tokenizer.encode("ab 1", most=0) == tokenizer.encode("ab 1"), "a piece is never cut"
+        name = next(iter(tokenizer.special))
+        parts = [(name, True), (text, False), (name, True)]
+        assert tokenizer.encode_parts(parts, most=0) == [tokenizer.special[name]]
+        assert tokenizer.encode_parts(parts, most=10**9) == tokenizer.encode_parts(parts)
+
+
 @pytest.mark.parametrize("text", ["a" * 10**6, " " * 10**6, "\n" * 10**6, "!" * 10**6, "ab " * 10**5, "你" * 10**5])
 def test_long_runs_are_encoded(text: str) -> None:
     for tokenizer in tokenizers():
