@@ -69,7 +69,7 @@ def check(value: Any) -> None:
 @pytest.mark.parametrize("thinking", [True, False])
 def test_the_content_fits_its_schema_and_the_thinking_is_free(demo: Engine, thinking: bool, temperature: float) -> None:
     free = demo.chat(QUESTION, thinking=thinking, params=SamplingParams(temperature=0, max_tokens=300))
-    params = SamplingParams(temperature=temperature, max_tokens=400, grammar=Grammar.json_schema(SCHEMA))
+    params = SamplingParams(temperature=temperature, seed=1, max_tokens=400, grammar=Grammar.json_schema(SCHEMA))
     reply = demo.chat(QUESTION, thinking=thinking, params=params)
     check(json.loads(reply.content))
     assert reply.finish_reason == "stop"
