@@ -89,7 +89,7 @@ def test_keys(call: Call, server: ServerProcess, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("key")
 def test_a_pipe_is_the_prompt_and_notes_say_who_answers(call: Call, server: ServerProcess) -> None:
-    done = call("chat", "--server", server.url, "--max-tokens", "5", stdin=b"hello")
+    done = call("chat", "--server", server.url, "--temperature", "0", "--max-tokens", "5", stdin=b"hello")
     assert done.code == 0
     assert f"server: {server.url}, model demo, " in done.err
     assert "5 tokens (5 thinking) · prefill " in done.err

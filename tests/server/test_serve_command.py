@@ -34,7 +34,7 @@ def test_it_listens_before_the_model_is_there_and_drains(tmp_path: Path) -> None
         states = {httpx.get(f"{url}/health", timeout=30).json()["status"]}
         server.wait_ready()
         assert states <= {"loading", "ok"}
-        with httpx.stream("POST", url + PATH, json={**LONG, "max_tokens": 150}, timeout=120) as stream:
+        with httpx.stream("POST", url + PATH, json={**LONG, "max_tokens": 600}, timeout=120) as stream:
             lines = stream.iter_lines()
             assert next(lines).startswith("data: ")
             server.process.send_signal(signal.SIGTERM)
@@ -46,7 +46,7 @@ def test_it_listens_before_the_model_is_there_and_drains(tmp_path: Path) -> None
         assert last == "data: [DONE]", "what ran may end"
         assert server.ended() == 0
         requests = [json.loads(line) for line in server.text().splitlines() if line.startswith("{")]
-        assert any(line.get("finish_reason") == "length" and line["completion_tokens"] == 150 for line in requests)
+        assert any(line.get("finish_reason") == "length" and line["completion_tokens"] == 600 for line in requests)
 
 
 def test_what_does_not_end_in_time_is_told_so(tmp_path: Path) -> None:

@@ -445,6 +445,9 @@ def test_over_the_demo_model(browser: Browser, tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         server.wait_ready()
         visit = Visit(browser, server.url)
+        visit.page.get_by_role("button", name="Settings").click()
+        visit.page.get_by_label("Temperature").fill("0")
+        visit.page.get_by_role("button", name="Done").click()
         visit.say("What is 17 + 25?")
         visit.page.get_by_text("tokens at").wait_for()
         assert "42" in visit.page.locator(".markdown").inner_text()

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import signal
 import termios
+from typing import Any
 
 import pytest
 
 from hybrid_k2.cli.chat.interrupt import no_echo, on_ctrl_c
+from hybrid_k2.cli.chat.one_shot import answer_once
+from hybrid_k2.cli.chat.options import ChatOptions
+from hybrid_k2.cli.terminal import Output
+from hybrid_k2.engine.params import SamplingParams
+from hybrid_k2.protocol import Event
 
 
 def press() -> None:
@@ -39,3 +46,26 @@ def test_keys_are_not_shown_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
         assert termios.tcgetattr(terminal) == before
         monkeypatch.undo()
     os.close(keyboard)
+
+
+def test_one_answer_that_is_interrupted_while_it_is_shown_ends_its_request() -> None:
+    class Reply:
+        model, closed = "k2", False
+
+        def start(self, *_: object) -> Any:
+            return self
+
+        def __iter__(self) -> Any:
+            yield Event("content", "Once upon a time")
+
+        def close(self) -> None:
+            self.closed = True
+
+    class Screen(io.StringIO):
+        def write(self, text: str) -> int:
+            raise KeyboardInterrupt
+
+    reply = Reply()
+    with pytest.raises(KeyboardInterrupt):
+        answer_once(reply, ChatOptions(SamplingParams()), "hi", Output(Screen()), Output(io.StringIO()), as_json=False)  # type: ignore[arg-type]
+    assert reply.closed

@@ -352,8 +352,8 @@ def test_ctrl_c_while_the_model_computes(engine: Engine) -> None:
     generation = engine.generate(random_ids(20), params=GREEDY)
     next(generation)
     timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), generation:  # noqa: PT012
+        timer.start()
         for _ in generation:
             pass
         timer.join()

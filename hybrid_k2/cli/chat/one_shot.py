@@ -6,6 +6,7 @@ import fcntl
 import json
 import sys
 import termios
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from hybrid_k2.cli.chat.backend import Backend
@@ -52,14 +53,14 @@ def answer_once(
     """
     view = ReplyView(answer, notes)
     messages = Conversation(options.system, [{"role": "user", "content": text}]).prompt()
-    stream = backend.start(messages, options, view.show_prefill)
-    try:
-        for event in stream:
-            if not as_json:
-                view.show(event)
-    finally:
-        view.finish()
-    reply = stream.reply
+    with closing(backend.start(messages, options, view.show_prefill)) as stream:
+        try:
+            for event in stream:
+                if not as_json:
+                    view.show(event)
+        finally:
+            view.finish()
+        reply = stream.reply
     if as_json:
         answer.line(json.dumps(as_object(reply, backend.model), ensure_ascii=False))
     else:

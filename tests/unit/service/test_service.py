@@ -104,18 +104,17 @@ def test_a_long_prompt_does_not_stop_replies(engine: Engine) -> None:
     chance = random.Random()
     with serve(engine, step_tokens=20) as service:
         sizes: list[tuple[int, int]] = []
+        second: list[Client] = []
 
         def note(_: Client, event: object) -> None:
             if isinstance(event, Piece):
                 stats = service.stats()
                 sizes.append((stats.step_prompt_tokens, stats.step_sequences))
+                if not second:
+                    second.append(Client(service, random_ids(chance, 300), replace(PARAMS, max_tokens=3)))
 
-        first = Client(service, random_ids(chance, 5), replace(PARAMS, max_tokens=100), on_event=note)
-        while not first.pieces():
-            time.sleep(0.001)
-        second = Client(service, random_ids(chance, 300), replace(PARAMS, max_tokens=3))
-        second.wait()
-        first.wait()
+        Client(service, random_ids(chance, 5), replace(PARAMS, max_tokens=100), on_event=note).wait()
+        second[0].wait()
     beside = [tokens for tokens, sequences in sizes if sequences == 2 and tokens]
     assert len(beside) > 10
     assert max(beside) == 19
@@ -125,17 +124,17 @@ def test_prompts_take_turns(engine: Engine) -> None:
     """A short prompt behind a long one does not wait for all of it."""
     chance = random.Random()
     with serve(engine, step_tokens=16) as service:
-        order: list[str] = []
-        long = Client(service, random_ids(chance, 400), on_event=lambda *_: order.append("long"), params=PARAMS)
-        while len(long.progress) < 2:
-            time.sleep(0.001)
-        short = Client(
-            service, random_ids(chance, 20), replace(PARAMS, max_tokens=1), on_event=lambda *_: order.append("short")
-        )
-        short.wait()
-        assert not long.pieces()
-        long.ticket.cancel()
-        long.wait()
+        short: list[Client] = []
+        before: list[int] = []  # pieces of the long one's reply at each event of the short one
+
+        def note(long: Client, event: object) -> None:
+            if not short and len(long.progress) == 2:
+                request = random_ids(chance, 20), replace(PARAMS, max_tokens=1)
+                short.append(Client(service, *request, on_event=lambda *_: before.append(len(long.pieces()))))
+
+        Client(service, random_ids(chance, 400), PARAMS, on_event=note).wait()
+        short[0].wait()
+        assert set(before) == {0}
 
 
 def test_one_prompt_at_a_time_has_all_its_logits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,22 +234,30 @@ def test_without_places_a_request_may_still_run(engine: Engine) -> None:
 
 def test_a_key_runs_no_more_than_its_share(engine: Engine) -> None:
     with serve(engine, max_running=3, max_running_per_key=1) as service:
-        clients = [Client(service, [1, 2, 3], replace(PARAMS, max_tokens=60), key=key) for key in "aaab"]
-        while not clients[3].pieces():
-            time.sleep(0.001)
-        assert not clients[1].events
-        assert service.stats().running <= 2
+        running: list[int] = []
+
+        def note(*_: object) -> None:
+            running.append(service.stats().running)
+
+        with service._changed:  # so that all of them wait for the first step
+            clients = [Client(service, [1, 2, 3], PARAMS, key=key, on_event=note) for key in "aaab"]
         assert all(client.reply.finish_reason == "length" for client in clients)
+    assert max(running) == 2
 
 
 def test_keys_take_turns(engine: Engine) -> None:
     """Twenty requests of one key do not keep another's waiting for all of them."""
-    ended: list[str] = []
+    waiting: list[int] = []
     with serve(engine, max_running=1) as service:
-        many = [Client(service, [1, 2, 3], PARAMS, key="a", on_event=lambda *_: ended.append("a")) for _ in range(20)]
-        one = Client(service, [1, 2, 3], PARAMS, key="b", on_event=lambda *_: ended.append("b"))
+        with service._changed:  # so that all of them wait for the first step
+            many = [Client(service, [1, 2, 3], PARAMS, key="a") for _ in range(20)]
+
+            def count(*_: object) -> None:
+                waiting.append(sum(not client.events for client in many))
+
+            one = Client(service, [1, 2, 3], PARAMS, key="b", on_event=count)
         one.wait()
-        assert sum(not client.events for client in many) > 10
+        assert min(waiting) > 10
         assert service.drain(60)
 
 
