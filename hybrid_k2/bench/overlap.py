@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hybrid_k2.accelerator import Trace, check_writable
+from hybrid_k2.accelerator import Trace, check_trace_file
 from hybrid_k2.bench.slice import CONTEXT, slice_config, widths, write_slice
 from hybrid_k2.checkpoint import Checkpoint
 from hybrid_k2.config import ModelConfig
@@ -126,7 +126,7 @@ def measure_overlap(
     """
     tokens = check_tokens(sequences, context, steps)
     if trace_to is not None:
-        check_writable(trace_to)
+        check_trace_file(trace_to)
     config = slice_config(widths(scale), layers, experts, "bench overlap")
     torch.manual_seed(seed)
     total = steps + WARM_STEPS
