@@ -13,6 +13,8 @@ from typing import Any
 from hybrid_k2.errors import ConfigError, HybridK2Error, shown
 
 MAX_BYTES = 100_000_000  # many times the largest file of K2.6 that is read whole; the index has a limit of its own
+LFS_POINTER = b"version https://git-lfs"  # a repository cloned without its large files has text files in their place
+LFS_HINT = "the large files were not downloaded: run `git lfs pull` in the checkpoint folder"
 MAX_DIGITS = 1000  # of an integer in JSON; far beyond any use, and well inside what Python reads and writes
 
 
@@ -27,12 +29,15 @@ def read_file(path: Path, error_class: type[HybridK2Error], max_bytes: int = MAX
             raise error_class(f"{path}: expected a file, got {kind_of(status.st_mode)}")
         if status.st_size > max_bytes:
             raise error_class(f"{path}: expected at most {max_bytes} bytes, got {status.st_size}")
-        return path.read_bytes()
+        data = path.read_bytes()
     except FileNotFoundError:
         found = "a link to a file that does not exist" if os.path.lexists(path) else "no such file"
         raise error_class(f"{path}: expected a file, got {found}") from None
     except OSError as error:
         raise error_class(f"{path}: cannot be read: {error.strerror}") from None
+    if data.startswith(LFS_POINTER):
+        raise error_class(f"{path}: expected the file itself, got a Git LFS pointer", hint=LFS_HINT)
+    return data
 
 
 def check_writable(path: str | Path, kind: str, start: bytes) -> Path:

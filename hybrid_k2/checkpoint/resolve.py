@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from hybrid_k2.config import ModelConfig
+from hybrid_k2.config import CONFIG_NAME, ModelConfig
 from hybrid_k2.errors import CheckpointError
 
 # What the engine reads of a repository; no code of it is fetched or run.
@@ -62,14 +62,19 @@ def _exists(path: Path) -> bool:
 
 def _folder(path: Path) -> Path:
     hint = "give the folder that holds config.json and the model's .safetensors files"
+    gguf_hint = f"GGUF is not read: {hint}, as moonshotai/Kimi-K2.6 has them"
     if not path.is_dir():
-        raise CheckpointError(f"{path}: expected a checkpoint folder, got a file", hint=hint)
+        raise CheckpointError(
+            f"{path}: expected a checkpoint folder, got a file", hint=gguf_hint if path.suffix == ".gguf" else hint
+        )
     try:
-        empty = not any(path.iterdir())
+        names = [entry.name for entry in path.iterdir()]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if empty:
+    if not names:
         raise CheckpointError(f"{path}: expected a checkpoint folder, got an empty one", hint=hint)
+    if CONFIG_NAME not in names and any(name.endswith(".gguf") for name in names):
+        raise CheckpointError(f"{path}: expected a checkpoint with {CONFIG_NAME}, got GGUF files", hint=gguf_hint)
     return path
 
 

@@ -210,6 +210,20 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"file\.safetensors: expected a checkpoint folder, got a file") as error:
         resolve_checkpoint(str(tmp_path / "file.safetensors"))
     assert error.value.hint
+    assert "GGUF" not in error.value.hint
+
+
+def test_gguf_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "Kimi-K2.6-Q4_K_M.gguf"
+    file.write_bytes(b"GGUF")
+    for path in (file, tmp_path):
+        with pytest.raises(
+            CheckpointError, match=r"expected a checkpoint (folder, got a file|with .*, got GGUF)"
+        ) as error:
+            resolve_checkpoint(str(path))
+        assert "GGUF is not read" in str(error.value.hint)
+    (tmp_path / "config.json").touch()  # both kinds in one folder
+    assert resolve_checkpoint(str(tmp_path)) == tmp_path
 
 
 def test_a_folder_that_nobody_may_look_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
