@@ -84,8 +84,8 @@ class OverlapReport:
         hot = (f"hot experts      {self.hot_experts} of each layer; hits by layer {rates}",) if rates else ()
         return "\n".join(
             (
-                f"{self.accelerator} ({self.accelerator_threads or 'no'} host threads), experts: {self.experts} "
-                f"({self.experts_threads} threads)",
+                f"{self.accelerator} (threads of the host: {self.accelerator_threads}), experts: {self.experts} "
+                f"(threads: {self.experts_threads})",
                 f"{self.sequences} sequences behind {self.context} tokens, {self.moe_layers} MoE layers, "
                 f"{self.steps} steps",
                 f"overlap share    {share}",

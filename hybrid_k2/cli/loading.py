@@ -151,14 +151,19 @@ def _watched(notes: Output, speed: Speed, watch: Progress) -> Iterator[Progress]
     yield report
 
 
+def _duration(seconds: float) -> str:
+    """Show how long something takes, in minutes from two of them on."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
 def _lines(notes: Output, speed: Speed) -> Progress:
     def report(done: int, total: int) -> None:
         speed.report(done)
         seconds, rate = speed.since_mark()
         if seconds >= LINE_EVERY_S:
             speed.mark()
-            notes.line(
-                f"loading: {100 * done // max(total, 1)} % of {format_bytes(total)}, {format_bytes(int(rate))}/s"
-            )
+            left = f", {_duration((total - done) / rate)} left" if rate else ""
+            share = 100 * done // max(total, 1)
+            notes.line(f"loading: {share} % of {format_bytes(total)}, {format_bytes(int(rate))}/s{left}")
 
     return report

@@ -157,7 +157,8 @@ def serve(
     if options.hosts or (listener.loopback and not options.api_keys):
         options = replace(options, hosts=("localhost", host, *options.hosts))
     notes = Output(sys.stderr)
-    notes.line(f"listening on {listener.address}")
+    page = "" if no_web or uds is not None else "a page for chats at /, "
+    notes.line(f"listening on {listener.address} ({page}the APIs under /v1)")
     if not options.api_keys and uds is None and not listener.loopback:
         notes.line("warning: no --api-key, so everybody who reaches this address may call", "warning")
     process = Process(
