@@ -23,16 +23,25 @@ from tests.conftest import REPO
 from tests.generators import write_checkpoint
 
 COMMIT = "c0ffee" + 34 * "0"
-# Resolves every argument ("config:NAME": its configuration alone) and prints one JSON line for each: the folder, or the
-# error's class and text.
+# Resolves every argument ("config:NAME": its configuration alone; "tight:NAME": loads it into 1 KiB) and prints one
+# JSON line for each: the folder, or the error's class and text.
 PROGRAM = """
 import json, sys
 from hybrid_k2.checkpoint import resolve_checkpoint, resolve_configuration
 from hybrid_k2.errors import HybridK2Error
+
+def load_into_1_kib(name):
+    from dataclasses import replace
+    from hybrid_k2.engine.loading import load_model
+    from hybrid_k2.placement import shipped_rules
+    rules = shipped_rules("host")
+    return load_model(name, replace(rules, devices=replace(rules.devices, host_memory_bytes=1024)), None, None).folder
+
+KINDS = {"config": resolve_configuration, "tight": load_into_1_kib}
 for name in sys.argv[1:]:
     try:
-        resolve = resolve_configuration if name.startswith("config:") else resolve_checkpoint
-        print(json.dumps(["folder", str(resolve(name.removeprefix("config:")))]))
+        kind, _, rest = name.partition(":")
+        print(json.dumps(["folder", str(KINDS[kind](rest) if rest else resolve_checkpoint(name))]))
     except HybridK2Error as error:
         print(json.dumps([type(error).__name__, str(error)]))
 """
@@ -180,6 +189,13 @@ def test_of_a_repository_that_is_planned_no_weights_are_fetched(hub: Downloads) 
     assert planned_packed(folder, ModelConfig.load(folder))
     assert {"config.json", "model.safetensors.index.json"} <= {path.name for path in folder.iterdir()}
     assert not list(folder.glob("*.safetensors"))
+    assert not any("lab/large" in path and path.endswith((".safetensors", ".model")) for path in hub.asked)
+
+
+def test_a_repository_that_does_not_fit_the_machine_is_refused_before_its_weights(hub: Downloads) -> None:
+    (large,) = hub.resolve("tight:lab/large")
+    assert large[0] == "MemoryBudgetError", large
+    assert "host: expected a plan of at most 1.00 KiB" in large[1]
     assert not any("lab/large" in path and path.endswith((".safetensors", ".model")) for path in hub.asked)
 
 
