@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+try:
+    import matplotlib
+except ModuleNotFoundError:
+    sys.exit("error: roofline: expected matplotlib, got none installed\nhint: pip install '.[bench]'")
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt

@@ -7,7 +7,7 @@ from hybrid_k2.accelerator.handoff_submit import SubmitHandoff
 from hybrid_k2.accelerator.hot import HotExperts, TwinHotExperts
 from hybrid_k2.accelerator.inline import InlineAccelerator
 from hybrid_k2.accelerator.slots import TimeLimit
-from hybrid_k2.accelerator.trace import Trace, check_writable
+from hybrid_k2.accelerator.trace import Trace, check_trace_file
 from hybrid_k2.accelerator.twin import HostTwin
 
 __all__ = [
@@ -23,5 +23,5 @@ __all__ = [
     "TimeLimit",
     "Trace",
     "TwinHotExperts",
-    "check_writable",
+    "check_trace_file",
 ]

@@ -6,15 +6,13 @@ Times are those of CLOCK_MONOTONIC in ns (`time.monotonic_ns`, and `steady_clock
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_k2.errors import ConfigError, EngineError
-from hybrid_k2.files import kind_of
+from hybrid_k2.files import check_writable
 
 if TYPE_CHECKING:
     from hybrid_k2.accelerator.base import Label
@@ -79,39 +77,14 @@ class Trace:
         return ((event.start_ns, event.stop_ns) for event in list(self.events) if event.label.lane == lane)
 
 
-def check_writable(path: str | Path) -> Path:
-    """Make sure that a trace can be written there, before there is one, and leave no new file behind.
+def check_trace_file(path: str | Path) -> Path:
+    """Make sure that a trace can be written there, before there is one (`files.check_writable`).
 
-    Of what is there already, only a trace, or an empty file, may be replaced.
     Raises: ConfigError.
     """
     if not str(path).strip():
         raise ConfigError(f"trace: expected the name of a file, got {str(path)!r}")
-    try:
-        target = Path(os.path.realpath(path))  # a link may lead to a file that is not there yet
-        new = not target.exists()
-        if not new:
-            _check_replaceable(path, target)
-        target.open("a").close()
-        if new:
-            target.unlink()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: expected a trace file that can be written, got {reason}") from error
-    return Path(path)
-
-
-def _check_replaceable(path: str | Path, target: Path) -> None:
-    mode = target.stat().st_mode
-    if not stat.S_ISREG(mode):  # opening a pipe would wait for its reader
-        raise ConfigError(f"{path}: expected a trace file that can be written, got {kind_of(mode)}")
-    start = _text(Trace()).removesuffix("]}").encode()
-    with target.open("rb") as file:
-        if (found := file.read(len(start))) and found != start:
-            raise ConfigError(
-                f"{path}: expected a trace, an empty file or none, got a file that holds something else",
-                hint="name another file; this one stays as it is",
-            )
+    return check_writable(path, "trace", _text(Trace()).removesuffix("]}").encode())
 
 
 def _text(trace: Trace) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hybrid_k2.accelerator import Trace, check_writable
+from hybrid_k2.accelerator import Trace, check_trace_file
 from hybrid_k2.bench.slice import CONTEXT, slice_config, widths, write_slice
 from hybrid_k2.checkpoint import Checkpoint
 from hybrid_k2.config import ModelConfig
@@ -84,8 +84,8 @@ class OverlapReport:
         hot = (f"hot experts      {self.hot_experts} of each layer; hits by layer {rates}",) if rates else ()
         return "\n".join(
             (
-                f"{self.accelerator} ({self.accelerator_threads or 'no'} host threads), experts: {self.experts} "
-                f"({self.experts_threads} threads)",
+                f"{self.accelerator} (threads of the host: {self.accelerator_threads}), experts: {self.experts} "
+                f"(threads: {self.experts_threads})",
                 f"{self.sequences} sequences behind {self.context} tokens, {self.moe_layers} MoE layers, "
                 f"{self.steps} steps",
                 f"overlap share    {share}",
@@ -126,7 +126,7 @@ def measure_overlap(
     """
     tokens = check_tokens(sequences, context, steps)
     if trace_to is not None:
-        check_writable(trace_to)
+        check_trace_file(trace_to)
     config = slice_config(widths(scale), layers, experts, "bench overlap")
     torch.manual_seed(seed)
     total = steps + WARM_STEPS

@@ -56,8 +56,9 @@ class OpenedFile:
                 raise CheckpointError(f"{path}: expected a file, got something else of that name")
             return cls(path, open(path, "rb", buffering=0))
         except FileNotFoundError:
+            link = "expected a file, got a link to one that does not exist"
             raise CheckpointError(
-                f"{path}: expected the file that {named_by} names, got none",
+                f"{path}: {link if path.is_symlink() else f'expected the file that {named_by} names, got none'}",
                 hint="the download is incomplete: fetch the missing file",
             ) from None
         except OSError as error:

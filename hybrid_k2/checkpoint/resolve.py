@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from hybrid_k2.config import ModelConfig
+from hybrid_k2.config import CONFIG_NAME, ModelConfig
 from hybrid_k2.errors import CheckpointError
 
 # What the engine reads of a repository; no code of it is fetched or run.
@@ -17,13 +18,13 @@ _UNKNOWABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO)
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def resolve_checkpoint(path_or_repo_id: str) -> Path:
+def resolve_checkpoint(path_or_repo_id: str, check: Callable[[Path], object] = ModelConfig.load) -> Path:
     """Return the checkpoint's folder; download a repository "owner/name" unless it is in the local cache already.
 
-    An existing path always wins over a repository of the same name. Of a repository the configuration is fetched and
-    checked first, so that another model is refused before its weights are downloaded.
+    An existing path always wins over a repository of the same name. Of a repository the configuration is fetched first
+    and its folder given to `check`, so that what does not suit is refused before its weights are downloaded.
     Effects: may download the whole checkpoint into the hub's cache folder.
-    Raises: CheckpointError, ConfigError, UnsupportedModelError.
+    Raises: CheckpointError, ConfigError, UnsupportedModelError; what `check` raises.
     """
     path = Path(os.path.expanduser(path_or_repo_id))
     if path_or_repo_id and _exists(path):
@@ -33,7 +34,8 @@ def resolve_checkpoint(path_or_repo_id: str) -> Path:
             f"{path_or_repo_id!r}: expected a checkpoint folder or a repository like moonshotai/Kimi-K2.6, got neither",
             hint="check the path: there is no such folder",
         )
-    return _download(path_or_repo_id)
+    check(_fetch(path_or_repo_id, CONFIG_FILES))
+    return _fetch(path_or_repo_id, CONFIG_FILES + WEIGHT_FILES)
 
 
 def resolve_configuration(path_or_repo_id: str) -> Path:
@@ -62,20 +64,20 @@ def _exists(path: Path) -> bool:
 
 def _folder(path: Path) -> Path:
     hint = "give the folder that holds config.json and the model's .safetensors files"
+    gguf_hint = f"GGUF is not read: {hint}, as moonshotai/Kimi-K2.6 has them"
     if not path.is_dir():
-        raise CheckpointError(f"{path}: expected a checkpoint folder, got a file", hint=hint)
+        raise CheckpointError(
+            f"{path}: expected a checkpoint folder, got a file", hint=gguf_hint if path.suffix == ".gguf" else hint
+        )
     try:
-        empty = not any(path.iterdir())
+        names = [entry.name for entry in path.iterdir()]
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if empty:
+    if not names:
         raise CheckpointError(f"{path}: expected a checkpoint folder, got an empty one", hint=hint)
+    if CONFIG_NAME not in names and any(name.endswith(".gguf") for name in names):
+        raise CheckpointError(f"{path}: expected a checkpoint with {CONFIG_NAME}, got GGUF files", hint=gguf_hint)
     return path
-
-
-def _download(repo_id: str) -> Path:
-    ModelConfig.load(_fetch(repo_id, CONFIG_FILES))
-    return _fetch(repo_id, CONFIG_FILES + WEIGHT_FILES)
 
 
 def _fetch(repo_id: str, patterns: tuple[str, ...]) -> Path:

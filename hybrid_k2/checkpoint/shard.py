@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 from hybrid_k2.errors import CheckpointError, shown
-from hybrid_k2.files import parse_json_object
+from hybrid_k2.files import LFS_HINT, LFS_POINTER, parse_json_object
 
 # Bytes per element of the dtype names that a header may hold.
 ITEM_BYTES = {
@@ -22,7 +22,7 @@ ITEM_BYTES = {
     "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
-_GIT_LFS_POINTER = b"version "  # a repository cloned without its large files holds text files in their place
+_AGAIN = "download the file again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +44,18 @@ def read_shard_header(path: Path, file: BinaryIO, file_bytes: int) -> dict[str, 
     """
     start = file.read(8)
     length = int.from_bytes(start, "little")
-    if start == _GIT_LFS_POINTER:
-        raise CheckpointError(
-            f"{path}: expected a safetensors file, got a Git LFS pointer",
-            hint="the large files were not downloaded: run `git lfs pull` in the checkpoint folder",
-        )
+    if start == LFS_POINTER[:8]:
+        raise CheckpointError(f"{path}: expected a safetensors file, got a Git LFS pointer", hint=LFS_HINT)
     if len(start) < 8 or (length <= MAX_HEADER_BYTES and 8 + length > file_bytes):
         raise CheckpointError(
             f"{path}: truncated: expected {f'a header of {length}' if len(start) == 8 else 'at least 8'} bytes, "
             f"got a file of {file_bytes} bytes",
-            hint="download the file again",
+            hint=_AGAIN,
         )
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{path}: expected a safetensors header of at most {MAX_HEADER_BYTES} bytes, got a length of {length}"
+            f"{path}: expected a safetensors header of at most {MAX_HEADER_BYTES} bytes, got a length of {length}",
+            hint=_AGAIN,
         )
     tensors = _parse_header(path, _read_exactly(path, file, length), 8 + length)
     _check_layout(path, tensors, 8 + length, file_bytes)
@@ -75,7 +73,10 @@ def _read_exactly(path: Path, file: BinaryIO, length: int) -> bytes:
 
 
 def _parse_header(path: Path, text: bytes, data_start: int) -> list[TensorInfo]:
-    header = parse_json_object(text, f"{path}: safetensors header", CheckpointError)
+    try:
+        header = parse_json_object(text, f"{path}: safetensors header", CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(error.message, hint=_AGAIN) from None
     header.pop("__metadata__", None)
     return [_parse_entry(path, name, entry, data_start) for name, entry in header.items()]
 
@@ -117,5 +118,5 @@ def _check_layout(path: Path, tensors: list[TensorInfo], data_start: int, file_b
             needed = max(one.offset + one.nbytes for one in tensors)
             raise CheckpointError(
                 f"{info.name}: truncated: expected a file of at least {needed} bytes, got {file_bytes} (in {path})",
-                hint="download the file again",
+                hint=_AGAIN,
             )

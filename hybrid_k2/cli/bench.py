@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,10 @@ NUMERICS = ("exact", "fast", "bf16")
 app = typer.Typer(help="Measure this machine, each figure beside its limit.", no_args_is_help=True)
 
 
+def _number(text: str, least: int, most: int | None = None) -> Any:
+    return typer.Option(metavar="N", help=text, min=least, max=most)
+
+
 @app.callback()
 def _bench() -> None:
     """Measure this machine, each figure beside its limit."""
@@ -28,15 +32,15 @@ def _bench() -> None:
 @app.command()
 @ends_cleanly
 def experts(
-    hidden: Annotated[int, typer.Option(help="Width of the model, a multiple of 32.", min=32, max=65536)] = 7168,
-    intermediate: Annotated[int, typer.Option(help="Width of an expert, a multiple of 32.", min=32, max=65536)] = 2048,
-    experts: Annotated[int, typer.Option(help="Experts of the layer; K2.6 has 384 (9.5 GB).", min=1, max=4096)] = 64,
-    top_k: Annotated[int, typer.Option(help="Experts of each token.", min=1)] = 8,
+    hidden: Annotated[int, _number("Width of the model, a multiple of 32.", 32, 65536)] = 7168,
+    intermediate: Annotated[int, _number("Width of an expert, a multiple of 32.", 32, 65536)] = 2048,
+    experts: Annotated[int, _number("Experts of the layer; K2.6 has 384 (9.5 GB).", 1, 4096)] = 64,
+    top_k: Annotated[int, _number("Experts of each token.", 1)] = 8,
     tokens: Annotated[str, typer.Option(metavar="N,N,…", help="Tokens of a batch.")] = "1,4,16,64",
-    threads: Annotated[int | None, typer.Option(help="Left out: one for each core at hand.", min=1, max=4096)] = None,
+    threads: Annotated[int | None, _number("Left out: one for each core at hand.", 1, 4096)] = None,
     numerics: Annotated[str, typer.Option(metavar="NAME,…", help="exact, fast, bf16.")] = "exact",
-    isa: Annotated[str | None, typer.Option(help="Instruction set (left out: the best).")] = None,
-    rounds: Annotated[int, typer.Option(help="Measurements of each case.", min=1, max=10000)] = 5,
+    isa: Annotated[str | None, typer.Option(metavar="NAME", help="Instruction set (left out: the best).")] = None,
+    rounds: Annotated[int, _number("Measurements of each case.", 1, 10000)] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,
 ) -> None:
@@ -92,15 +96,15 @@ def overlap(
     device: Annotated[
         str, typer.Option(metavar="twin|cuda", help="A thread in the place of a GPU, or a GPU.")
     ] = "twin",
-    sequences: Annotated[int, typer.Option(help="Sequences that decode together.", min=1, max=1024)] = 2,
-    scale: Annotated[int, typer.Option(help="Divide the widths of K2.6 by 1, 2, 4 or 8.")] = 4,
-    layers: Annotated[int, typer.Option(help="Layers, the first one dense.", min=2, max=61)] = 7,
-    experts: Annotated[int, typer.Option(help="Experts of a layer.", min=8, max=384)] = 16,
-    context: Annotated[int, typer.Option(help="Tokens before the first step.", min=1, max=200000)] = 256,
-    steps: Annotated[int, typer.Option(help="Steps that are measured.", min=1, max=10000)] = 12,
-    hot: Annotated[int, typer.Option(help="Experts of a layer that the device computes.", min=0, max=384)] = 0,
+    sequences: Annotated[int, _number("Sequences that decode together.", 1, 1024)] = 2,
+    scale: Annotated[int, typer.Option(metavar="N", help="Divide the widths of K2.6 by 1, 2, 4 or 8.")] = 4,
+    layers: Annotated[int, _number("Layers, the first one dense.", 2, 61)] = 7,
+    experts: Annotated[int, _number("Experts of a layer.", 8, 384)] = 16,
+    context: Annotated[int, _number("Tokens before the first step.", 1, 200000)] = 256,
+    steps: Annotated[int, _number("Steps that are measured.", 1, 10000)] = 12,
+    hot: Annotated[int, _number("Experts of a layer that the device computes.", 0, 384)] = 0,
     graphs: Annotated[bool, typer.Option("--graphs", help="Measure steps as CUDA graphs, too.")] = False,
-    deferred: Annotated[int, typer.Option(help="Experts of a token that act one layer late.", min=0, max=7)] = 0,
+    deferred: Annotated[int, _number("Experts of a token that act one layer late.", 0, 7)] = 0,
     trace: Annotated[str | None, typer.Option(metavar="FILE", help="Write the steps for Chrome or Perfetto.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,

@@ -19,7 +19,7 @@ def use_config_file(context: typer.Context, file: Path | None) -> Path | None:
     if file is None:
         return None
     source = str(file)
-    root = parse_yaml(read_text(file, source), source)
+    root = parse_yaml(read_text(file, source, "file of options"), source)
     if not isinstance(root, Mapping):
         raise ConfigError(f"{source}:{root.line}: expected options and their values, got something else")
     parameters = {_name_in_file(parameter): parameter for parameter in context.command.params}

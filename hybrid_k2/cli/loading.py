@@ -23,19 +23,31 @@ LEAST_S = 0.1  # a speed over less time says nothing
 
 
 def load_engine(
-    model: str, rules: str | None, notes: Output, trace: Path | None = None, watch: Progress | None = None
+    model: str,
+    rules: str | None,
+    notes: Output,
+    trace: Path | None = None,
+    watch: Progress | None = None,
+    check: Callable[[Plan], None] | None = None,
 ) -> Engine:
     """Plan, print the plan, load; `trace` is written when the engine is closed.
 
-    `watch` gets the progress, too; then it is shown in lines, which other lines may stand between.
+    `watch` gets the progress, too; then it is shown in lines, which other lines may stand between. `check` gets the
+    plan before anything large is read, and may end the loading with an error.
     Raises: HybridK2Error: everything that is wrong with the checkpoint, the rules or the machine.
     """
     with leaving_at_once():
         from hybrid_k2.engine import Engine
 
     started, speed = time.perf_counter(), Speed()
+
+    def on_plan(plan: Plan) -> None:
+        say_plan(plan, notes)
+        if check is not None:
+            check(plan)
+
     with show_progress(notes, speed) if watch is None else _watched(notes, speed, watch) as progress:
-        engine = Engine.load(model, rules, on_plan=lambda plan: say_plan(plan, notes), progress=progress, trace=trace)
+        engine = Engine.load(model, rules, on_plan=on_plan, progress=progress, trace=trace)
     seconds = time.perf_counter() - started
     notes.line(f"ready after {seconds:.1f} s; {speed.summary()}; experts: {engine.experts_name}", "dim")
     return engine
@@ -139,14 +151,19 @@ def _watched(notes: Output, speed: Speed, watch: Progress) -> Iterator[Progress]
     yield report
 
 
+def _duration(seconds: float) -> str:
+    """Show how long something takes, in minutes from two of them on."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
 def _lines(notes: Output, speed: Speed) -> Progress:
     def report(done: int, total: int) -> None:
         speed.report(done)
         seconds, rate = speed.since_mark()
         if seconds >= LINE_EVERY_S:
             speed.mark()
-            notes.line(
-                f"loading: {100 * done // max(total, 1)} % of {format_bytes(total)}, {format_bytes(int(rate))}/s"
-            )
+            left = f", {_duration((total - done) / rate)} left" if rate else ""
+            share = 100 * done // max(total, 1)
+            notes.line(f"loading: {share} % of {format_bytes(total)}, {format_bytes(int(rate))}/s{left}")
 
     return report

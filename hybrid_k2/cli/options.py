@@ -14,11 +14,11 @@ def trace_file(name: str | None) -> Path | None:
     return None if name is None else Path(name)
 
 
-def memory_size(text: str | None, option: str) -> int | None:
-    """Read a size in bytes, as `768GiB`; None without one. Raises: typer.BadParameter."""
+def memory_size(text: str, option: str) -> int:
+    """Read a size in bytes, as `768GiB`. Raises: typer.BadParameter."""
     from hybrid_k2.placement.sizes import try_parse_bytes
 
-    size = None if text is None else try_parse_bytes(text)
-    if text is not None and not size:
-        raise typer.BadParameter(f"expected a size with its unit, as 768GiB, got {text!r}", param_hint=option)
+    size = try_parse_bytes(text)
+    if not size:
+        raise typer.BadParameter(f"expected a size above 0 with its unit, as 768GiB, got {text!r}", param_hint=option)
     return size

@@ -15,9 +15,9 @@ from hybrid_k2.cli.api_keys import read_keys
 from hybrid_k2.cli.config_file import use_config_file
 from hybrid_k2.cli.exits import ends_cleanly
 from hybrid_k2.cli.interrupts import leaving_at_once
+from hybrid_k2.cli.options import memory_size
 from hybrid_k2.cli.terminal import Output
 from hybrid_k2.errors import ConfigError
-from hybrid_k2.placement.sizes import try_parse_bytes
 
 if TYPE_CHECKING:
     from hybrid_k2.engine.service_types import ServiceOptions
@@ -117,6 +117,10 @@ def serve(
     """Serve a model over HTTP, with the dialects of OpenAI and Anthropic."""
     if log_format not in ("text", "json"):
         raise typer.BadParameter(f"expected text or json, got {log_format!r}", param_hint="--log-format")
+    if cache_file is not None and cache_ram is None:
+        raise typer.BadParameter("expected --cache-ram beside it, which takes what is read", param_hint="--cache-file")
+    body_bytes, all_bodies_bytes = memory_size(max_body, "--max-body"), memory_size(max_bodies, "--max-bodies")
+    cache_ram_bytes = None if cache_ram is None else memory_size(cache_ram, "--cache-ram")
     with leaving_at_once():
         try:
             from hybrid_k2.server.app import create_app
@@ -131,11 +135,7 @@ def serve(
             ) from None
 
     _show_server_log(log_format)
-    limits = Limits(
-        body_bytes=_read_size(max_body, "--max-body"),
-        all_bodies_bytes=_read_size(max_bodies, "--max-bodies"),
-        connections=max_connections,
-    )
+    limits = Limits(body_bytes=body_bytes, all_bodies_bytes=all_bodies_bytes, connections=max_connections)
     options = ServerOptions(
         model_names=tuple(served_model_name or [_own_name(model)]),
         api_keys=(*(api_key or ()), *(read_keys(api_key_file) if api_key_file else ())),
@@ -152,7 +152,7 @@ def serve(
         max_waiting=max_waiting,
         max_running_per_key=max_running_per_key,
         max_waiting_per_key=max_waiting_per_key,
-        cache_ram_bytes=None if cache_ram is None else _read_size(cache_ram, "--cache-ram"),
+        cache_ram_bytes=cache_ram_bytes,
         cache_path=cache_file,
     )
     tls = check_tls(ssl_certfile, ssl_keyfile)
@@ -162,7 +162,8 @@ def serve(
     if options.hosts or (listener.loopback and not options.api_keys):
         options = replace(options, hosts=("localhost", host, *options.hosts))
     notes = Output(sys.stderr)
-    notes.line(f"listening on {listener.address}")
+    page = "" if no_web or uds is not None else "a page for chats at /, "
+    notes.line(f"listening on {listener.address} ({page}the APIs under /v1)")
     if not options.api_keys and uds is None and not listener.loopback:
         notes.line("warning: no --api-key, so everybody who reaches this address may call", "warning")
     process = Process(
@@ -185,7 +186,7 @@ def _load(
     from hybrid_k2.engine.service import Service
     from hybrid_k2.server.backend import Served
 
-    engine = load_engine(model, rules, notes, watch=report)
+    engine = load_engine(model, rules, notes, watch=report, check=options.check)
     engine.prepare_grammars()  # now: in the first request with tools it would stop all others
     return Served(engine, Service(engine, options))
 
@@ -212,10 +213,3 @@ def _show_server_log(log_format: str) -> None:
 def _own_name(model: str) -> str:
     """Return the name of a folder or a repository, without what stands before it."""
     return Path(model.rstrip("/")).name or model
-
-
-def _read_size(text: str, option: str) -> int:
-    size = try_parse_bytes(text)
-    if not size:
-        raise ConfigError(f"{option}: expected a size with its unit, as 16GiB, got {text!r}")
-    return size

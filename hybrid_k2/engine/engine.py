@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybrid_k2.accelerator import Trace, check_writable
+from hybrid_k2.accelerator import Trace, check_trace_file
 from hybrid_k2.engine.generation import Generation, OnPrefill, Runner
 from hybrid_k2.engine.kept_usage import KeptUsage
 from hybrid_k2.engine.loading import LoadedModel, OnPlan, load_model
@@ -88,7 +88,7 @@ class Engine:
         is there already is replaced only if it is a trace, or empty.
         Raises: CheckpointError, ConfigError, UnsupportedModelError, RulesError, HardwareError.
         """
-        trace_to = None if trace is None else check_writable(trace)
+        trace_to = None if trace is None else check_trace_file(trace)
         loaded = load_model(path, rules, on_plan, progress)
         try:
             return cls(loaded, trace_to)

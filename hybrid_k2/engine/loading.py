@@ -81,23 +81,33 @@ class LoadedModel:
         return GuideVocabulary(self.tokenizer, self.config.eos_token_ids)
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def _find_checkpoint(path: str | Path, rules: str | Path | Rules | None) -> Path:
     """Return the folder of a checkpoint: a folder, a repository of the hub, or "demo" for the built-in one.
 
-    Raises: CheckpointError.
+    A repository is planned before its weights are downloaded.
+    Raises: CheckpointError; as `plan_checkpoint`.
     """
     if str(path) == DEMO:
-        from hybrid_k2.demo import demo_path
+        return _demo()
 
-        return demo_path()
-    return resolve_checkpoint(str(path))
+    def check(folder: Path) -> None:
+        config = ModelConfig.load(folder)
+        _plan(rules, config, planned_packed(folder, config), _usage(folder, config))
+
+    return resolve_checkpoint(str(path), check)
+
+
+def _demo() -> Path:
+    from hybrid_k2.demo import demo_path
+
+    return demo_path()
 
 
 def load_model(
     path: str | Path, rules: str | Path | Rules | None, on_plan: OnPlan | None, progress: Progress | None
 ) -> LoadedModel:
     """Check a checkpoint, plan it for this machine and load it; see `Engine.load`."""
-    folder = find_checkpoint(path)
+    folder = _find_checkpoint(path, rules)
     config = ModelConfig.load(folder)
     generation_config = _generation_config(folder)
     tokenizer = Tokenizer.load(folder)
@@ -131,7 +141,7 @@ def plan_checkpoint(
     much free memory.
     Raises: CheckpointError, ConfigError, UnsupportedModelError, RulesError, HardwareError, MemoryBudgetError.
     """
-    folder = find_checkpoint(path) if str(path) == DEMO else resolve_configuration(str(path))
+    folder = _demo() if str(path) == DEMO else resolve_configuration(str(path))
     config = ModelConfig.load(folder)
     packed = planned_packed(folder, config)
     machine = described_host(Machine.probe(), host_memory_bytes)

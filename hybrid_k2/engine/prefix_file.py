@@ -22,12 +22,27 @@ import torch
 from torch import Tensor
 
 from hybrid_k2.engine.prefix import Node, PrefixCache
+from hybrid_k2.errors import ConfigError
+from hybrid_k2.files import check_writable
 from hybrid_k2.placement.sizes import format_bytes
 
 log = logging.getLogger("hybrid_k2")
 
-_MAGIC = b"hybrid-k2 prefix cache, version 1\n"
+_KIND = b"hybrid-k2 prefix cache, version "
+_MAGIC = _KIND + b"1\n"
 _TAIL = 8 + 32 + len(_MAGIC)
+
+
+def check_prefix_file(path: Path) -> None:
+    """Make sure that a prefix cache can be saved there, and that nothing else is lost by it; make its folder.
+
+    Raises: ConfigError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: expected a folder that can be made for it, got {error.strerror}") from error
+    check_writable(path, "prefix cache", _KIND)
 
 
 def save_prefixes(prefix: PrefixCache, path: Path, fingerprint: str) -> None:

@@ -33,9 +33,8 @@ from hybrid_k2.engine.service_types import (
     ServiceRequest,
     ServiceStats,
 )
-from hybrid_k2.errors import ConfigError, EngineError, HybridK2Error
+from hybrid_k2.errors import EngineError, HybridK2Error
 from hybrid_k2.model.batch import Chunk
-from hybrid_k2.placement.sizes import format_bytes
 from hybrid_k2.protocol import Event
 
 log = logging.getLogger("hybrid_k2")
@@ -99,24 +98,12 @@ class Service:
         """
         self._engine = engine
         self._options = options = options or ServiceOptions()
+        options.check(engine.plan)
         self._runner = engine.runner
-        chunk_tokens = self._runner.chunk_tokens
-        if (options.step_tokens or 0) > chunk_tokens:
-            raise ConfigError(
-                f"step_tokens: expected at most {chunk_tokens} (chunk_tokens of the plan), got {options.step_tokens}",
-                hint="give prefill more chunk_tokens in the placement rules",
-            )
-        memory = engine.plan.machine.host_memory_bytes
-        if options.cache_ram_bytes > memory:
-            raise ConfigError(
-                f"cache_ram_bytes: expected at most the {format_bytes(memory)} of the host, "
-                f"got {format_bytes(options.cache_ram_bytes)}",
-                hint="weights and KV cache need their own part of it",
-            )
         self._scheduler = Scheduler(
             self._runner.cache,
             self._runner.prefix,
-            step_tokens=options.step_tokens or chunk_tokens,
+            step_tokens=options.step_tokens or engine.plan.chunk_tokens,
             most_tokens=engine.plan.batch_tokens,
             max_running=options.max_running,
             max_running_per_key=options.max_running_per_key or options.max_running,

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_k2.engine.params import SamplingParams
+from hybrid_k2.engine.prefix_file import check_prefix_file
 from hybrid_k2.engine.reply import Reply, TokenLogprob
 from hybrid_k2.errors import ConfigError, EngineError, HybridK2Error, RequestError, shown
+from hybrid_k2.placement import Plan
+from hybrid_k2.placement.sizes import format_bytes
 from hybrid_k2.protocol import Event
 
 MAX_CHOICES = 16
@@ -64,6 +67,26 @@ class ServiceOptions:
                 "cache_path: expected cache_ram_bytes above 0 with it, got 0",
                 hint="what is read from the file goes to that memory",
             )
+
+    def check(self, plan: Plan) -> None:
+        """Make sure that the options suit a plan, and that the cache file can be written, before weights are loaded.
+
+        Raises: ConfigError.
+        """
+        if (self.step_tokens or 0) > plan.chunk_tokens:
+            raise ConfigError(
+                f"step_tokens: expected at most {plan.chunk_tokens} (chunk_tokens of the plan), got {self.step_tokens}",
+                hint="give prefill more chunk_tokens in the placement rules",
+            )
+        memory = plan.machine.host_memory_bytes
+        if self.cache_ram_bytes > memory:
+            raise ConfigError(
+                f"cache_ram_bytes: expected at most the {format_bytes(memory)} of the host, "
+                f"got {format_bytes(self.cache_ram_bytes)}",
+                hint="weights and KV cache need their own part of it",
+            )
+        if self.cache_path is not None:
+            check_prefix_file(self.cache_path)
 
 
 @dataclass(frozen=True, kw_only=True)

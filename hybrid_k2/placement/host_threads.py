@@ -34,11 +34,14 @@ def plan_threads(
     Raises: RulesError: more threads for the twin than leave a core to the experts, where the rules leave the sum open.
     """
     threads = rules.devices.host_threads or _auto_threads(machine.cores, bytes_per_token, gpu)
-    if twin_share is None:
-        return _spread(rules, machine, threads, expert_bytes)
-    _check_twin_threads(rules, machine)
-    twin = rules.devices.twin_threads or _auto_twin_threads(threads, twin_share)
-    return replace(_spread(rules, machine, max(1, threads - twin), expert_bytes), twin_threads=twin)
+    twin = 0
+    if twin_share is not None:
+        _check_twin_threads(rules, machine)
+        twin = rules.devices.twin_threads or _auto_twin_threads(threads, twin_share)
+    plan = replace(_spread(rules, machine, max(1, threads - twin), expert_bytes), twin_threads=twin)
+    if threads > machine.cores:  # as the rules say: on their own they are no more than cores
+        plan = replace(plan, notes=(*plan.notes, f"threads: {threads} take turns on the {machine.cores} cores at hand"))
+    return plan
 
 
 def _check_twin_threads(rules: Rules, machine: Machine) -> None:

@@ -42,11 +42,13 @@ def load_rules(path: str | Path) -> Rules:
     Raises: RulesError.
     """
     try:
-        file = Path(path)
+        file = Path(path) if path != "" else None  # as a path, nothing is the folder at hand
     except TypeError:
+        file = None
+    if file is None:
         raise RulesError(
             f"rules: expected a rule file or the name of a shipped one, got {shown(path)}", hint=_shipped_hint()
-        ) from None
+        )
     source = str(path)  # as it was written: Path drops a "./"
     if not os.path.isfile(file) and (name := _SHIPPED_NAME.fullmatch(source)):
         if name[1] in shipped_names():

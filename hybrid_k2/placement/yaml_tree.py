@@ -72,23 +72,26 @@ def parse_yaml(text: str, source: str) -> Node:
         fail(source, None, f"expected YAML, got: {error}")
 
 
-def read_text(path: Path, source: str) -> str:
-    """Read a small UTF-8 file. Raises: RulesError: missing, no regular file, too large, not UTF-8."""
+def read_text(path: Path, source: str, kind: str = "rule file") -> str:
+    """Read a small UTF-8 file; messages call it a `kind`.
+
+    Raises: RulesError: missing, no regular file, too large, not UTF-8.
+    """
     # os.path answers False where pathlib raises (a name too long, a null character).
     if os.path.isdir(path):
-        fail(source, None, "expected a rule file, got a folder")
+        fail(source, None, f"expected a {kind}, got a folder")
     if os.path.exists(path) and not os.path.isfile(path):
-        fail(source, None, "expected a rule file, got a device, pipe or socket")
+        fail(source, None, f"expected a {kind}, got a device, pipe or socket")
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        fail(source, None, "expected a rule file, got no such file")
+        fail(source, None, f"expected a {kind}, got no such file")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        fail(source, None, f"expected a readable rule file, got: {reason}")
+        fail(source, None, f"expected a readable {kind}, got: {reason}")
     if len(data) > MAX_FILE_BYTES:
-        fail(source, None, f"expected a rule file of at most {MAX_FILE_BYTES} bytes, got a larger one")
+        fail(source, None, f"expected a {kind} of at most {MAX_FILE_BYTES} bytes, got a larger one")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -106,7 +109,7 @@ class _Builder:
     def document(self) -> Node:
         next(self.events)  # stream start
         if not isinstance(next(self.events), yaml.DocumentStartEvent):
-            fail(self.source, None, "expected placement rules, got an empty file")
+            fail(self.source, None, "expected keys and their values, got an empty file")
         root = self._node(next(self.events), depth=1)
         next(self.events)  # document end
         end = next(self.events)

@@ -7,6 +7,7 @@ part of the page's site, and lets the page read its answers. The header `Host` s
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Collection
 
 ANY = "*"
@@ -21,6 +22,11 @@ def is_known_host(host: str | None, names: Collection[str]) -> bool:
         return True
     name = _without_port(host)
     return name in {known.lower() for known in names} or _is_address(name)
+
+
+def is_host_name(name: str) -> bool:
+    """Say whether a header could have it as its host: a name or an address and no port, or `*`."""
+    return _is_address(name) or re.fullmatch(r"[^\s/:@]+", name) is not None
 
 
 def _without_port(host: str) -> str:

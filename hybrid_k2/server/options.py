@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from hybrid_k2.engine.service_types import MAX_CHOICES
-from hybrid_k2.errors import ConfigError
+from hybrid_k2.errors import ConfigError, shown
+from hybrid_k2.server.hosts import is_host_name
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://\S*[^\s/]|null|\*")  # as browsers write it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +50,11 @@ class ServerOptions:
         for number, key in enumerate(self.api_keys, 1):
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError(f"API key {number}: expected printable ASCII characters without spaces")
+        for name in self.hosts:
+            if not is_host_name(name):
+                raise ConfigError(f"allowed host: expected a name without scheme and port, or *, got {shown(name)}")
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"CORS origin: expected scheme and host, as https://example.com, or *, got {shown(origin)}"
+                )

@@ -143,7 +143,7 @@ def test_a_malformed_size_is_wrong_usage(call: Call, size: str) -> None:
     done = call("chat", "--dry-run", "--host-memory", size)
     assert (done.code, done.out) == (2, "")
     said = " ".join(done.err.replace("│", " ").split())
-    assert f"--host-memory: expected a size with its unit, as 768GiB, got {size!r}" in said
+    assert f"--host-memory: expected a size above 0 with its unit, as 768GiB, got {size!r}" in said
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,10 @@ def test_an_empty_prompt(call: Call) -> None:
     refused(call("chat", stdin=b"\n"), "standard input", "got none")
 
 
+def test_a_prompt_with_two_places_for_stdin(call: Call) -> None:
+    refused(call("chat", "-p", "-", "-p", "-", stdin=b"text"), "--prompt: expected - once, got it 2 times")
+
+
 def test_input_that_is_not_utf8(call: Call) -> None:
     refused(call("chat", stdin=b"caf\xe9!"), "standard input", "0xe9", "offset 3")
 

@@ -31,6 +31,15 @@ def test_every_option_is_documented_and_none_is_made_up() -> None:
     assert documented == options()
 
 
+def test_the_file_of_options_is_one() -> None:
+    from hybrid_k2.placement.yaml_tree import Mapping, parse_yaml
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", DOC, re.DOTALL)
+    tree = parse_yaml(text, "docs/serving.md")
+    assert isinstance(tree, Mapping)
+    assert {f"--{name}" for name in tree.entries} - {"--model"} <= options()
+
+
 def test_every_option_is_a_variable() -> None:
     import typer.main
 

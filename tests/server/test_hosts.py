@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from hybrid_k2.errors import ConfigError
 from hybrid_k2.server.hosts import is_known_host
+from hybrid_k2.server.options import ServerOptions
 from tests.server.conftest import Client
 
 
@@ -35,6 +37,12 @@ def test_hosts(host: str | None, known: bool) -> None:
     assert is_known_host(host, ("localhost", "GPU-box")) is known
     assert is_known_host(host, ())
     assert is_known_host(host, ("localhost", "*"))
+
+
+@pytest.mark.parametrize("name", ["", "http://k2.example", "k2.example:8000", "k2.example/", "[::1]", "two names"])
+def test_names_that_no_request_would_match(name: str) -> None:
+    with pytest.raises(ConfigError, match="allowed host: expected a name without scheme and port"):
+        ServerOptions(model_names=("k2",), hosts=("localhost", "::1", "10.0.0.1", "*", name))
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/openapi.json"])

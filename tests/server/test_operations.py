@@ -99,6 +99,12 @@ def test_keys_that_no_header_can_hold(key: str) -> None:
         ServerOptions(model_names=("k2",), api_keys=("good", key))
 
 
+@pytest.mark.parametrize("origin", ["", "example.com", "https://example.com/", "https://", "https://a b"])
+def test_origins_that_no_page_has(origin: str) -> None:
+    with pytest.raises(ConfigError, match="CORS origin: expected scheme and host"):
+        ServerOptions(model_names=("k2",), cors_origins=("https://page", origin))
+
+
 def test_health_while_loading_serving_and_draining(make_client: MakeClient) -> None:
     client = make_client(ready=False)
     response = client.get("/health")

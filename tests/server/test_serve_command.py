@@ -157,21 +157,50 @@ def test_grammars_are_prepared_before_requests_are_taken(capsys: pytest.CaptureF
         (["--api-key-file", "/no/such/file"], 1, "/no/such/file"),
         (["--api-key", "two words"], 1, "API key 1"),
         (["--served-model-name", ""], 1, "model name"),
-        (["--cache-ram", "much"], 1, "--cache-ram"),
-        (["--max-body", "0"], 1, "--max-body"),
-        (["--max-bodies", "all"], 1, "--max-bodies"),
+        (["--cache-ram", "much"], 2, "--cache-ram"),
+        (["--cache-file", "prompts"], 2, "--cache-ram beside it"),
+        (["--max-body", "0"], 2, "--max-body"),
+        (["--max-bodies", "all"], 2, "--max-bodies"),
         (["--max-connections", "0"], 2, "--max-connections"),
         (["--max-connections", str(2**40)], 1, "--max-connections: expected at most"),
         (["--log-format", "xml"], 2, "--log-format"),
         (["--keep-alive", "nan"], 2, "86400"),
         (["--drain-timeout", "inf"], 2, "86400"),
-        (["--config", "/no/such/file"], 1, "/no/such/file"),
+        (["--config", "/no/such/file"], 1, "/no/such/file: expected a file of options, got no such file"),
     ],
 )
 def test_wrong_options(call: Call, arguments: list[str], code: int, words: str) -> None:
     done = call("serve", "--port", "0", *arguments)
     assert done.code == code, done.err
     assert words in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--step-tokens", "100000"], "step_tokens: expected at most"),
+        (["--cache-ram", "4096TiB"], "cache_ram_bytes: expected at most"),
+        (["--cache-ram", "1MiB", "--cache-file", "/dev/null"], "/dev/null: expected a prefix cache file"),
+        (["--cache-ram", "1MiB", "--cache-file", "/dev/null/x"], "/dev/null/x: expected a folder that can be made"),
+    ],
+)
+def test_options_that_do_not_suit_the_plan_are_refused_before_weights_are_read(
+    call: Call, arguments: list[str], words: str
+) -> None:
+    done = call("serve", "--port", "0", "--rules", ONE_THREAD[1], *arguments)
+    assert done.code == 1
+    assert words in done.err
+    assert "kv cache: " in done.err
+    assert "ready after" not in done.err
+
+
+def test_a_file_that_holds_something_else_is_not_replaced_by_the_cache(call: Call, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    notes.write_text("kept")
+    done = call("serve", "--port", "0", "--rules", ONE_THREAD[1], "--cache-ram", "1MiB", "--cache-file", notes)
+    assert done.code == 1
+    assert f"{notes}: expected a prefix cache, an empty file or none, got a file that holds something else" in done.err
+    assert notes.read_text() == "kept"
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,14 @@ def test_a_missing_shard(broken: Path) -> None:
     assert "hint: the download is incomplete" in message
 
 
+def test_a_link_to_a_file_that_is_gone(tmp_path: Path) -> None:
+    """As in the hub's cache when its blobs were removed: no index has named the file."""
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
+    message = refusal(tmp_path)
+    assert message.startswith(f"{tmp_path}/model.safetensors: expected a file, got a link to one that does not exist")
+    assert "hint: the download is incomplete" in message
+
+
 def test_a_truncated_shard(broken: Path) -> None:
     path = broken / "model-00002-of-00004.safetensors"
     with Checkpoint.open(broken) as checkpoint:

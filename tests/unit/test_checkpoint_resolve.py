@@ -23,16 +23,25 @@ from tests.conftest import REPO
 from tests.generators import write_checkpoint
 
 COMMIT = "c0ffee" + 34 * "0"
-# Resolves every argument ("config:NAME": its configuration alone) and prints one JSON line for each: the folder, or the
-# error's class and text.
+# Resolves every argument ("config:NAME": its configuration alone; "tight:NAME": loads it into 1 KiB) and prints one
+# JSON line for each: the folder, or the error's class and text.
 PROGRAM = """
 import json, sys
 from hybrid_k2.checkpoint import resolve_checkpoint, resolve_configuration
 from hybrid_k2.errors import HybridK2Error
+
+def load_into_1_kib(name):
+    from dataclasses import replace
+    from hybrid_k2.engine.loading import load_model
+    from hybrid_k2.placement import shipped_rules
+    rules = shipped_rules("host")
+    return load_model(name, replace(rules, devices=replace(rules.devices, host_memory_bytes=1024)), None, None).folder
+
+KINDS = {"config": resolve_configuration, "tight": load_into_1_kib}
 for name in sys.argv[1:]:
     try:
-        resolve = resolve_configuration if name.startswith("config:") else resolve_checkpoint
-        print(json.dumps(["folder", str(resolve(name.removeprefix("config:")))]))
+        kind, _, rest = name.partition(":")
+        print(json.dumps(["folder", str(KINDS[kind](rest) if rest else resolve_checkpoint(name))]))
     except HybridK2Error as error:
         print(json.dumps([type(error).__name__, str(error)]))
 """
@@ -183,6 +192,13 @@ def test_of_a_repository_that_is_planned_no_weights_are_fetched(hub: Downloads) 
     assert not any("lab/large" in path and path.endswith((".safetensors", ".model")) for path in hub.asked)
 
 
+def test_a_repository_that_does_not_fit_the_machine_is_refused_before_its_weights(hub: Downloads) -> None:
+    (large,) = hub.resolve("tight:lab/large")
+    assert large[0] == "MemoryBudgetError", large
+    assert "host: expected a plan of at most 1.00 KiB" in large[1]
+    assert not any("lab/large" in path and path.endswith((".safetensors", ".model")) for path in hub.asked)
+
+
 def test_an_unreachable_hub(hub: Downloads, resolved: list[tuple[str, str]]) -> None:
     again, unknown = hub.resolve("lab/tiny", "lab/other", HF_ENDPOINT="http://127.0.0.1:9")  # nobody listens there
     assert again == resolved[0]
@@ -210,6 +226,20 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"file\.safetensors: expected a checkpoint folder, got a file") as error:
         resolve_checkpoint(str(tmp_path / "file.safetensors"))
     assert error.value.hint
+    assert "GGUF" not in error.value.hint
+
+
+def test_gguf_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "Kimi-K2.6-Q4_K_M.gguf"
+    file.write_bytes(b"GGUF")
+    for path in (file, tmp_path):
+        with pytest.raises(
+            CheckpointError, match=r"expected a checkpoint (folder, got a file|with .*, got GGUF)"
+        ) as error:
+            resolve_checkpoint(str(path))
+        assert "GGUF is not read" in str(error.value.hint)
+    (tmp_path / "config.json").touch()  # both kinds in one folder
+    assert resolve_checkpoint(str(tmp_path)) == tmp_path
 
 
 def test_a_folder_that_nobody_may_look_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

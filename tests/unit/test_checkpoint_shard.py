@@ -98,8 +98,17 @@ def test_damage_is_named(tmp_path: Path, case: str) -> None:
 def test_an_impossible_header_length(tmp_path: Path, length: int) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(length.to_bytes(8, "little") + b"{}")
-    with pytest.raises(CheckpointError, match=f"header of at most .* got a length of {length}"):
+    with pytest.raises(CheckpointError, match=f"header of at most .* got a length of {length}") as error:
         read(path)
+    assert error.value.hint == "download the file again"
+
+
+def test_a_header_that_is_no_json(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes((4).to_bytes(8, "little") + b"{\xff:}")
+    with pytest.raises(CheckpointError, match="safetensors header: expected valid JSON") as error:
+        read(path)
+    assert error.value.hint == "download the file again"
 
 
 def test_a_git_lfs_pointer(tmp_path: Path) -> None:

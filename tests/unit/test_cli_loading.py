@@ -21,10 +21,23 @@ def test_a_file_gets_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -
         for done in (1, 2, 3, 4, 4, 5, 5.5):
             report(int(done * 2**30), 8 << 30)
     assert file.getvalue().splitlines() == [
-        "loading: 50 % of 8.00 GiB, 256.00 MiB/s",
-        "loading: 68 % of 8.00 GiB, 128.00 MiB/s",  # since the line before
+        "loading: 50 % of 8.00 GiB, 256.00 MiB/s, 16 s left",
+        "loading: 68 % of 8.00 GiB, 128.00 MiB/s, 20 s left",  # at the speed since the line before
     ]
     assert speed.summary() == "read 5.50 GiB at 192.00 MiB/s"
+
+
+def test_a_disk_that_stands_still_has_no_time_left_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count(0, 20)
+    monkeypatch.setattr(loading.time, "monotonic", lambda: float(next(seconds)))
+    file = io.StringIO()
+    with loading.show_progress(Output(file), loading.Speed()) as report:
+        for done in (1, 1, 2):
+            report(done << 30, 500 << 30)
+    assert file.getvalue().splitlines() == [
+        "loading: 0 % of 500.00 GiB, 0 B/s",
+        "loading: 0 % of 500.00 GiB, 51.20 MiB/s, 166 min left",
+    ]
 
 
 def test_a_load_of_no_time_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:

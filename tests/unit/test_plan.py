@@ -153,6 +153,10 @@ def test_threads_numerics_and_chunks() -> None:
     text = rules_text().replace("{gpu: cuda:0}", "{host: {threads: 3}}")
     plan = make_plan(parse_rules(text), small_config(), machine(64, cores=5))
     assert (plan.threads, plan.numerics, plan.chunk_tokens) == (3, "exact", 512)
+    assert not any("take turns" in note for note in plan.notes)
+    crowded = make_plan(parse_rules(text), small_config(), machine(64, cores=2))
+    assert crowded.threads == 3
+    assert "threads: 3 take turns on the 2 cores at hand" in crowded.notes
     plan = plan_of(tail="numerics: reference\nprefill: {chunk_tokens: 100}\n")
     assert (plan.numerics, plan.chunk_tokens) == ("reference", 100)
     assert plan_of(tail="kv_cache: {tokens: 70}\n").chunk_tokens == 70

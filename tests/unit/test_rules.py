@@ -309,7 +309,7 @@ def test_files_that_cannot_be_rules(tmp_path: Path) -> None:
     assert message(loop) == f"{loop}: expected a readable rule file, got: Too many levels of symbolic links"
 
 
-@pytest.mark.parametrize("path", [3, b"host", [], {}, None, 1.5, 10**6000, ("host",)], ids=shown)
+@pytest.mark.parametrize("path", ["", 3, b"host", [], {}, None, 1.5, 10**6000, ("host",)], ids=shown)
 def test_what_is_no_path_is_refused(path: Any) -> None:
     with pytest.raises(RulesError, match=r"^rules: expected a rule file or the name of a shipped one, got ") as caught:
         load_rules(path)

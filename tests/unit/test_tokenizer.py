@@ -313,3 +313,11 @@ def test_missing_files(tmp_path: Path, name: str) -> None:
     (tmp_path / name).unlink()
     with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path / name}: expected a file, got no such file")):
         Tokenizer.load(tmp_path)
+
+
+def test_a_vocabulary_that_git_did_not_fetch(tmp_path: Path) -> None:
+    write_vocabulary(tmp_path, BYTES, SPECIAL_OFFSETS)
+    (tmp_path / "tiktoken.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9000\n")
+    with pytest.raises(CheckpointError, match="expected the file itself, got a Git LFS pointer") as error:
+        Tokenizer.load(tmp_path)
+    assert "git lfs pull" in str(error.value.hint)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_k2.accelerator import Label, Trace, check_writable
+from hybrid_k2.accelerator import Label, Trace, check_trace_file
 from hybrid_k2.errors import ConfigError
 
 
@@ -93,7 +93,7 @@ def test_looking_whether_it_can_be_written_leaves_no_file_and_changes_none(tmp_p
     trace.write(old)
     written = old.read_bytes()
     for path in (new, empty, old, link):
-        assert check_writable(path) == check_writable(str(path)) == path
+        assert check_trace_file(path) == check_trace_file(str(path)) == path
     assert not new.exists()
     assert link.is_symlink()
     assert (empty.read_bytes(), old.read_bytes()) == (b"", written)
@@ -106,7 +106,7 @@ def test_a_file_that_is_no_trace_is_not_replaced(content: str, tmp_path: Path) -
     with pytest.raises(
         ConfigError, match="notes: expected a trace, an empty file or none, got a file that holds"
     ) as error:
-        check_writable(other)
+        check_trace_file(other)
     assert "another file" in (error.value.hint or "")
     assert other.read_text() == content
 
@@ -115,12 +115,12 @@ def test_what_is_no_regular_file_is_refused_unopened(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(ConfigError, match="expected a trace file that can be written, got a device, pipe or socket"):
-        check_writable(pipe)  # to open it would wait for a reader
+        check_trace_file(pipe)  # to open it would wait for a reader
     with pytest.raises(ConfigError, match="expected a trace file that can be written, got a folder"):
-        check_writable(tmp_path)
+        check_trace_file(tmp_path)
     for name in ("null\0byte", "long" * 100):
         with pytest.raises(ConfigError, match="expected a trace file that can be written, got"):
-            check_writable(tmp_path / name)
+            check_trace_file(tmp_path / name)
     for name in ("", " "):
         with pytest.raises(ConfigError, match="trace: expected the name of a file, got"):
-            check_writable(name)
+            check_trace_file(name)

@@ -143,7 +143,7 @@ def chat(
     if rules is not None and not rules.strip():
         raise typer.BadParameter("expected a rule file or a name, got an empty text", param_hint="--rules")
     trace_to = trace_file(trace)
-    host_memory_bytes = memory_size(host_memory, "--host-memory")
+    host_memory_bytes = None if host_memory is None else memory_size(host_memory, "--host-memory")
 
     with leaving_at_once():
         from hybrid_k2.cli.api_keys import own_key

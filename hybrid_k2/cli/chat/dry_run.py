@@ -18,11 +18,11 @@ def show_plan(
     Raises: HybridK2Error: everything that is wrong with the configuration, the rules, the machine or the trace's file.
     """
     with leaving_at_once():
-        from hybrid_k2.accelerator import check_writable
+        from hybrid_k2.accelerator import check_trace_file
         from hybrid_k2.engine.loading import plan_checkpoint
 
     if trace is not None:
-        check_writable(trace)
+        check_trace_file(trace)
     plan = plan_checkpoint(model, rules, host_memory_bytes=host_memory_bytes)
     if as_json:
         output.line(json.dumps(plan_values(plan), ensure_ascii=False, indent=2))

@@ -38,7 +38,12 @@ def prompt_text(parts: list[str], notes: Output) -> str:
 
 
 def check_parts(parts: list[str]) -> None:
-    """Check the parts of a prompt that are not read from stdin. Raises: RequestError: one is empty or not UTF-8."""
+    """Check what of a prompt can be checked before stdin is read.
+
+    Raises: RequestError: a part is empty or not UTF-8, or more than one stands for stdin.
+    """
+    if parts.count(STDIN) > 1:
+        raise RequestError(f"--prompt: expected {STDIN} once, got it {parts.count(STDIN)} times")
     for part in parts:
         if part != STDIN:
             check_text(part, "--prompt")
