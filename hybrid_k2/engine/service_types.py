@@ -12,6 +12,8 @@ from hybrid_k2.engine.prefix_file import check_prefix_file
 from hybrid_k2.engine.reply import Reply, TokenLogprob
 from hybrid_k2.errors import ConfigError, EngineError, HybridK2Error, RequestError, shown
 from hybrid_k2.placement import Plan
+from hybrid_k2.placement.budget import find_budget
+from hybrid_k2.placement.memories import HOST
 from hybrid_k2.placement.sizes import format_bytes
 from hybrid_k2.protocol import Event
 
@@ -78,12 +80,11 @@ class ServiceOptions:
                 f"step_tokens: expected at most {plan.chunk_tokens} (chunk_tokens of the plan), got {self.step_tokens}",
                 hint="give prefill more chunk_tokens in the placement rules",
             )
-        memory = plan.machine.host_memory_bytes
-        if self.cache_ram_bytes > memory:
+        left = find_budget(HOST, plan.rules, plan.machine).nbytes - plan.bytes_on(HOST)
+        if self.cache_ram_bytes > left:
             raise ConfigError(
-                f"cache_ram_bytes: expected at most the {format_bytes(memory)} of the host, "
+                f"cache_ram_bytes: expected at most the {format_bytes(left)} that the plan leaves on the host, "
                 f"got {format_bytes(self.cache_ram_bytes)}",
-                hint="weights and KV cache need their own part of it",
             )
         if self.cache_path is not None:
             check_prefix_file(self.cache_path)

@@ -35,7 +35,7 @@ class Limits:
 class ServerOptions:
     """Hold what the command line says about the server. Raises: ConfigError."""
 
-    model_names: tuple[str, ...]  # the first is the model's name in replies, the others are taken too
+    model_names: tuple[str, ...]  # a reply has that of its request, or the first
     api_keys: tuple[str, ...] = ()  # none: every client may come
     hosts: tuple[str, ...] = ()  # names by which clients may address it, beside IP addresses; none: any
     cors_origins: tuple[str, ...] = ()  # origins of pages that may call from a browser; "*" for all

@@ -93,6 +93,15 @@ def test_the_key_is_the_owner_of_a_request(make_client: MakeClient, service: Scr
     assert "first" not in first.key
 
 
+def test_a_reply_has_the_name_that_its_request_used(
+    make_client: MakeClient, service: ScriptedService, tokenizer: Any
+) -> None:
+    client = make_client(model_names=("first", "second"))
+    for asked, said in ((None, "first"), ("first", "first"), ("second", "second")):
+        service.scripts = [Script(one_by_one(tokenizer, THOUGHT))]
+        assert client.post(PATH, {**HELLO, "model": asked}).json()["model"] == said
+
+
 @pytest.mark.parametrize("key", ["", "with space", "ümlaut", "line\n"])
 def test_keys_that_no_header_can_hold(key: str) -> None:
     with pytest.raises(ConfigError, match="API key 2"):

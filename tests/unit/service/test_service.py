@@ -22,6 +22,7 @@ from hybrid_k2.engine.service_types import (
     Piece,
     QueueFullError,
     ServiceClosingError,
+    ServiceOptions,
     ServiceRequest,
 )
 from hybrid_k2.errors import ConfigError, EngineError, RequestError
@@ -267,7 +268,10 @@ def test_keys_take_turns(engine: Engine) -> None:
         ({"max_running": 0}, "max_running: expected an integer of at least 1, got 0"),
         ({"step_tokens": True}, "step_tokens: expected an integer of at least 1, got True"),
         ({"cache_path": Path("x")}, "cache_path: expected cache_ram_bytes above 0 with it"),
-        ({"cache_ram_bytes": 1 << 60}, "cache_ram_bytes: expected at most the .* of the host, got 1073741824.00 GiB"),
+        (
+            {"cache_ram_bytes": 1 << 60},
+            "that the plan leaves on the host, got 1073741824.00 GiB",
+        ),
         ({"step_tokens": CHUNK + 1}, rf"step_tokens: expected at most {CHUNK} \(chunk_tokens of the plan\), got 49"),
     ],
 )
@@ -275,6 +279,15 @@ def test_options_that_do_not_fit(engine: Engine, options: dict[str, Any], messag
     with pytest.raises(ConfigError, match=message):
         serve(engine, **options)
     assert generated(engine, [1, 2], max_tokens=1)
+
+
+def test_the_cache_in_host_memory_takes_what_the_plan_leaves(engine: Engine) -> None:
+    rules, mib = engine.plan.rules, 1 << 20
+    devices = replace(rules.devices, host_memory_bytes=engine.plan.bytes_on("host") + mib)
+    tight = replace(engine.plan, rules=replace(rules, devices=devices))
+    ServiceOptions(cache_ram_bytes=mib).check(tight)
+    with pytest.raises(ConfigError, match=r"expected at most the 1\.00 MiB that the plan leaves on the host"):
+        ServiceOptions(cache_ram_bytes=mib + 1).check(tight)
 
 
 @pytest.mark.parametrize(
