@@ -168,6 +168,10 @@ class Plan:
         """Sum the weights that decoding one token reads: dense groups, the chosen experts, one embedding row."""
         return bytes_per_token(self.config, self.rows)
 
+    def bytes_per_token_on(self, device: str) -> int:
+        """Sum those of them in the memory of a device; all routed experts count where the ones that are not hot lie."""
+        return bytes_per_token(self.config, tuple(row for row in self.rows if memory_of(row.device) == device))
+
     def hot_row(self, layer: int) -> PlanRow | None:
         """Find the row of the hot experts of a layer; None where it has none."""
         return next((row for row in self.rows if row.hottest and layer in (row.layers or ())), None)

@@ -55,4 +55,9 @@ def plan_values(plan: Plan) -> dict[str, Any]:
 
 def _device(plan: Plan, device: str) -> dict[str, Any]:
     budget = find_budget(device, plan.rules, plan.machine)
-    return {"bytes": plan.bytes_on(device), "budget": budget.nbytes, "budget_is": budget.origin}
+    return {
+        "bytes": plan.bytes_on(device),
+        "budget": budget.nbytes,
+        "budget_is": budget.origin,
+        "bytes_per_token": plan.bytes_per_token_on(device),
+    }

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from hybrid_k2.placement.budget import find_budget
-from hybrid_k2.placement.memories import memory_of
+from hybrid_k2.placement.memories import HOST, memory_of
 from hybrid_k2.placement.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _HEAD = ("group", "layers", "device", "dtype", "size", "budget")
 _RIGHT = (4, 5)  # the columns with numbers
+_HOST_READ = 100e9  # bytes per second
 
 
 def format_table(plan: Plan) -> str:
@@ -56,8 +57,18 @@ def _summary(plan: Plan) -> Iterator[str]:
         graphs = "; decode steps as graphs" if plan.graphs else ""
         yield f"{plan.accelerator}: {own}overlap {plan.overlap}{late}{graphs}"
     yield f"prefill: chunks of {plan.chunk_tokens} tokens{'; heavy experts streamed' if plan.stream != 'off' else ''}"
-    yield f"weights read per decoded token: {format_bytes(plan.bytes_per_token)}"
+    read = {device: plan.bytes_per_token_on(device) for device in plan.devices}
+    parts = ", ".join(f"{format_bytes(nbytes)} on {device}" for device, nbytes in read.items() if nbytes)
+    yield f"weights read per decoded token: {parts}"
+    yield _host_limit(plan, read[HOST])
     yield from (f"note: {note}" for note in plan.notes)
+
+
+def _host_limit(plan: Plan, nbytes: int) -> str:
+    """What memory allows; only a measurement tells its bandwidth, and a plan may be one for another machine."""
+    speed = format(_HOST_READ / nbytes, ",.1f")
+    more = ", more where hot experts are chosen" if any(row.hottest for row in plan.rows) else ""
+    return f"one sequence: at most {speed} tokens/s for each 100 GB/s of host memory{more}"
 
 
 def _count_threads(count: int) -> str:

@@ -63,6 +63,11 @@ def test_bytes_per_decoded_token_of_k2_6() -> None:
     dense = make_plan(shipped_rules("host"), K2_6, machine(768)).bytes_per_token - experts
     active = (dense - 2 * 7168 - 60 * 384 * 4) // 2 + 8 * 60 * expert_parameters(K2_6)
     assert round(active / 1e9, 1) == 31.7
+    on_card = make_plan(shipped_rules("gpu"), K2_6, machine(768, 80))
+    assert on_card.bytes_per_token_on("host") == experts + 7168 * 2  # and a row of the embedding
+    assert on_card.bytes_per_token_on("cuda:0") == on_card.bytes_per_token - experts - 7168 * 2
+    # 100 GB/s over 11.89 GB
+    assert "\none sequence: at most 8.4 tokens/s for each 100 GB/s of host memory\n" in on_card.table()
     wide = parse_rules(rules_text("router host dtype: fp32"))
     in_fp32 = make_plan(wide, K2_6, machine(768)).bytes_per_token
     assert in_fp32 - experts - dense == 2 * 60 * group_parameters(K2_6, "router")
