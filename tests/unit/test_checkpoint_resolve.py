@@ -269,7 +269,7 @@ def refuse_stat(path: Path, **_: Any) -> os.stat_result:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "nothing", "/no/such/folder", "a/b/c", "../x/y", "a b/c", "~nobody", "x\0/y", 300 * "x"]
+    "name", ["", "nothing", "/no/such/folder", "a/b/c", "../x/y", "a b/c", "~no-such-user", "x\0/y", 300 * "x"]
 )
 def test_neither_a_folder_nor_a_repository(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
