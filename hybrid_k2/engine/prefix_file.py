@@ -40,14 +40,21 @@ def check_prefix_file(path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{path}: expected a folder that can be made for it, got {error.strerror}") from error
-    check_writable(path, "prefix cache", _KIND)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: expected a folder that can be made for it, got {reason}") from error
+    for file in (path, _partial(path)):
+        check_writable(file, "prefix cache", _KIND)
+
+
+def _partial(path: Path) -> Path:
+    """Return where a cache is written until it is whole."""
+    return path.parent / f"{path.name}.partial"
 
 
 def save_prefixes(prefix: PrefixCache, path: Path, fingerprint: str) -> None:
     """Write what was used most recently, as much as the second level could take back. A failure is logged."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = _partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)  # it tells what users asked

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +17,7 @@ VALUE_BYTES = 64  # that a value takes once it is parsed, or more; each comma of
 PIECE_BYTES = 64 * 2**10
 # What ends the connection: it is not clear where the next request begins, or that is long in coming. After the others
 # the rest of the body is read and dropped: a client that meets a closed connection while it sends does not read why.
+# `Connection` does so behind the answer; where the client wants the connection closed with it, it is done before.
 _ENDING = (400, 408)
 
 
@@ -24,6 +27,7 @@ class _Body:
 
     content: bytes = b""
     weight: int = 0  # bytes
+    ended: bool = False
 
 
 class RequestLimits:
@@ -52,6 +56,8 @@ class RequestLimits:
                 response = error_response(error, scope["path"], state.get("request_id", ""))
                 if error.status in _ENDING:
                     response.headers["connection"] = "close"
+                elif not body.ended and _closes_at_once(scope["headers"], scope.get("http_version")):
+                    await self._drop_rest(receive)
                 await response(scope, receive, send)
                 return
             await self._app(scope, _replay(body.content, receive), _in_pieces(send))
@@ -80,9 +86,9 @@ class RequestLimits:
     async def _read(self, body: _Body, receive: Receive) -> None:
         """Read the whole body. Raises: ApiError, ClientGoneError."""
         parts: list[bytes] = []
-        size, more = 0, True
+        size = 0
         deadline = asyncio.get_running_loop().time() + self._limits.body_s
-        while more:
+        while not body.ended:
             left = deadline - asyncio.get_running_loop().time()
             try:
                 message = await asyncio.wait_for(receive(), max(left, 0.001))
@@ -91,6 +97,7 @@ class RequestLimits:
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
             part = message.get("body", b"")
+            body.ended = not message.get("more_body", False)
             size += len(part)
             self._check_size(size)
             weight = len(part) + VALUE_BYTES * part.count(b",")
@@ -98,8 +105,15 @@ class RequestLimits:
             parts.append(part)
             body.weight += weight
             self._weight += weight
-            more = message.get("more_body", False)
         body.content = b"".join(parts)
+
+    async def _drop_rest(self, receive: Receive) -> None:
+        async def drop() -> None:
+            while (await receive()).get("more_body", False):
+                pass
+
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(drop(), self._limits.body_s)
 
     def _check_size(self, size: int) -> None:
         if size > self._limits.body_bytes:
@@ -109,6 +123,14 @@ class RequestLimits:
         """Refuse `more` bytes beyond the bound; what is alone here may be as large as a body may. Raises: ApiError."""
         if self._weight > own and self._weight + more > self._limits.all_bodies_bytes:
             raise overloaded("body: expected room for it, got other requests that take it", "bodies_full")
+
+
+def _closes_at_once(headers: Collection[tuple[bytes, bytes]], version: str | None) -> bool:
+    """Say whether the connection ends with the answer, by a client that sends its body without waiting for a word."""
+    if any(name == b"expect" for name, _ in headers):
+        return False
+    words = {word.strip() for name, value in headers if name == b"connection" for word in value.lower().split(b",")}
+    return version == "1.0" or b"close" in words
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -217,7 +217,8 @@ def _echo(prompt: Prompt, tokenizer: Tokenizer) -> str:
 
 
 def _first_tokens(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> list[bytes]:
-    all_ids = (tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts)
+    # most=0: a prompt that may be too long is not encoded to its end for its first token
+    all_ids = (tokenizer.encode(prompt, most=0) if isinstance(prompt, str) else prompt for prompt in prompts)
     return [tokenizer.token_bytes(ids[0]) if ids else b"" for ids in all_ids]
 
 

@@ -9,7 +9,7 @@ from hybrid_k2.engine.service_types import MAX_CHOICES
 from hybrid_k2.errors import ConfigError, shown
 from hybrid_k2.server.hosts import is_host_name
 
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://\S*[^\s/]|null|\*")  # as browsers write it
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/]+|null|\*")  # as browsers write it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from hybrid_k2.protocol import Tokenizer
+from hybrid_k2.protocol.tokenizer import WINDOW_CHARS
 from tests.server.conftest import Client
 from tests.server.scripted import Script, ScriptedService
 
@@ -70,6 +71,24 @@ def test_log_probabilities(client: Client, service: ScriptedService, tokenizer: 
         for name, values in (frame["choices"][0]["logprobs"] or {}).items():
             streamed.setdefault(name, []).extend(values)
     assert streamed == whole
+
+
+def test_for_its_first_token_a_long_prompt_is_not_encoded_to_its_end(
+    client: Client, service: ScriptedService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, counts = Tokenizer.encode, []
+
+    def counted(tokenizer: Tokenizer, text: str, *more: Any, **names: Any) -> list[int]:
+        ids = encode(tokenizer, text, *more, **names)
+        counts.append(len(ids))
+        return ids
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    service.scripts = [Script()]
+    prompt = "1 " * WINDOW_CHARS
+    response = client.post(PATH, {**ONCE, "prompt": prompt, "echo": True, "logprobs": 0})
+    assert response.json()["choices"][0]["logprobs"]["tokens"] == ["1"]
+    assert 0 < counts[0] <= WINDOW_CHARS, "before the service sees it"
 
 
 @pytest.mark.parametrize(

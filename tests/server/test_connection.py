@@ -167,6 +167,34 @@ def test_a_body_that_is_too_large_is_told_so_after_it_was_sent(coding: str) -> N
     assert b"HTTP/1.1 200 OK" in rest
 
 
+@pytest.mark.parametrize("coding", ["content-length: 33554432", "transfer-encoding: chunked"])
+@pytest.mark.parametrize("closing", ["HTTP/1.1\r\nconnection: x, Close", "HTTP/1.0"])
+def test_a_client_that_wants_no_other_answer_sends_its_large_body_first(coding: str, closing: str) -> None:
+    bound = Limits(body_bytes=1000, body_s=LONG_S)
+    with serving(RequestLimits(App(), bound), head_s=LONG_S, body_s=LONG_S) as port, connect(port) as client:
+        client.sendall(f"POST / {closing}\r\nhost: x\r\n{coding}\r\n\r\n".encode())
+        piece = bytes(2**20)
+        for _ in range(32):
+            client.sendall(piece if "length" in coding else b"%x\r\n%b\r\n" % (len(piece), piece))
+        client.sendall(b"" if "length" in coding else b"0\r\n\r\n")
+        assert whole_answer(client)[0].startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    ("request_head", "body"),
+    [
+        ("connection: close\r\nexpect: 100-continue\r\ncontent-length: 5000", b""),  # it waits for a word
+        ("connection: close\r\ncontent-length: 5000", bytes(5000)),
+        ("connection: close\r\ntransfer-encoding: chunked", b"5dc\r\n" + bytes(1500) + b"\r\n0\r\n\r\n"),
+    ],
+)
+def test_what_is_refused_at_its_end_or_before_its_beginning_waits_for_nothing(request_head: str, body: bytes) -> None:
+    bound = Limits(body_bytes=1000, body_s=LONG_S)
+    with serving(RequestLimits(App(), bound), head_s=LONG_S, body_s=LONG_S) as port, connect(port) as client:
+        client.sendall(f"POST / HTTP/1.1\r\nhost: x\r\n{request_head}\r\n\r\n".encode() + body)
+        assert whole_answer(client)[0].startswith(b"HTTP/1.1 413 ")
+
+
 def test_another_protocol_is_not_taken_up(caplog: pytest.LogCaptureFixture) -> None:
     with serving(App()) as port, connect(port) as client:
         client.sendall(GET.replace(b"\r\n\r\n", b"\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n"))

@@ -16,9 +16,9 @@ import torch
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.prefix import Node, PrefixCache
-from hybrid_k2.engine.prefix_file import restore_prefixes, save_prefixes
+from hybrid_k2.engine.prefix_file import check_prefix_file, restore_prefixes, save_prefixes
 from hybrid_k2.engine.sequence import TokenSequence
-from hybrid_k2.errors import EngineError
+from hybrid_k2.errors import ConfigError, EngineError
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.placement.plan import KvCachePlan
 from tests.conftest import REPO
@@ -348,6 +348,21 @@ def test_a_cache_that_cannot_be_saved_leaves_the_old_file(tmp_path: Path, caplog
     save_prefixes(world.prefix, path, "this engine")
     assert path.read_bytes() == before
     assert "the prefix cache could not be saved" in caplog.text
+
+
+def test_what_saving_would_write_over_is_looked_at_first(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "cache"
+    check_prefix_file(path)
+    assert [*path.parent.iterdir()] == []
+    partial = path.with_name("cache.partial")
+    partial.write_bytes(b"hybrid-k2 pre")  # of a process that was killed
+    check_prefix_file(path)
+    partial.write_text("notes")
+    with pytest.raises(ConfigError, match=r"cache\.partial: expected a prefix cache, an empty file or none"):
+        check_prefix_file(path)
+    assert partial.read_text() == "notes"
+    with pytest.raises(ConfigError, match="expected a folder that can be made for it, got embedded null"):
+        check_prefix_file(tmp_path / "null\0byte" / "cache")
 
 
 def test_a_cache_that_cannot_be_read_is_not_saved(
