@@ -151,32 +151,38 @@ def test_the_rest_of_a_request_that_has_its_answer() -> None:
             drip(client, b"x")
 
 
-@pytest.mark.parametrize("coding", ["content-length: 16777216", "transfer-encoding: chunked"])
+CODINGS = ["content-length: 33554432", "transfer-encoding: chunked"]
+
+
+def send_body(client: socket.socket, coding: str) -> None:
+    """Send the 32 MiB of a body in one of the codings."""
+    piece = bytes(2**20)
+    chunked = "chunked" in coding
+    for _ in range(32):
+        client.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+    client.sendall(b"0\r\n\r\n" if chunked else b"")
+
+
+@pytest.mark.parametrize("coding", CODINGS)
 def test_a_body_that_is_too_large_is_told_so_after_it_was_sent(coding: str) -> None:
     """Without a reset, which would take the answer from the client; and the connection goes on."""
     bound = Limits(body_bytes=1000)
     with serving(RequestLimits(App(), bound), head_s=LONG_S, body_s=LONG_S) as port, connect(port) as client:
         client.sendall(f"POST / HTTP/1.1\r\nhost: x\r\n{coding}\r\n\r\n".encode())
-        piece = bytes(2**20)
-        for _ in range(16):
-            client.sendall(piece if "length" in coding else b"%x\r\n%b\r\n" % (len(piece), piece))
-        client.sendall(b"" if "length" in coding else b"0\r\n\r\n")
+        send_body(client, coding)
         client.sendall(GET.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
         head, rest = whole_answer(client)
     assert head.startswith(b"HTTP/1.1 413 ")
     assert b"HTTP/1.1 200 OK" in rest
 
 
-@pytest.mark.parametrize("coding", ["content-length: 33554432", "transfer-encoding: chunked"])
+@pytest.mark.parametrize("coding", CODINGS)
 @pytest.mark.parametrize("closing", ["HTTP/1.1\r\nconnection: x, Close", "HTTP/1.0"])
 def test_a_client_that_wants_no_other_answer_sends_its_large_body_first(coding: str, closing: str) -> None:
     bound = Limits(body_bytes=1000, body_s=LONG_S)
     with serving(RequestLimits(App(), bound), head_s=LONG_S, body_s=LONG_S) as port, connect(port) as client:
         client.sendall(f"POST / {closing}\r\nhost: x\r\n{coding}\r\n\r\n".encode())
-        piece = bytes(2**20)
-        for _ in range(32):
-            client.sendall(piece if "length" in coding else b"%x\r\n%b\r\n" % (len(piece), piece))
-        client.sendall(b"" if "length" in coding else b"0\r\n\r\n")
+        send_body(client, coding)
         assert whole_answer(client)[0].startswith(b"HTTP/1.1 413 ")
 
 
