@@ -154,7 +154,7 @@ def test_a_reply_goes_on_while_another_chat_is_shown(go: Go, service: ScriptedSe
     visit.say("quick")
     visit.page.get_by_text("Hello! How are you?").wait_for()
     visit.page.get_by_role("link", name="slow").click()
-    assert not visit.page.get_by_text("Hello! How are you?").is_visible()
+    visit.page.get_by_text("Hello! How are you?").wait_for(state="hidden")
     while not visit.page.get_by_text("tokens at").is_visible():  # the end is a step, too
         gate.set()
     assert visit.page.get_by_text("Hello! How are you?").is_visible()
