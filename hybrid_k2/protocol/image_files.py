@@ -14,20 +14,19 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 
 from hybrid_k2.errors import RequestError, shown
+from hybrid_k2.protocol.messages import Media
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL.ImageFile import ImageFile
 
-    from hybrid_k2.protocol.messages import Media
-
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_PIXELS = 2**27  # medium-format cameras have 102 million; decoding takes up to 8 bytes for each
 MAX_SIDE = 65_535  # as JPEG and GIF have it; resizing takes memory by the side, too
 MAX_SCANNED_PIXELS = 2**31  # pixels times scans of a JPEG: a scan may be some bytes, and goes over the whole image
 
-_EXPECTED = "the image itself as data:image/png;base64,..."
+_EXPECTED = "an image as data:image/png;base64,..."
 _NOTHING_FETCHED = "images are sent inside the message: no address is fetched and no file is opened"
 
 # One image at a time: this bounds the memory, and what silences warnings is the process's, not a thread's.
@@ -35,14 +34,18 @@ _decoding = threading.Lock()
 
 
 def image_source(media: Media, place: str) -> bytes:
-    """Return the bytes of an image file that a message holds. Raises: RequestError naming `place`."""
+    """Return the bytes of the image file that a message holds, as such or in a data: URI.
+
+    Raises: RequestError naming `place`.
+    """
     source = media.source
     if isinstance(source, str):
         data = _data_of_uri(source, place)
-    elif isinstance(source, bytes):
-        data = source
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        data = bytes(source)
     else:
-        raise RequestError(f"{place}: expected {_EXPECTED}, got {'nothing' if source is None else 'an image'}")
+        found = "nothing" if source is None else type(source).__name__
+        raise RequestError(f"{place}: expected {_EXPECTED}, or bytes, got {found}")
     if not data:
         raise RequestError(f"{place}: expected an image, got no bytes")
     return data
