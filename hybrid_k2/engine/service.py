@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import count
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -35,12 +35,14 @@ from hybrid_k2.engine.service_types import (
 )
 from hybrid_k2.errors import EngineError, HybridK2Error
 from hybrid_k2.model.batch import Chunk
+from hybrid_k2.placement.sizes import format_bytes
 from hybrid_k2.protocol import Event
 
 log = logging.getLogger("hybrid_k2")
 
 OnEvent = Callable[[ServiceEvent], None]
 _RETRY_S = (1.0, 60.0)  # the least and the most that a client is told to wait
+_LOOK_S = 0.05  # at a time, where an image is all there is to do
 _HOPELESS = 2  # so many requests that fail one after the other, and none that does not
 _NEW_SHARE = 0.1  # of the latest request in the running average of how long one takes
 
@@ -52,6 +54,7 @@ class Ticket:
         self.id = f"{number:08x}"
         self.prompt_tokens = jobs[0].sequence.prompt_tokens
         self.cancelled = False
+        self.image_bytes = sum(image.pixels.nbytes for image in jobs[0].sequence.images.values())
         self.held = list(jobs[1:])  # until the first has computed the prompt, whose pages they share
         self.submitted_at = time.monotonic()
         self._on_event = on_event
@@ -103,6 +106,7 @@ class Service:
         self._scheduler = Scheduler(
             self._runner.cache,
             self._runner.prefix,
+            self._runner.sight,
             step_tokens=options.step_tokens or engine.plan.chunk_tokens,
             most_tokens=engine.plan.batch_tokens,
             max_running=options.max_running,
@@ -141,6 +145,7 @@ class Service:
         with self._changed:
             self._check_places(request.key)
             ticket = Ticket(next(self._numbers), jobs, on_event)
+            self._check_images(ticket)
             self._tickets.update(dict.fromkeys(jobs, ticket))
             self._arrived.append(jobs[0])
             self._count(requests=1)
@@ -190,6 +195,7 @@ class Service:
                 if self._options.cache_path is not None and self._broken is None:
                     save_prefixes(self._runner.prefix, self._options.cache_path, fingerprint(self._engine.loaded))
                 self._runner.prefix.set_ram(0)
+                self._runner.sight.forget()
 
     def __enter__(self) -> Service:
         return self
@@ -231,12 +237,22 @@ class Service:
             self._check_place("key", self._waiting(key), options.max_waiting_per_key, min(free, of_key))
 
     def _check_place(self, reason: str, waiting: int, most: int, free: int) -> None:
-        if waiting < most + max(0, free):  # some of them are about to begin
-            return
+        if waiting >= most + max(0, free):  # some of them are about to begin
+            of_key = " of one key" if reason == "key" else ""
+            self._refuse(reason, waiting, f"{most} waiting requests{of_key}, got one more")
+
+    def _check_images(self, ticket: Ticket) -> None:
+        """Bound the images of all requests together; one request alone is bounded by its context."""
+        most, held = self._options.max_image_bytes, sum(other.image_bytes for other in {*self._tickets.values()})
+        if held and held + ticket.image_bytes > most:
+            images = f"{format_bytes(most)} of images, got {format_bytes(held + ticket.image_bytes)}"
+            self._refuse("queue", self._waiting(), images)
+
+    def _refuse(self, reason: str, waiting: int, expected: str) -> NoReturn:
         self._count(rejected=1)
         wait_s = self._request_s * (waiting + 1) / self._options.max_running
         raise QueueFullError(
-            f"queue: expected at most {most} waiting requests{' of one key' if reason == 'key' else ''}, got one more",
+            f"queue: expected at most {expected}",
             retry_after_s=min(max(wait_s, _RETRY_S[0]), _RETRY_S[1]),
             reason=reason,
             hint="try again later",
@@ -302,8 +318,24 @@ class Service:
         begun, work = self._scheduler.next_step()
         for job in begun:
             self._begin(job)
-        if not work:
-            return
+        start = time.perf_counter()
+        if work:
+            self._compute_step(work)
+        lacking = self._scheduler.lacking()
+        if lacking is not None:
+            # Beside others for as long as they were computed; alone until it is time to look who was cancelled.
+            self._look(lacking, time.perf_counter() - start if work else _LOOK_S)
+
+    def _look(self, job: Job, seconds: float) -> None:
+        """Encode an image that a prompt cannot go on without."""
+        start = time.perf_counter()
+        try:
+            self._scheduler.look(job, seconds)
+        except Exception as error:
+            self._fail(job, _as_error(error))
+        job.sequence.prefill_s += time.perf_counter() - start
+
+    def _compute_step(self, work: dict[Job, Work]) -> None:
         prompts = {job: sum(len(chunk.token_ids) for chunk in work[job][1]) for job in work if not job.prompt_done}
         start = time.perf_counter()
         results = self._compute(work)
