@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import random
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hybrid_k2.model.vision import VisionModel
 
 from hybrid_k2.engine import Engine, Reply, SamplingParams
 from hybrid_k2.engine.service_types import QueueFullError, ServiceRequest
 from hybrid_k2.errors import EngineError, RequestError
+from hybrid_k2.model.vision import VisionModel
 from hybrid_k2.protocol.images import Image
 from tests.engines import random_engine
-from tests.services import CHUNK, PAGES, PARAMS, Client, alone, random_ids, same, serve
+from tests.pictures import ask, noise_png
+from tests.services import CHUNK, PAGES, PARAMS, TIMEOUT_S, Client, alone, random_ids, same, serve
 
-PIL = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install pillow")
+pytest.importorskip("PIL", reason="needs Pillow: pip install pillow")
 SEEDED = SamplingParams(temperature=3.0, top_p=1.0, seed=3, max_tokens=6, ignore_eos=True, logprobs=3)
 
 
@@ -60,37 +60,25 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     return watch
 
 
-def picture(width: int, height: int, seed: int = 0) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    file = io.BytesIO()
-    PIL.fromarray(pixels).save(file, "png")
-    return file.getvalue()
-
-
-def ask(*parts: bytes | str) -> list[dict[str, Any]]:
-    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image", "image": p} for p in parts]
-    return [{"role": "user", "content": content}]
-
-
 def answer(engine: Engine, *parts: bytes | str, params: SamplingParams = SEEDED) -> Reply:
     return engine.chat(ask(*parts), params=params)
 
 
 def test_an_image_takes_its_tokens_and_decides_the_answer(engine: Engine) -> None:
     text = answer(engine, "What is this?")
-    one, other = (answer(engine, picture(112, 84, seed), "What is this?") for seed in (1, 2))
+    one, other = (answer(engine, noise_png(112, 84, seed), "What is this?") for seed in (1, 2))
     assert one.usage.prompt_tokens == other.usage.prompt_tokens == text.usage.prompt_tokens + 4 * 3 + len("image\n") + 3
     assert one.logprobs != other.logprobs
 
 
 def test_the_same_image_is_known_again_and_another_is_not(engine: Engine, watch: Watch) -> None:
-    first = answer(engine, "Look: ", picture(112, 112), " What is it?")
+    first = answer(engine, "Look: ", noise_png(112, 112), " What is it?")
     assert first.usage.cached_tokens == 0
-    again = answer(engine, "Look: ", picture(112, 112), " What is it?")
+    again = answer(engine, "Look: ", noise_png(112, 112), " What is it?")
     assert same(again, first)
     assert again.usage.cached_tokens == first.usage.prompt_tokens - 1
     assert len(watch.begun) == 1
-    other = answer(engine, "Look: ", picture(112, 112, seed=1), " What is it?")
+    other = answer(engine, "Look: ", noise_png(112, 112, seed=1), " What is it?")
     assert 0 < other.usage.cached_tokens < first.usage.prompt_tokens - 16
     assert len({*watch.begun}) == 2
 
@@ -98,18 +86,18 @@ def test_the_same_image_is_known_again_and_another_is_not(engine: Engine, watch:
 def test_the_place_of_the_cut_does_not_matter(engine: Engine) -> None:
     """Prompts longer than a chunk, from caches that end within an image: the same bits as from nothing."""
     chance = random.Random()
-    big = picture(28 * 9, 28 * 8)
-    whole = answer(engine, big, "and", picture(30, 60), "?")
+    big = noise_png(28 * 9, 28 * 8)
+    whole = answer(engine, big, "and", noise_png(30, 60), "?")
     engine._prefix.release()
     answer(engine, big, chance.choice(["and", "or"]), params=SamplingParams(max_tokens=1))
-    assert same(answer(engine, big, "and", picture(30, 60), "?"), whole)
+    assert same(answer(engine, big, "and", noise_png(30, 60), "?"), whole)
 
 
 def test_replies_are_those_of_each_request_alone(engine: Engine) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
     chance = random.Random(seed)
-    pictures = [picture(28 * chance.randint(1, 6), 28 * chance.randint(1, 6), number) for number in range(3)]
+    pictures = [noise_png(28 * chance.randint(1, 6), 28 * chance.randint(1, 6), number) for number in range(3)]
     questions = []
     for number in range(12):
         parts: list[bytes | str] = [*chance.choices([*pictures, "What is it? ", "Oh. "], k=3), f"{number % 4}"]
@@ -132,7 +120,7 @@ def test_replies_are_those_of_each_request_alone(engine: Engine) -> None:
 
 
 def test_choices_share_an_image(engine: Engine, watch: Watch) -> None:
-    messages = ask(picture(112, 112), "What is it?")
+    messages = ask(noise_png(112, 112), "What is it?")
     with serve(engine) as service:
         client = Client(service, None, SEEDED, messages=messages, n=3)
         assert len(client.replies) == 3
@@ -147,20 +135,28 @@ def test_a_failing_encoder_ends_its_own_request_only(engine: Engine, watch: Watc
     prompt = random_ids(random.Random(), 60)
     with serve(engine) as service:
         text = Client(service, prompt, PARAMS)
-        assert "broken" in Client(service, None, SEEDED, messages=ask(picture(56, 56), "?")).error.message
+        assert "broken" in Client(service, None, SEEDED, messages=ask(noise_png(56, 56), "?")).error.message
         assert len(text.reply.token_ids) == PARAMS.max_tokens
         watch.before = lambda image: None
-        assert Client(service, None, SEEDED, messages=ask(picture(56, 56), "?")).reply.token_ids
+        assert Client(service, None, SEEDED, messages=ask(noise_png(56, 56), "?")).reply.token_ids
 
 
 def test_cancelling_while_an_image_is_encoded(engine: Engine, watch: Watch) -> None:
-    with serve(engine) as service:
-        clients: list[Client] = []
-        watch.before = lambda image: clients[0].ticket.cancel() if clients else None
-        clients.append(Client(service, None, SEEDED, messages=ask("a", picture(1000, 1000), "?")))
+    submitted = threading.Event()
+    clients: list[Client] = []
+
+    def cancel(image: Image) -> None:
+        assert submitted.wait(TIMEOUT_S)
         clients[0].ticket.cancel()
-        assert clients[0].reply.finish_reason == "cancelled"
-        assert Client(service, None, SEEDED, messages=ask(picture(56, 56), "?")).reply.token_ids
+
+    with serve(engine) as service:
+        watch.before = cancel
+        clients.append(Client(service, None, SEEDED, messages=ask("a", noise_png(500, 500), "?")))
+        submitted.set()
+        reply = clients[0].reply
+        assert (reply.finish_reason, reply.token_ids) == ("cancelled", ())
+        watch.before = lambda image: None
+        assert Client(service, None, SEEDED, messages=ask(noise_png(56, 56), "?")).reply.token_ids
 
 
 def test_pixels_of_waiting_requests_are_bounded(engine: Engine, watch: Watch) -> None:
@@ -170,35 +166,35 @@ def test_pixels_of_waiting_requests_are_bounded(engine: Engine, watch: Watch) ->
 
         def one_more(image: Image) -> None:
             try:
-                service.submit(ServiceRequest(messages=ask(picture(28, 28), "?")), lambda event: None)
+                service.submit(ServiceRequest(messages=ask(noise_png(28, 28), "?")), lambda event: None)
             except QueueFullError as error:
                 refused.append(error)
 
         watch.before = one_more
-        assert Client(service, None, SEEDED, messages=ask(picture(112, 112), "?")).reply.token_ids
+        assert Client(service, None, SEEDED, messages=ask(noise_png(112, 112), "?")).reply.token_ids
         assert [error.reason for error in refused] == ["queue"]
         assert "of images" in refused[0].message
         watch.before = lambda image: None
-        large = Client(service, None, SEEDED, messages=ask(picture(224, 224), "?"))  # alone it may be larger
+        large = Client(service, None, SEEDED, messages=ask(noise_png(224, 224), "?"))  # alone it may be larger
         assert large.reply.token_ids
 
 
 def test_what_a_prompt_with_images_cannot_have(engine: Engine, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="prompt_logprobs: expected a prompt of text alone"):
-        answer(engine, picture(28, 28), params=SamplingParams(logprobs=1, prompt_logprobs=True))
+        answer(engine, noise_png(28, 28), params=SamplingParams(logprobs=1, prompt_logprobs=True))
     with random_engine(tmp_path, model_type="kimi_k2") as blind:
         assert blind.images is None
         with pytest.raises(RequestError, match=r"messages\[0\]\.content\[0\]"):
-            answer(blind, picture(28, 28), "?")
+            answer(blind, noise_png(28, 28), "?")
 
 
 def test_penalties_count_text_alone(engine: Engine) -> None:
     params = SamplingParams(**{**vars(SEEDED), "repetition_penalty": 1.5, "presence_penalty": 0.5})
-    assert len(answer(engine, picture(56, 56), "What is it?", params=params).token_ids) == SEEDED.max_tokens
+    assert len(answer(engine, noise_png(56, 56), "What is it?", params=params).token_ids) == SEEDED.max_tokens
 
 
 def test_a_saved_prefix_cache_knows_images(engine: Engine, tmp_path: Path, watch: Watch) -> None:
-    messages, file = ask(picture(28 * 8, 28 * 9), "What is it?"), tmp_path / "cache"
+    messages, file = ask(noise_png(28 * 8, 28 * 9), "What is it?"), tmp_path / "cache"
     with serve(engine, cache_ram_bytes=1 << 24, cache_path=file) as service:
         first = Client(service, None, SEEDED, messages=messages).reply
     engine._prefix.release()
