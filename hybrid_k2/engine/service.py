@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import count
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 
@@ -35,7 +35,6 @@ from hybrid_k2.engine.service_types import (
 )
 from hybrid_k2.errors import EngineError, HybridK2Error
 from hybrid_k2.model.batch import Chunk
-from hybrid_k2.placement.sizes import format_bytes
 from hybrid_k2.protocol import Event
 
 log = logging.getLogger("hybrid_k2")
@@ -54,7 +53,6 @@ class Ticket:
         self.id = f"{number:08x}"
         self.prompt_tokens = jobs[0].sequence.prompt_tokens
         self.cancelled = False
-        self.image_bytes = sum(image.pixels.nbytes for image in jobs[0].sequence.images.values())
         self.held = list(jobs[1:])  # until the first has computed the prompt, whose pages they share
         self.submitted_at = time.monotonic()
         self._on_event = on_event
@@ -145,7 +143,6 @@ class Service:
         with self._changed:
             self._check_places(request.key)
             ticket = Ticket(next(self._numbers), jobs, on_event)
-            self._check_images(ticket)
             self._tickets.update(dict.fromkeys(jobs, ticket))
             self._arrived.append(jobs[0])
             self._count(requests=1)
@@ -237,22 +234,12 @@ class Service:
             self._check_place("key", self._waiting(key), options.max_waiting_per_key, min(free, of_key))
 
     def _check_place(self, reason: str, waiting: int, most: int, free: int) -> None:
-        if waiting >= most + max(0, free):  # some of them are about to begin
-            of_key = " of one key" if reason == "key" else ""
-            self._refuse(reason, waiting, f"{most} waiting requests{of_key}, got one more")
-
-    def _check_images(self, ticket: Ticket) -> None:
-        """Bound the images of all requests together; one request alone is bounded by its context."""
-        most, held = self._options.max_image_bytes, sum(other.image_bytes for other in {*self._tickets.values()})
-        if held and held + ticket.image_bytes > most:
-            images = f"{format_bytes(most)} of images, got {format_bytes(held + ticket.image_bytes)}"
-            self._refuse("queue", self._waiting(), images)
-
-    def _refuse(self, reason: str, waiting: int, expected: str) -> NoReturn:
+        if waiting < most + max(0, free):  # some of them are about to begin
+            return
         self._count(rejected=1)
         wait_s = self._request_s * (waiting + 1) / self._options.max_running
         raise QueueFullError(
-            f"queue: expected at most {expected}",
+            f"queue: expected at most {most} waiting requests{' of one key' if reason == 'key' else ''}, got one more",
             retry_after_s=min(max(wait_s, _RETRY_S[0]), _RETRY_S[1]),
             reason=reason,
             hint="try again later",

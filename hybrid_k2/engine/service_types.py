@@ -46,7 +46,6 @@ class ServiceOptions:
     max_waiting: int = 256  # requests that have not begun
     max_waiting_per_key: int | None = None
     step_tokens: int | None = None  # computed at once: less lets replies go on faster beside a prompt; None: a chunk
-    max_image_bytes: int = 1 << 30  # pixels of the images in all requests: a hundred of the largest
     cache_ram_bytes: int = 0  # host memory for latents that no page of the KV cache is left for
     cache_path: Path | None = None  # latents are saved there when the service closes, and read when it starts
 
@@ -57,7 +56,6 @@ class ServiceOptions:
             ("max_waiting", 0),
             ("max_waiting_per_key", 0),
             ("step_tokens", 1),
-            ("max_image_bytes", 0),
             ("cache_ram_bytes", 0),
         ):
             value = getattr(self, name)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from hybrid_k2.engine import Engine, Reply, SamplingParams
-from hybrid_k2.engine.service_types import QueueFullError, ServiceRequest
 from hybrid_k2.errors import EngineError, RequestError
 from hybrid_k2.model.vision import VisionModel
 from hybrid_k2.protocol.images import Image
@@ -157,26 +156,6 @@ def test_cancelling_while_an_image_is_encoded(engine: Engine, watch: Watch) -> N
         assert (reply.finish_reason, reply.token_ids) == ("cancelled", ())
         watch.before = lambda image: None
         assert Client(service, None, SEEDED, messages=ask(noise_png(56, 56), "?")).reply.token_ids
-
-
-def test_pixels_of_waiting_requests_are_bounded(engine: Engine, watch: Watch) -> None:
-    most = 3 * 112 * 112
-    with serve(engine, max_image_bytes=most) as service:
-        refused: list[QueueFullError] = []
-
-        def one_more(image: Image) -> None:
-            try:
-                service.submit(ServiceRequest(messages=ask(noise_png(28, 28), "?")), lambda event: None)
-            except QueueFullError as error:
-                refused.append(error)
-
-        watch.before = one_more
-        assert Client(service, None, SEEDED, messages=ask(noise_png(112, 112), "?")).reply.token_ids
-        assert [error.reason for error in refused] == ["queue"]
-        assert "of images" in refused[0].message
-        watch.before = lambda image: None
-        large = Client(service, None, SEEDED, messages=ask(noise_png(224, 224), "?"))  # alone it may be larger
-        assert large.reply.token_ids
 
 
 def test_what_a_prompt_with_images_cannot_have(engine: Engine, tmp_path: Path) -> None:
