@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 
 from starlette.requests import Request
@@ -32,9 +33,10 @@ async def answer_chat(
 ) -> Response:
     """Hand a chat to the service, and write what comes back: as `frames`, or `whole` as JSON.
 
-    Raises: ApiError before anything is sent; ClientGoneError.
+    Raises: ApiError, RequestError before anything is sent; ClientGoneError.
     """
     served = context.backend.ready()
+    chat = replace(chat, messages=await context.images.read_messages(request, chat.messages, served.model.images))
     run = Run(served.service, context.metrics, request.state.log)
     build = partial(chat.service_request, served.model.tokenizer, request.state.owner, context.options.limits)
 
