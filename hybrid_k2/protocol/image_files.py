@@ -38,6 +38,9 @@ def image_source(media: Media, place: str) -> bytes:
     source = media.source
     if source is None:
         raise RequestError(f"{place}: expected {_EXPECTED}, got nothing")
+    if not isinstance(source, (str, bytes)):
+        got = type(source).__name__
+        raise RequestError(f"{place}: expected text that begins with data:image/, or bytes, got {got}")
     data = _data_of_uri(source, place) if isinstance(source, str) else source
     if not data:
         raise RequestError(f"{place}: expected an image, got no bytes")

@@ -17,7 +17,7 @@ class Media:
     """An image or a video inside a message's content, as it came."""
 
     kind: str  # "image" or "video"
-    source: str | bytes | None = field(default=None, repr=False)  # of an image: a data: URI, a file's bytes, or nothing
+    source: Any = field(default=None, repr=False)  # of an image: a data: URI, a file's bytes, or the `Image` itself
     key: str = "image_url"  # where the part has it
 
 
@@ -95,14 +95,14 @@ def _read_content(content: object, place: str) -> Iterator[str | Media]:
         fields = _object(part, f"{place}[{index}]")
         kind = fields.get("type")
         if isinstance(kind, str) and kind in MEDIA_OF_TYPE:
-            yield _read_media(MEDIA_OF_TYPE[kind], fields, f"{place}[{index}]")
+            yield _read_media(MEDIA_OF_TYPE[kind], fields)
         elif isinstance(fields.get("text"), str):
             yield fields["text"]
         else:
             raise RequestError(f"{place}[{index}].text: expected text, got {_kind(fields.get('text'))}")
 
 
-def _read_media(kind: str, fields: Mapping[str, Any], place: str) -> Media:
+def _read_media(kind: str, fields: Mapping[str, Any]) -> Media:
     if kind != "image":
         return Media(kind)
     key = "image" if fields.get("image_url") is None and fields.get("image") is not None else "image_url"
@@ -111,8 +111,6 @@ def _read_media(kind: str, fields: Mapping[str, Any], place: str) -> Media:
         key, source = f"{key}.url", source.get("url")
     if isinstance(source, (bytearray, memoryview)):
         source = bytes(source)
-    if source is not None and not isinstance(source, (str, bytes)):
-        raise RequestError(f"{place}.{key}: expected text that begins with data:image/, or bytes, got {_kind(source)}")
     return Media(kind, source, key)
 
 
