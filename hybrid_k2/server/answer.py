@@ -36,9 +36,11 @@ async def answer_chat(
     Raises: ApiError, RequestError before anything is sent; ClientGoneError.
     """
     served = context.backend.ready()
-    chat = replace(chat, messages=await context.images.read_messages(request, chat.messages, served.model.images))
+    model = served.model
+    messages = await context.images.read_messages(request, chat.messages, model.images, model.context_tokens)
+    chat = replace(chat, messages=messages)
     run = Run(served.service, context.metrics, request.state.log)
-    build = partial(chat.service_request, served.model.tokenizer, request.state.owner, context.options.limits)
+    build = partial(chat.service_request, model.tokenizer, request.state.owner, context.options.limits)
 
     async def submit() -> None:
         with in_words_of(_NAMES):

@@ -16,7 +16,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from hybrid_k2.errors import shown
+from hybrid_k2.errors import ContextLengthError, shown
 from hybrid_k2.protocol import Image, ImageFormat, image_source, read_image
 from hybrid_k2.protocol.messages import Media
 from hybrid_k2.server.errors import ApiError, bad_request
@@ -71,16 +71,17 @@ class ImageReader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="images")
 
     async def read_messages(
-        self, request: Request, messages: Sequence[Mapping[str, Any]], wanted: ImageFormat | None
+        self, request: Request, messages: Sequence[Mapping[str, Any]], wanted: ImageFormat | None, most: int
     ) -> list[Mapping[str, Any]]:
         """Return the messages with their images decoded; `wanted` is None for a model that reads text only.
 
-        Raises: ApiError, RequestError, both naming the image; ClientGoneError.
+        Images of more than `most` tokens together are not all decoded.
+        Raises: ApiError, RequestError, both naming the image; ContextLengthError; ClientGoneError.
         """
         images = list(given_images(messages))
         if not images:
             return list(messages)
-        read = await unless_gone(request, self._read_all(request, images, wanted))
+        read = await unless_gone(request, self._read_all(request, images, wanted, most))
         return [_with_images(message, read) for message in messages]
 
     async def check_upload(self, content: bytes, wanted: ImageFormat | None) -> None:
@@ -90,17 +91,22 @@ class ImageReader:
         await self._in_thread(partial(read_image, content, wanted, "file"))
 
     async def _read_all(
-        self, request: Request, images: Sequence[GivenImage], wanted: ImageFormat | None
-    ) -> dict[GivenImage, Image]:
+        self, request: Request, images: Sequence[GivenImage], wanted: ImageFormat | None, most: int
+    ) -> dict[str, Image]:
+        """Return the images by their places."""
         if wanted is None:
             raise bad_request(images[0].place, "expected text, got an image: this model reads text only")
-        read: dict[GivenImage, Image] = {}
+        read: dict[str, Image] = {}
+        tokens = 0
         for given in images:
             image = await self._in_thread(partial(self._read, request.state.owner, given, wanted))
+            self._metrics.image()
             request.state.hold(image.pixels.nbytes)
-            read[given] = image
+            read[given.place] = image
+            tokens += image.tokens
+            if tokens > most:
+                raise ContextLengthError(f"messages: expected at most {most} tokens, got images of {tokens} or more")
         request.state.log["images"] = len(read)
-        self._metrics.images(len(read))
         return read
 
     async def _in_thread(self, work: partial[Image]) -> Image:
@@ -125,12 +131,12 @@ class ImageReader:
         return file.content
 
 
-def _with_images(message: Mapping[str, Any], read: Mapping[GivenImage, Image]) -> Mapping[str, Any]:
+def _with_images(message: Mapping[str, Any], read: Mapping[str, Image]) -> Mapping[str, Any]:
     content = message.get("content")
     if not isinstance(content, list):
         return message
     parts = [
-        {**part, "image": read[given]} if isinstance(given := part.get("image"), GivenImage) else part
+        {**part, "image": read[given.place]} if isinstance(given := part.get("image"), GivenImage) else part
         for part in content
     ]
     return {**message, "content": parts}

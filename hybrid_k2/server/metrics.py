@@ -63,9 +63,9 @@ class Metrics:
         if error.status in (429, 503):
             self._refusals.labels(error.code or "other").inc()
 
-    def images(self, count: int) -> None:
-        """Count images that were decoded for a request."""
-        self._images.inc(count)
+    def image(self) -> None:
+        """Count an image that was decoded for a request."""
+        self._images.inc()
 
     def piece(self, seconds: float, *, first: bool) -> None:
         """Take the time to a piece of a reply, from the request's arrival or from the piece before."""

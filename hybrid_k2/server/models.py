@@ -93,12 +93,12 @@ async def count_tokens(
     Raises: ApiError, RequestError, ClientGoneError.
     """
     model = context.backend.ready().model
-    messages = await context.images.read_messages(request, messages, model.images)
-    return await asyncio.to_thread(_count_tokens, model, messages, tools, thinking)
-
-
-def _count_tokens(model: Model, messages: Messages, tools: Messages, thinking: Thinking) -> int:
     most = COUNTED_CONTEXTS * model.context_tokens
+    messages = await context.images.read_messages(request, messages, model.images, most)
+    return await asyncio.to_thread(_count_tokens, model, messages, tools, thinking, most)
+
+
+def _count_tokens(model: Model, messages: Messages, tools: Messages, thinking: Thinking, most: int) -> int:
     messages, _ = canonical_history(messages)
     declared = expand_builtins(tools, thinking.on)
     ids, _ = encode_chat(

@@ -457,6 +457,24 @@ def test_too_many_images(make_client: Callable[..., Client], service: ScriptedSe
         assert message_text == f"{place}: expected at most 2 images in a request, got 3"
 
 
+def test_images_beyond_the_context_are_not_all_read(
+    client: Client, service: ScriptedService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    read_image = server_images.read_image
+    monkeypatch.setattr(server_images, "read_image", lambda *given: read.append(given[-1]) or read_image(*given))
+    service.context_tokens = 10
+    for path, body, most in (
+        (CHAT, chat(*[image_url()] * 20), 2),
+        (RESPONSES, response(*[input_image()] * 20), 2),
+        (ESTIMATE, chat(*[image_url()] * 20), 10),
+    ):
+        read.clear()
+        refused = client.post(path, body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert len(read) == most + 1
+
+
 # What it costs
 
 
