@@ -113,9 +113,9 @@ def encode_chat(
 ) -> tuple[list[int], dict[int, Image]]:
     """Encode a conversation with its images, as `encode_prompt` does: the ids, and the images by their digests.
 
-    Each image stands as the ids of its rows (`image_token`) where the rendered text has one `<|media_pad|>`. Those that
-    were not read before are decoded one after the other, and no more of them when there are more than `most` ids; of
-    the ids that are returned then, only the number is of use. `images` None: the checkpoint reads text only.
+    Each image stands as the ids of its rows (`image_token`) where the rendered text has one `<|media_pad|>`. Images are
+    decoded one after the other, and no more of them when there are more than `most` ids; of the ids that are returned
+    then, only the number is of use. `images` None: the checkpoint reads text only.
     Raises: RequestError for malformed messages or tools, for video, and for images that cannot be read.
     """
     checked = read_messages(messages)
@@ -128,7 +128,7 @@ def encode_chat(
     rest = 0  # the ids from here on are not in `expanded`
     for place, media in found:
         pad = ids.index(tokenizer.token_id(MEDIA_PAD), rest)  # no text gives this id, only an image
-        image = _read_image(media, images, place)
+        image = _image(media, images, place)
         expanded += ids[rest:pad]
         expanded += (image_token(image.digest, row) for row in range(image.tokens))
         read[image.digest] = image
@@ -254,11 +254,12 @@ def _find_images(messages: Sequence[Message], taken: bool) -> list[tuple[str, Me
     return found
 
 
-def _read_image(media: Media, wanted: ImageFormat, place: str) -> Image:
-    """Return an image that was read before, in the same format, as it is; or decode it. Raises: RequestError."""
-    if isinstance(media.source, Image):
-        return media.source
-    return read_image(image_source(media, place), wanted, place)
+def _image(media: Media, format: ImageFormat, place: str) -> Image:
+    if not isinstance(media.source, Image):
+        return read_image(image_source(media, place), format, place)
+    if media.source.format != format:
+        raise RequestError(f"{place}: expected an image in this checkpoint's format, got one in {media.source.format}")
+    return media.source
 
 
 def _merge_ordinary(segments: Iterable[Segment]) -> Iterator[Segment]:

@@ -302,16 +302,6 @@ def test_no_image_is_read_beyond_the_most_tokens() -> None:
     assert encode_chat(tokenizer, user(good, text), images=K26, most=len(whole))[0] == whole
 
 
-def test_an_image_that_was_read_before_is_taken_as_it_is() -> None:
-    data = saved(picture(60, 30))
-    image = read_image(data, K26, "image")
-    ids, images = encode_chat(small_tokenizer(), user({"type": "image", "image": image}), images=K26)
-    assert ids == encode_chat(small_tokenizer(), user({"type": "image", "image": data}), images=K26)[0]
-    assert images[image.digest] is image
-    with pytest.raises(RequestError, match=r"content\[0\]\.image: expected text that begins .*, got ndarray"):
-        encode_chat(small_tokenizer(), user({"type": "image", "image": image.pixels}), images=K26)
-
-
 def test_media_that_are_not_taken() -> None:
     image = {"type": "image_url", "image_url": {"url": uri(saved(picture(3, 3)))}}
     video = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
