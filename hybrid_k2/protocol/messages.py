@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid_k2.errors import RequestError
@@ -14,9 +14,11 @@ MEDIA_OF_TYPE = {"image": "image", "image_url": "image", "video": "video", "vide
 
 @dataclass(frozen=True)
 class Media:
-    """An image or a video inside a message's content."""
+    """An image or a video inside a message's content, as it came."""
 
     kind: str  # "image" or "video"
+    source: str | bytes | None = field(default=None, repr=False)  # of an image: a data: URI, a file's bytes, or nothing
+    key: str = "image_url"  # where the part has it
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,25 @@ def _read_content(content: object, place: str) -> Iterator[str | Media]:
         fields = _object(part, f"{place}[{index}]")
         kind = fields.get("type")
         if isinstance(kind, str) and kind in MEDIA_OF_TYPE:
-            yield Media(MEDIA_OF_TYPE[kind])
+            yield _read_media(MEDIA_OF_TYPE[kind], fields, f"{place}[{index}]")
         elif isinstance(fields.get("text"), str):
             yield fields["text"]
         else:
             raise RequestError(f"{place}[{index}].text: expected text, got {_kind(fields.get('text'))}")
+
+
+def _read_media(kind: str, fields: Mapping[str, Any], place: str) -> Media:
+    if kind != "image":
+        return Media(kind)
+    key = "image" if fields.get("image_url") is None and fields.get("image") is not None else "image_url"
+    source = fields.get(key)
+    if isinstance(source, Mapping):
+        key, source = f"{key}.url", source.get("url")
+    if isinstance(source, (bytearray, memoryview)):
+        source = bytes(source)
+    if source is not None and not isinstance(source, (str, bytes)):
+        raise RequestError(f"{place}.{key}: expected text that begins with data:image/, or bytes, got {_kind(source)}")
+    return Media(kind, source, key)
 
 
 def _read_reasoning(fields: Mapping[str, Any], place: str) -> str:
