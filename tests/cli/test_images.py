@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 
+from hybrid_k2.placement.sizes import format_bytes
 from tests.cli.conftest import Done
 from tests.cli.socket_server import CHAT, SocketServer, as_json, delta, saying, stream
 from tests.cli.terminal import Terminal
@@ -33,7 +35,8 @@ SEES: dict[str, bytes | list[bytes]] = {"/v1/models": models(supports_image_in=T
 @pytest.fixture
 def cat(tmp_path: Path) -> Path:
     path = tmp_path / "my cat.png"
-    path.write_bytes(PNG + random.Random(5).randbytes(1017))
+    pixels = np.random.default_rng(5).integers(0, 256, (40, 60, 3), np.uint8)
+    PIL.Image.fromarray(pixels).save(path)
     return path
 
 
@@ -86,7 +89,6 @@ def test_a_model_that_reads_text_only(call: Call, cat: Path, babbler: Path) -> N
         assert done == Done(
             1, "", "error: --image: expected a model that reads images, got demo, which reads text only\n"
         )
-    assert call("chat", babbler, "-p", "what?", "--image", cat, "--dry-run").code == 0
     for fields in ({}, {"supports_image_in": False}):
         with saying({"/v1/models": models(**fields)}) as server:
             done = call("chat", "--server", server.url, "-q", "-p", "what?", "--image", cat)
@@ -94,6 +96,16 @@ def test_a_model_that_reads_text_only(call: Call, cat: Path, babbler: Path) -> N
         assert done == Done(
             1, "", "error: --image: expected a model that reads images, got k2, which reads text only\n"
         )
+
+
+def test_what_a_model_cannot_read_is_refused_before_it_is_loaded(call: Call, cat: Path, babbler: Path) -> None:
+    assert call("chat", babbler, "-p", "what?", "--image", cat, "--dry-run").code == 0
+    cut = cat.with_name("cut.png")
+    cut.write_bytes(cat.read_bytes()[:-500])
+    for more in ([], ["--dry-run"]):
+        done = call("chat", babbler, "-p", "what?", "--image", cat, "--image", cut, *more)
+        said = "error: --image cut.png: expected a PNG, JPEG, WebP or GIF image, got one that is damaged or cut short\n"
+        assert done == Done(1, "", said)
 
 
 def test_a_server_that_refuses(call: Call, cat: Path) -> None:
@@ -112,7 +124,8 @@ def test_a_chat_with_images(environment: dict[str, str], cat: Path, tmp_path: Pa
         saying({**SEES, CHAT: [ANSWER, REFUSAL, ANSWER, ANSWER, ANSWER]}) as server,
         Terminal(["chat", "--server", server.url, "--image", str(cat)], home) as user,
     ):
-        assert "with the next message: my cat.png, 1.00 KiB\n" in user.wait_for(PROMPT)
+        size = format_bytes(cat.stat().st_size)
+        assert f"with the next message: my cat.png, {size}\n" in user.wait_for(PROMPT)
         user.type("what?\r")
         assert "my cat.png" not in user.wait_for("A cat.")
         user.wait_for(PROMPT)

@@ -33,7 +33,7 @@ def test_the_type_is_told_by_the_first_bytes(tmp_path: Path, kind: str, size: in
     path.write_bytes(data)
     image = attach_image(path)
     assert str(image) == f"my photo.txt, {format_bytes(len(data))}"
-    head, _, encoded = image.part["image_url"]["url"].partition(",")
+    head, _, encoded = image.part()["image_url"]["url"].partition(",")
     assert head == f"data:image/{kind};base64"
     assert base64.b64decode(encoded, validate=True) == data
 

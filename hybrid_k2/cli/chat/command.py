@@ -153,7 +153,7 @@ def chat(
     with leaving_at_once():
         from hybrid_k2.cli.api_keys import own_key
         from hybrid_k2.cli.chat.backend import load_backend
-        from hybrid_k2.cli.chat.images import attach_image, check_model_sees
+        from hybrid_k2.cli.chat.images import attach_image, check_images
         from hybrid_k2.cli.chat.options import ChatOptions, check_text, read_tools
         from hybrid_k2.cli.remote.backend import connect
         from hybrid_k2.engine.params import SamplingParams
@@ -163,7 +163,7 @@ def chat(
     open_backend: OpenBackend
     if address is None:
         if images:
-            check_model_sees(checkpoint)
+            check_images(images, checkpoint)
         open_backend = partial(load_backend, checkpoint, rules, trace_to)
     else:
         open_backend = partial(connect, address, own_key(api_key, api_key_file), model, bool(images))

@@ -21,14 +21,19 @@ _DATA_URI = "data:image/"
 
 
 class AttachedImage(NamedTuple):
-    """An image that goes with a message: the file's name and size in bytes, and the part of the message's content."""
+    """An image file that goes with a message."""
 
     name: str
-    size: int
-    part: dict[str, Any]
+    kind: str  # png, jpeg, webp or gif
+    data: bytes
 
     def __str__(self) -> str:
-        return f"{self.name}, {format_bytes(self.size)}"
+        return f"{self.name}, {format_bytes(len(self.data))}"
+
+    def part(self) -> dict[str, Any]:
+        """Return the part of a message's content that holds it."""
+        url = f"{_DATA_URI}{self.kind};base64,{base64.b64encode(self.data).decode('ascii')}"
+        return {"type": "image_url", "image_url": {"url": url}}
 
 
 def attach_image(path: Path) -> AttachedImage:
@@ -41,13 +46,12 @@ def attach_image(path: Path) -> AttachedImage:
     if kind is None:
         got = f"one that begins with {shown(data[:12])}" if data else "an empty one"
         raise ConfigError(f"{path}: expected a PNG, JPEG, WebP or GIF file, got {got}")
-    url = f"{_DATA_URI}{kind};base64,{base64.b64encode(data).decode('ascii')}"
-    return AttachedImage(path.name, len(data), {"type": "image_url", "image_url": {"url": url}})
+    return AttachedImage(path.name, kind, data)
 
 
 def content_of(text: str, images: Sequence[AttachedImage]) -> str | list[dict[str, Any]]:
     """Return the content of a message: the text alone, or the images and then the text."""
-    return [*(image.part for image in images), {"type": "text", "text": text}] if images else text
+    return [*(image.part() for image in images), {"type": "text", "text": text}] if images else text
 
 
 def is_content(value: Any) -> bool:
@@ -55,15 +59,21 @@ def is_content(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(map(_is_part, value)))
 
 
-def check_model_sees(model: str) -> None:
-    """Refuse images for a checkpoint without vision, before anything of it is loaded.
+def check_images(images: Sequence[AttachedImage], model: str) -> None:
+    """Refuse what the engine would, before the weights of a checkpoint are loaded or downloaded.
 
-    Raises: RequestError; CheckpointError, ConfigError, UnsupportedModelError: its configuration cannot be read.
+    Raises: RequestError: the model reads text only, or an image is damaged; CheckpointError, ConfigError,
+    UnsupportedModelError: its configuration cannot be read.
     """
     from hybrid_k2.config import ModelConfig
     from hybrid_k2.engine.loading import find_configuration
+    from hybrid_k2.protocol import ImageFormat, read_image
 
-    require_sight(ModelConfig.load(find_configuration(model)).has_vision, model, "--image")
+    folder = find_configuration(model)
+    require_sight(ModelConfig.load(folder).has_vision, model, "--image")
+    wanted = ImageFormat.load(folder)
+    for image in images:
+        read_image(image.data, wanted, f"--image {image.name}")
 
 
 def require_sight(sees_images: bool, model: str, place: str) -> None:
