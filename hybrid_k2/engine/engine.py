@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from hybrid_k2.model.loader import Progress
     from hybrid_k2.placement import Rules
+    from hybrid_k2.protocol.images import ImageFormat
 
 log = logging.getLogger("hybrid_k2")
 
@@ -100,6 +101,11 @@ class Engine:
     def context_tokens(self) -> int:
         """The longest prompt and reply together: what the KV cache holds, at most the model's context."""
         return self.loaded.context_tokens
+
+    @property
+    def images(self) -> ImageFormat | None:
+        """How the model wants images; None: messages may have none."""
+        return None
 
     @property
     def experts_name(self) -> str:

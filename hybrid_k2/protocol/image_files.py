@@ -14,12 +14,13 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 
 from hybrid_k2.errors import RequestError, shown
-from hybrid_k2.protocol.messages import Media
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL.ImageFile import ImageFile
+
+    from hybrid_k2.protocol.messages import Media
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_PIXELS = 2**27  # medium-format cameras have 102 million; decoding takes up to 8 bytes for each
@@ -36,9 +37,12 @@ _decoding = threading.Lock()
 def image_source(media: Media, place: str) -> bytes:
     """Return the bytes of an image file that a message holds. Raises: RequestError naming `place`."""
     source = media.source
-    if source is None:
-        raise RequestError(f"{place}: expected {_EXPECTED}, got nothing")
-    data = _data_of_uri(source, place) if isinstance(source, str) else source
+    if isinstance(source, str):
+        data = _data_of_uri(source, place)
+    elif isinstance(source, bytes):
+        data = source
+    else:
+        raise RequestError(f"{place}: expected {_EXPECTED}, got {'nothing' if source is None else 'an image'}")
     if not data:
         raise RequestError(f"{place}: expected an image, got no bytes")
     return data

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid_k2.errors import RequestError
+from hybrid_k2.protocol.images import Image
 
 MEDIA_OF_TYPE = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 
@@ -17,7 +18,8 @@ class Media:
     """An image or a video inside a message's content, as it came."""
 
     kind: str  # "image" or "video"
-    source: str | bytes | None = field(default=None, repr=False)  # of an image: a data: URI, a file's bytes, or nothing
+    # Of an image: a data: URI, the bytes of a file, what was read from one already, or nothing.
+    source: str | bytes | Image | None = field(default=None, repr=False)
     key: str = "image_url"  # where the part has it
 
 
@@ -108,10 +110,10 @@ def _read_media(kind: str, fields: Mapping[str, Any], place: str) -> Media:
     key = "image" if fields.get("image_url") is None and fields.get("image") is not None else "image_url"
     source = fields.get(key)
     if isinstance(source, Mapping):
-        key, source = f"{key}.url", source.get("url")
+        source = source.get("url")
     if isinstance(source, (bytearray, memoryview)):
         source = bytes(source)
-    if source is not None and not isinstance(source, (str, bytes)):
+    if source is not None and not isinstance(source, (str, bytes, Image)):
         raise RequestError(f"{place}.{key}: expected text that begins with data:image/, or bytes, got {_kind(source)}")
     return Media(kind, source, key)
 

@@ -128,7 +128,7 @@ def encode_chat(
     rest = 0  # the ids from here on are not in `expanded`
     for place, media in found:
         pad = ids.index(tokenizer.token_id(MEDIA_PAD), rest)  # no text gives this id, only an image
-        image = read_image(image_source(media, place), images, place)
+        image = _image(media, images, place)
         expanded += ids[rest:pad]
         expanded += (image_token(image.digest, row) for row in range(image.tokens))
         read[image.digest] = image
@@ -252,6 +252,14 @@ def _find_images(messages: Sequence[Message], taken: bool) -> list[tuple[str, Me
                     raise RequestError(f"{place}: expected text, got image", hint="this checkpoint reads text only")
                 found.append((f"{place}.{part.key}", part))
     return found
+
+
+def _image(media: Media, format: ImageFormat, place: str) -> Image:
+    if not isinstance(media.source, Image):
+        return read_image(image_source(media, place), format, place)
+    if media.source.format != format:
+        raise RequestError(f"{place}: expected an image in this checkpoint's format, got one in {media.source.format}")
+    return media.source
 
 
 def _merge_ordinary(segments: Iterable[Segment]) -> Iterator[Segment]:
