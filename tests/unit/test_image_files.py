@@ -20,7 +20,7 @@ import pytest
 
 from hybrid_k2.errors import RequestError
 from hybrid_k2.protocol import ImageFormat, encode_chat, image_source, read_image
-from hybrid_k2.protocol.image_files import MAX_PIXELS, MAX_SIDE
+from hybrid_k2.protocol.image_files import MAX_PIXELS, MAX_SIDE, decode_pixels
 from hybrid_k2.protocol.messages import Media
 from tests.protocol_strategies import small_tokenizer
 
@@ -62,6 +62,8 @@ def refusal(data: bytes) -> str:
     assert "0x" not in message  # an address of memory helps an attacker
     return message
 
+
+ONE = saved(noise(2, 2), "PNG")
 
 # -- what is taken
 
@@ -109,6 +111,17 @@ def test_colours_are_converted_as_the_models_own_processor_does(data: bytes) -> 
         warnings.simplefilter("ignore")
         expected = np.asarray(pillow.open(io.BytesIO(data)).convert("RGB"))
     assert np.array_equal(decoded(data, 20, 30), expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA"])
+def test_colours_are_converted_before_an_image_is_scaled(mode: str) -> None:
+    picture = noise(200, 90).convert(mode)
+    small = ImageFormat(patch_limit=40)
+    size = small.fit(200, 90)
+    assert size[0] < 200
+    expected = np.asarray(picture.convert("RGB").resize(size, pillow.Resampling.BICUBIC))
+    got = read_image(saved(picture, "PNG"), small, PLACE).pixels
+    assert np.array_equal(got[: size[1], : size[0]], expected)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
@@ -281,6 +294,20 @@ def test_threads_decode_without_disturbing_warnings() -> None:
     assert warnings.filters == filters
 
 
+def test_one_image_is_decoded_at_a_time() -> None:
+    """What decoding takes at most is the memory of one image, however many threads decode."""
+    other = threading.Thread(target=decode_pixels, args=(ONE, K26.fit, PLACE))
+
+    def fit(width: int, height: int) -> tuple[int, int]:
+        other.start()
+        other.join(timeout=0.2)
+        assert other.is_alive()
+        return width, height
+
+    assert decode_pixels(ONE, fit, PLACE).shape == (2, 2, 3)
+    other.join()
+
+
 def test_without_pillow_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     data = saved(noise(3, 3), "PNG")
     monkeypatch.setitem(sys.modules, "PIL", None)
@@ -295,7 +322,6 @@ def uri(data: bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-ONE = saved(noise(2, 2), "PNG")
 BODY = base64.b64encode(ONE).decode()
 
 
