@@ -20,7 +20,7 @@ from hybrid_k2.errors import ContextLengthError, shown
 from hybrid_k2.protocol import Image, ImageFormat, image_source, read_image
 from hybrid_k2.protocol.messages import Media
 from hybrid_k2.server.errors import ApiError, bad_request
-from hybrid_k2.server.file_store import IMAGE_PURPOSES, FileStore
+from hybrid_k2.server.file_store import IMAGE_PURPOSES, TEXT_PURPOSES, FileStore
 from hybrid_k2.server.metrics import Metrics
 from hybrid_k2.server.run import unless_gone
 
@@ -87,7 +87,7 @@ class ImageReader:
     async def check_upload(self, content: bytes, wanted: ImageFormat | None) -> None:
         """Refuse a file that is no image. Raises: ApiError, RequestError."""
         if wanted is None:
-            raise bad_request("purpose", "expected a purpose of texts: this model reads text only")
+            raise bad_request("purpose", f"expected {' or '.join(TEXT_PURPOSES)}: this model reads text only")
         await self._in_thread(partial(read_image, content, wanted, "file"))
 
     async def _read_all(
