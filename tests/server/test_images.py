@@ -438,14 +438,15 @@ def test_images_beyond_the_context_are_not_all_read(
     read_image = server_images.read_image
     monkeypatch.setattr(server_images, "read_image", lambda *given: read.append(given[-1]) or read_image(*given))
     service.context_tokens = 10
-    for path, body, most in (
-        (CHAT, chat(*[image_url()] * 20), 2),
-        (RESPONSES, response(*[input_image()] * 20), 2),
-        (ESTIMATE, chat(*[image_url()] * 20), 10),
+    for path, body, param, most in (
+        (CHAT, chat(*[image_url()] * 20), "messages", 2),
+        (RESPONSES, response(*[input_image()] * 20), "input", 2),
+        (ESTIMATE, chat(*[image_url()] * 20), "messages", 10),
     ):
         read.clear()
         refused = client.post(path, body)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
         assert len(read) == most + 1
 
 
