@@ -51,6 +51,7 @@ $(VENV)/.installed: $(VENV)/bin/python $(NATIVE)
 	@echo "Installing hybrid-k2 and what it needs into $(VENV) (a few minutes the first time) ..." >&2
 	@$(PIP) setuptools wheel pybind11 packaging
 	@$(PIP) --no-build-isolation -e .
+	@$(PIP) $$($(call requirements,images))
 	@touch $@
 
 $(VENV)/.installed-serve: $(VENV)/.installed

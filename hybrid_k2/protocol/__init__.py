@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from hybrid_k2.protocol.builtin_tools import call_type, expand_builtins
+from hybrid_k2.protocol.image_files import image_source
+from hybrid_k2.protocol.images import (
+    IMAGE_BASE,
+    Image,
+    ImageFormat,
+    image_of_token,
+    image_token,
+    is_image_token,
+    read_image,
+)
 from hybrid_k2.protocol.output_parser import Event, OutputParser
-from hybrid_k2.protocol.prompt import Segment, encode_prompt, render, render_segments, reply_thinks
+from hybrid_k2.protocol.prompt import Segment, encode_chat, encode_prompt, render, render_segments, reply_thinks
 from hybrid_k2.protocol.tokenizer import IncrementalDecoder, Tokenizer
 from hybrid_k2.protocol.tool_declaration import declare_tools
 from hybrid_k2.protocol.tool_ids import ToolIds, canonical_history
 
 __all__ = [
+    "IMAGE_BASE",
     "Event",
+    "Image",
+    "ImageFormat",
     "IncrementalDecoder",
     "OutputParser",
     "Segment",
@@ -19,8 +32,14 @@ __all__ = [
     "call_type",
     "canonical_history",
     "declare_tools",
+    "encode_chat",
     "encode_prompt",
     "expand_builtins",
+    "image_of_token",
+    "image_source",
+    "image_token",
+    "is_image_token",
+    "read_image",
     "render",
     "render_segments",
     "reply_thinks",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid_k2.errors import RequestError
@@ -14,9 +14,11 @@ MEDIA_OF_TYPE = {"image": "image", "image_url": "image", "video": "video", "vide
 
 @dataclass(frozen=True)
 class Media:
-    """An image or a video inside a message's content."""
+    """An image or a video inside a message's content, as it came."""
 
     kind: str  # "image" or "video"
+    source: object = field(default=None, repr=False)  # of an image; checked when it is decoded: `image_source`
+    key: str = "image_url"  # where the part has it
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,19 @@ def _read_content(content: object, place: str) -> Iterator[str | Media]:
         fields = _object(part, f"{place}[{index}]")
         kind = fields.get("type")
         if isinstance(kind, str) and kind in MEDIA_OF_TYPE:
-            yield Media(MEDIA_OF_TYPE[kind])
+            yield _read_media(MEDIA_OF_TYPE[kind], fields)
         elif isinstance(fields.get("text"), str):
             yield fields["text"]
         else:
             raise RequestError(f"{place}[{index}].text: expected text, got {_kind(fields.get('text'))}")
+
+
+def _read_media(kind: str, fields: Mapping[str, Any]) -> Media:
+    if kind != "image":
+        return Media(kind)
+    key = "image" if fields.get("image_url") is None and fields.get("image") is not None else "image_url"
+    source = fields.get(key)
+    return Media(kind, source.get("url") if isinstance(source, Mapping) else source, key)
 
 
 def _read_reasoning(fields: Mapping[str, Any], place: str) -> str:

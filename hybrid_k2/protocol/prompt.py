@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrid_k2.errors import RequestError
+from hybrid_k2.protocol.image_files import image_source
+from hybrid_k2.protocol.images import Image, ImageFormat, image_token, read_image
 from hybrid_k2.protocol.messages import Call, Media, Message, read_messages
 from hybrid_k2.protocol.tokenizer import Tokenizer
 from hybrid_k2.protocol.tokens import (
@@ -92,12 +94,48 @@ def encode_prompt(
 
     Where no text looks like a special token, the ids are those of the rendered text. Encoding stops when there are more
     than `most` ids.
-    Raises: RequestError for malformed messages or tools, and for images and video, which are not implemented.
+    Raises: RequestError for malformed messages or tools, and for images and video.
     """
     checked = read_messages(messages)
-    _refuse_media(checked)
-    pieces = _conversation(checked, tools, thinking, preserve_thinking, add_generation_prompt)
-    return tokenizer.encode_parts([(segment.text, segment.control) for segment in _merge_ordinary(pieces)], most)
+    _find_images(checked, taken=False)
+    return _encode(tokenizer, checked, tools, thinking, preserve_thinking, add_generation_prompt, most)
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    thinking: bool = True,
+    preserve_thinking: bool = False,
+    *,
+    images: ImageFormat | None,
+    most: int | None = None,
+) -> tuple[list[int], dict[int, Image]]:
+    """Encode a conversation with its images, as `encode_prompt` does: the ids, and the images by their digests.
+
+    Each image stands as the ids of its rows (`image_token`) where the rendered text has one `<|media_pad|>`. Images are
+    decoded one after the other, and no more of them when there are more than `most` ids; of the ids that are returned
+    then, only the number is of use. `images` None: the checkpoint reads text only.
+    Raises: RequestError for malformed messages or tools, for video, and for images that cannot be read.
+    """
+    checked = read_messages(messages)
+    found = _find_images(checked, taken=images is not None)
+    ids = _encode(tokenizer, checked, tools, thinking, preserve_thinking, True, most)
+    if images is None or (most is not None and len(ids) > most):
+        return ids, {}
+    expanded: list[int] = []
+    read: dict[int, Image] = {}
+    rest = 0  # the ids from here on are not in `expanded`
+    for place, media in found:
+        pad = ids.index(tokenizer.token_id(MEDIA_PAD), rest)  # no text gives this id, only an image
+        image = _image(media, images, place)
+        expanded += ids[rest:pad]
+        expanded += (image_token(image.digest, row) for row in range(image.tokens))
+        read[image.digest] = image
+        rest = pad + 1
+        if most is not None and len(expanded) + len(ids) - rest > most:
+            break
+    return expanded + ids[rest:], read
 
 
 def reply_thinks(messages: Sequence[Mapping[str, Any]], thinking: bool = True) -> bool:
@@ -107,6 +145,19 @@ def reply_thinks(messages: Sequence[Mapping[str, Any]], thinking: bool = True) -
     """
     checked = read_messages(messages)
     return thinking is not False and not (checked and checked[-1].partial and any(checked[-1].content))
+
+
+def _encode(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    thinking: bool,
+    preserve_thinking: bool,
+    add_generation_prompt: bool,
+    most: int | None,
+) -> list[int]:
+    pieces = _conversation(messages, tools, thinking, preserve_thinking, add_generation_prompt)
+    return tokenizer.encode_parts([(segment.text, segment.control) for segment in _merge_ordinary(pieces)], most)
 
 
 def _conversation(
@@ -187,14 +238,28 @@ def _media(media: Media) -> Iterator[Segment]:
     yield _ordinary("\n")
 
 
-def _refuse_media(messages: Sequence[Message]) -> None:
+def _find_images(messages: Sequence[Message], taken: bool) -> list[tuple[str, Media]]:
+    """List the images in their order, with their places. Raises: RequestError for media that are not taken."""
+    found = []
     for index, message in enumerate(messages):
         for number, part in enumerate(message.content):
             if isinstance(part, Media):
-                raise RequestError(
-                    f"messages[{index}].content[{number}]: expected text, got {part.kind}",
-                    hint="this version reads text only",
-                )
+                place = f"messages[{index}].content[{number}]"
+                if part.kind != "image":
+                    expected = "text or an image" if taken else "text"
+                    raise RequestError(f"{place}: expected {expected}, got {part.kind}", hint="video is not read")
+                if not taken:
+                    raise RequestError(f"{place}: expected text, got image", hint="this checkpoint reads text only")
+                found.append((f"{place}.{part.key}", part))
+    return found
+
+
+def _image(media: Media, format: ImageFormat, place: str) -> Image:
+    if not isinstance(media.source, Image):
+        return read_image(image_source(media, place), format, place)
+    if media.source.format != format:
+        raise RequestError(f"{place}: expected an image in this checkpoint's format, got one in {media.source.format}")
+    return media.source
 
 
 def _merge_ordinary(segments: Iterable[Segment]) -> Iterator[Segment]:
