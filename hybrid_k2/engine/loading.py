@@ -17,6 +17,7 @@ from hybrid_k2.checkpoint import (
     planned_packed,
     resolve_checkpoint,
     resolve_configuration,
+    vision_tensors,
 )
 from hybrid_k2.config import GENERATION_NAME, ModelConfig, read_generation_config
 from hybrid_k2.engine.guide import GuideVocabulary
@@ -26,6 +27,8 @@ from hybrid_k2.experts.usage import Counts, recall_usage
 from hybrid_k2.model.loader import Progress, load_text_model
 from hybrid_k2.model.self_check import check_model
 from hybrid_k2.model.text import TextModel
+from hybrid_k2.model.vision import VisionModel
+from hybrid_k2.model.vision_loading import load_vision_model
 from hybrid_k2.placement import (
     Machine,
     Plan,
@@ -58,6 +61,13 @@ class LoadedModel:
     tokenizer: Tokenizer
     generation_config: dict[str, Any]  # what the checkpoint states about sampling; may be empty
     text: TextModel
+    vision: VisionModel | None = None  # None: it reads text only
+
+    def close(self) -> None:
+        """Release the memory and stop the threads of what computes."""
+        if self.vision is not None:
+            self.vision.close()
+        self.text.close()
 
     @property
     def context_tokens(self) -> int:
@@ -123,13 +133,34 @@ def load_model(
             on_plan(plan)
         if plan.deferred:
             log.warning("%s", deferred_warning(plan.deferred))
-        text = load_text_model(checkpoint, config, plan, progress)
+        of_text, of_images = _divided(
+            progress, sum(checkpoint.info(spec.name).nbytes for spec in vision_tensors(config))
+        )
+        text = load_text_model(checkpoint, config, plan, of_text)
         try:
+            vision = load_vision_model(checkpoint, config, plan, of_images)
             check_model(text, checkpoint, config, plan)
         except BaseException:
             text.close()
             raise
-    return LoadedModel(folder, config, plan, tokenizer, generation_config, text)
+    return LoadedModel(folder, config, plan, tokenizer, generation_config, text, vision)
+
+
+def _divided(progress: Progress | None, vision_bytes: int) -> tuple[Progress, Callable[[int], None]]:
+    """Report the text model's bytes and those of the vision tower behind them as one count."""
+    report, done, total = progress or (lambda done, total: None), 0, vision_bytes
+
+    def text(text_done: int, text_total: int) -> None:
+        nonlocal done, total
+        done, total = text_done, text_total + vision_bytes
+        report(done, total)
+
+    def vision(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        report(done, total)
+
+    return text, vision
 
 
 def plan_checkpoint(
