@@ -96,7 +96,7 @@ class Engine:
         try:
             return cls(loaded, trace_to)
         except BaseException:  # no memory for the cache, or Ctrl-C
-            loaded.text.close()
+            loaded.close()
             raise
 
     @property
@@ -263,7 +263,7 @@ class Engine:
                 if trace is not None and self._trace_to is not None:
                     left.callback(trace.write, self._trace_to)
                 left.callback(self._cache.close)
-                left.callback(self.loaded.text.close)
+                left.callback(self.loaded.close)
                 left.callback(self._usage.close)
 
     def __enter__(self) -> Engine:
