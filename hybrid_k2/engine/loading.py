@@ -22,7 +22,7 @@ from hybrid_k2.checkpoint import (
 from hybrid_k2.config import GENERATION_NAME, ModelConfig, read_generation_config
 from hybrid_k2.engine.guide import GuideVocabulary
 from hybrid_k2.engine.params import SamplingParams
-from hybrid_k2.errors import CheckpointError
+from hybrid_k2.errors import CheckpointError, ConfigError
 from hybrid_k2.experts.usage import Counts, recall_usage
 from hybrid_k2.model.loader import Progress, load_text_model
 from hybrid_k2.model.self_check import check_model
@@ -40,7 +40,10 @@ from hybrid_k2.placement import (
     load_rules,
     make_plan,
 )
-from hybrid_k2.protocol import Tokenizer
+from hybrid_k2.placement.overheads import IMAGE_PATCHES
+from hybrid_k2.protocol import ImageFormat, Tokenizer
+from hybrid_k2.protocol.images import PREPROCESSOR_NAME
+from hybrid_k2.vision_config import MERGE, VisionConfig
 
 log = logging.getLogger("hybrid_k2")
 
@@ -62,6 +65,7 @@ class LoadedModel:
     generation_config: dict[str, Any]  # what the checkpoint states about sampling; may be empty
     text: TextModel
     vision: VisionModel | None = None  # None: it reads text only
+    images: ImageFormat | None = None  # what the vision tower is given; None without one
 
     def close(self) -> None:
         """Release the memory and stop the threads of what computes."""
@@ -120,6 +124,7 @@ def load_model(
     folder = _find_checkpoint(path, rules)
     config = ModelConfig.load(folder)
     generation_config = _generation_config(folder)
+    images = None if config.vision is None else _image_format(folder, config.vision)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
@@ -143,7 +148,7 @@ def load_model(
         except BaseException:
             text.close()
             raise
-    return LoadedModel(folder, config, plan, tokenizer, generation_config, text, vision)
+    return LoadedModel(folder, config, plan, tokenizer, generation_config, text, vision, images)
 
 
 def _divided(progress: Progress | None, vision_bytes: int) -> tuple[Progress, Callable[[int], None]]:
@@ -202,6 +207,26 @@ def _usage(folder: Path, config: ModelConfig) -> Counts:
 def _plan(rules: str | Path | Rules | None, config: ModelConfig, packed: bool, usage: Counts) -> Plan:
     machine = Machine.probe()
     return make_plan(_rules(rules, machine, config, packed), config, machine, experts_packed=packed, usage=usage)
+
+
+def _image_format(folder: Path, vision: VisionConfig) -> ImageFormat:
+    """Return how images are cut for a vision tower. Raises: ConfigError."""
+    images = ImageFormat.load(folder)
+    for field, given, expected in (
+        ("patch_size", images.patch_size, vision.patch_size),
+        ("merge_kernel_size", images.merge, MERGE),
+    ):
+        if given != expected:
+            raise ConfigError(
+                f"{folder / PREPROCESSOR_NAME}: {field}: expected {expected}, as in config.json, got {given}"
+            )
+    patches = images.max_tokens * MERGE**2
+    if patches > IMAGE_PATCHES:
+        raise ConfigError(
+            f"{folder / PREPROCESSOR_NAME}: in_patch_limit: expected one that keeps an image within {IMAGE_PATCHES} "
+            f"patches, got {images.patch_limit}, for up to {patches}"
+        )
+    return images
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
