@@ -15,6 +15,7 @@ MERGE = 2  # patches of a token on either side
 COLORS = 3
 LAYER_NORM_EPS = 1e-5  # of the tower; the projector's is in the configuration
 ROPE_THETA = 10000.0
+TIME_THETA = 10000.0  # of the fixed numbers for the time of a frame
 
 # Field, the one value that is implemented, and why any other is refused. An absent field means that value.
 _FIXED_FIELDS: tuple[tuple[str, object, str], ...] = (

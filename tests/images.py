@@ -10,17 +10,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomPatches:
-    """Stand for an image that was cut into patches."""
+    """Stand for an image, or the frames of a clip, cut into patches."""
 
     grid: tuple[int, int]
     values: Tensor
+    frames: int = 1
 
     def patches(self) -> Tensor:
-        """Return the normalised pixels [N, 3, patch, patch], in memory of their own as of a real image."""
+        """Return the normalised pixels [frames * N, 3, patch, patch], in memory of their own as of a real image."""
         return self.values.clone()
 
 
-def random_patches(rows: int, columns: int, seed: int, patch: int = 14) -> RandomPatches:
-    """Draw an image of so many patches."""
+def random_patches(rows: int, columns: int, seed: int, patch: int = 14, frames: int = 1) -> RandomPatches:
+    """Draw an image, or a clip, of so many patches."""
     source = torch.Generator().manual_seed(seed)
-    return RandomPatches((rows, columns), 2 * torch.rand(rows * columns, 3, patch, patch, generator=source) - 1)
+    values = 2 * torch.rand(frames * rows * columns, 3, patch, patch, generator=source) - 1
+    return RandomPatches((rows, columns), values, frames)

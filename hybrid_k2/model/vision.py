@@ -1,9 +1,10 @@
 """The vision tower (MoonViT) and its projector: an image's patches become rows of the language model.
 
-    patches ─ linear, + learned grid of positions ─► [ + wo(attention(norm0)), + fc1(gelu(fc0(norm1))) ]×L ─ norm
-            ─ 2×2 patches side by side ─► norm of each ─ linear ─ gelu ─ linear ─► one row for each token
+    patches ─ linear, + learned grid of positions, + time ─► [ + wo(attention(norm0)), + fc1(gelu(fc0(norm1))) ]×L
+            ─ norm, mean over time, 2×2 patches side by side ─► norm of each ─ linear ─ gelu ─ linear ─► a row a token
 
-Every patch of an image attends to all others; two images never meet. The residual stream and what norms compute is
+Every patch of an image attends to all others, in a clip those of all its frames; two images never meet. An image has no
+time. The residual stream and what norms compute is
 fp32; products are bf16 where weights and machine have it, else fp32. One image is encoded in steps of one block, so
 that other work can be done in between.
 """
@@ -18,20 +19,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hybrid_k2.vision_config import LAYER_NORM_EPS, MERGE, ROPE_THETA, VisionConfig
+from hybrid_k2.vision_config import LAYER_NORM_EPS, MERGE, ROPE_THETA, TIME_THETA, VisionConfig
 
 PIECE = 2048  # patches that pass through a product at a time: what only they need stays small
 
 
 class Patches(Protocol):
-    """What is encoded: an image as it was cut into patches."""
+    """What is encoded: an image, or the frames of a clip, cut into patches."""
+
+    @property
+    def frames(self) -> int:
+        """Frames of a clip; 1 of an image."""
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches, both even."""
+        """Rows and columns of patches of a frame, both even."""
 
     def patches(self) -> Tensor:
-        """Return normalised pixels, patches in raster order: fp32 [N, 3, patch, patch]."""
+        """Return normalised pixels, frame after frame, patches in raster order: fp32 [frames * N, 3, patch, patch]."""
 
 
 @dataclass(frozen=True)
@@ -180,19 +185,23 @@ class Encoding:
         rows, columns = image.grid
         heads = model.config.num_attention_heads
         x = position_grid(model.positions, rows, columns)  # [N, hidden] fp32, the residual stream
+        if image.frames > 1:
+            x = (x + times(image.frames, x.shape[1], model.device)[:, None]).flatten(0, 1)  # [frames * N, hidden]
         patches = image.patches().to(model.device).flatten(1)
         for part in pieces(len(x)):
             x[part] += model.embed(patches[part])
         del patches
-        rotation = rotations(rows, columns, model.config.head_dim, model.device)
+        rotation = rotations(rows, columns, model.config.head_dim, model.device).repeat(image.frames, 1)
         yield False
         for block in model.blocks:
             block.add_to(x, rotation, heads)
             yield False
-        x = merge(x, rows, columns)  # [tokens, 4, hidden]
+        for part in pieces(len(x)):
+            x[part] = model.final_norm(x[part])
+        x = merge(mean_frame(x, image.frames), rows, columns)  # [tokens, 4, hidden]
         features = x.new_empty(len(x), model.text_hidden_size, dtype=model.features_dtype)
         for part in pieces(len(x), patches=x.shape[1]):
-            features[part] = model.projector(model.final_norm(x[part]))
+            features[part] = model.projector(x[part])
         self.features = features
 
 
@@ -210,6 +219,25 @@ def position_grid(positions: Tensor, rows: int, columns: int) -> Tensor:
     grid = positions.float().permute(2, 0, 1)[None]  # [1, hidden, grid rows, grid columns]
     stretched = functional.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
     return stretched[0].flatten(1).t().contiguous()
+
+
+def times(frames: int, width: int, device: torch.device) -> Tensor:
+    """Return what tells the frames of a clip apart: sines, then cosines, of their numbers at falling frequencies.
+
+    Shapes: -> [frames, width] fp32.
+    """
+    steps = torch.arange(0, width, 2, dtype=torch.float32, device=device)
+    frequencies = TIME_THETA ** (-steps / width)  # [width / 2]
+    angles = torch.arange(frames, dtype=torch.float32, device=device)[:, None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), -1)
+
+
+def mean_frame(x: Tensor, frames: int) -> Tensor:
+    """Average a clip over its frames, in the memory of the first one. Shapes: [frames * N, hidden] -> [N, hidden]."""
+    first, *rest = x.chunk(frames)
+    for other in rest:
+        first += other
+    return first.div_(frames) if rest else first
 
 
 def rotations(rows: int, columns: int, head_dim: int, device: torch.device) -> Tensor:

@@ -34,8 +34,9 @@ ROUNDING_BYTES = MIB  # the allocator gives large tensors whole 2 MiB: half of t
 MATRICES = {"attention": 5, "router": 1, "dense_mlp": 3, "shared_experts": 3, "embedding": 1, "lm_head": 1}
 FP32_BYTES = 4
 FEATURE_ROWS = 8192  # of encoded images that wait for their prompts: two of the largest (engine/sight.py)
-# 16384 patches with sides of at most 512, as the checkpoint bounds them, and a row and a column that fill up tokens.
-IMAGE_PATCHES = 18432
+# Four frames of 4096 patches, as the checkpoint bounds them, and a row and a column of each that fill up tokens: more
+# than the 18 thousand of an image (protocol/images.py: max_frame_tokens, max_tokens).
+IMAGE_PATCHES = 22016
 IMAGE_PIECE = 2048  # patches that pass through a product at a time (model/vision.py)
 
 
@@ -87,7 +88,7 @@ def encoding(config: ModelConfig, device: str, dtype: str) -> Overhead:
 
 
 def encoding_bytes(vision: VisionConfig, dtype: str, *, on_host: bool) -> int:
-    """Bound what the largest image takes while it is encoded, and its rows for the language model.
+    """Bound what the largest image or clip takes while it is encoded, and its rows for the language model.
 
     All the time that is the residual stream, and what a piece of it needs for itself. In attention queries, keys and
     values in the dtype of products, and what it gives; for bf16 torch packs keys and values anew. At the end the rows.

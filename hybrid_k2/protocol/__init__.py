@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hybrid_k2.protocol.builtin_tools import call_type, expand_builtins
-from hybrid_k2.protocol.image_files import image_source
 from hybrid_k2.protocol.images import (
     IMAGE_BASE,
     Image,
@@ -13,14 +12,17 @@ from hybrid_k2.protocol.images import (
     is_image_token,
     read_image,
 )
+from hybrid_k2.protocol.media_source import media_source
 from hybrid_k2.protocol.output_parser import Event, OutputParser
 from hybrid_k2.protocol.prompt import Segment, encode_chat, encode_prompt, render, render_segments, reply_thinks
 from hybrid_k2.protocol.tokenizer import IncrementalDecoder, Tokenizer
 from hybrid_k2.protocol.tool_declaration import declare_tools
 from hybrid_k2.protocol.tool_ids import ToolIds, canonical_history
+from hybrid_k2.protocol.videos import Clip, Video, read_video
 
 __all__ = [
     "IMAGE_BASE",
+    "Clip",
     "Event",
     "Image",
     "ImageFormat",
@@ -29,6 +31,7 @@ __all__ = [
     "Segment",
     "Tokenizer",
     "ToolIds",
+    "Video",
     "call_type",
     "canonical_history",
     "declare_tools",
@@ -36,10 +39,11 @@ __all__ = [
     "encode_prompt",
     "expand_builtins",
     "image_of_token",
-    "image_source",
     "image_token",
     "is_image_token",
+    "media_source",
     "read_image",
+    "read_video",
     "render",
     "render_segments",
     "reply_thinks",

@@ -1,4 +1,4 @@
-"""Image files of strangers: out of a message, and into pixels.
+"""Image files of strangers, made into pixels.
 
 Whatever the bytes are, the outcome is pixels or one RequestError. No file is opened and no connection made; what Pillow
 says about a file (its messages hold addresses of memory) and what it warns of stay here.
@@ -6,15 +6,13 @@ says about a file (its messages hold addresses of memory) and what it warns of s
 
 from __future__ import annotations
 
-import base64
 import threading
 import warnings
 from collections.abc import Callable
 from io import BytesIO
 from typing import TYPE_CHECKING
 
-from hybrid_k2.errors import RequestError, shown
-from hybrid_k2.protocol.messages import Media
+from hybrid_k2.errors import RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,30 +24,8 @@ MAX_PIXELS = 2**27  # medium-format cameras have 102 million; decoding takes up 
 MAX_SIDE = 65_535  # as JPEG and GIF have it; resizing takes memory by the side, too
 MAX_SCANNED_PIXELS = 2**31  # pixels times scans of a JPEG: a scan may be some bytes, and goes over the whole image
 
-_EXPECTED = "an image as data:image/png;base64,..."
-_MAX_HEAD = 1024  # characters of a data: URI before its comma
-_NOTHING_FETCHED = "images are sent inside the message: no address is fetched and no file is opened"
-
 # One image at a time: this bounds the memory, and what silences warnings is the process's, not a thread's.
 _decoding = threading.Lock()
-
-
-def image_source(media: Media, place: str) -> bytes:
-    """Return the bytes of the image file that a message holds, as such or in a data: URI.
-
-    Raises: RequestError naming `place`.
-    """
-    source = media.source
-    if isinstance(source, str):
-        data = _data_of_uri(source, place)
-    elif isinstance(source, (bytes, bytearray, memoryview)):
-        data = bytes(source)
-    else:
-        found = "nothing" if source is None else type(source).__name__
-        raise RequestError(f"{place}: expected {_EXPECTED}, or bytes, got {found}")
-    if not data:
-        raise RequestError(f"{place}: expected an image, got no bytes")
-    return data
 
 
 def decode_pixels(data: bytes, fit: Callable[[int, int], tuple[int, int]], place: str) -> NDArray[np.uint8]:
@@ -84,18 +60,6 @@ def decode_pixels(data: bytes, fit: Callable[[int, int], tuple[int, int]], place
                 f"{place}: expected a PNG, JPEG, WebP or GIF image, got {len(data)} bytes that cannot be read as one",
                 hint="the file is of another format, damaged or cut short",
             ) from None
-
-
-def _data_of_uri(uri: str, place: str) -> bytes:
-    head, _, _ = uri[:_MAX_HEAD].partition(",")
-    kind, *parameters = head.lower().split(";")
-    if not kind.startswith("data:image/") or parameters[-1:] != ["base64"]:
-        raise RequestError(f"{place}: expected {_EXPECTED}, got {shown(uri[:200])}", hint=_NOTHING_FETCHED)
-    try:
-        text = uri[len(head) + 1 :].encode("ascii").translate(None, b" \t\r\n\f")
-        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
-    except ValueError:
-        raise RequestError(f"{place}: expected base64 behind the comma, got something else") from None
 
 
 def _check_size(image: ImageFile, data: bytes, place: str) -> None:

@@ -1,4 +1,4 @@
-"""An image as the model sees it: how it is scaled, padded and cut into patches, and its tokens in a prompt."""
+"""An image or a clip as the model sees it: how it is scaled, padded and cut into patches, its tokens in a prompt."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ _ROW_BITS = 16
 MAX_ROWS = 1 << _ROW_BITS  # tokens of one image
 _DIGEST_BYTES = 16
 
+MAX_CLIP_FRAMES = 4  # the tower knows the times of so many
 _MOST = 2**16  # of the sizes in a configuration; K2.6's largest is a quarter of it
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How a checkpoint wants its images; the defaults are K2.6's."""
+    """How a checkpoint wants its images and the frames of videos; the defaults are K2.6's."""
 
     patch_size: int = 14  # pixels a side
     merge: int = 2  # patches a side that become one token
@@ -40,6 +41,9 @@ class ImageFormat:
     side_limit: int = 512  # patches along a side
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green and blue, where 255 is 1
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    frame_patch_limit: int = 4096  # of a video's frame, as `patch_limit` is of an image
+    frame_rate: float = 2.0  # frames of a video that are seen in a second, at most
+    clip_frames: int = 4  # that are seen as one, at most
 
     @classmethod
     def load(cls, folder: str | Path) -> ImageFormat:
@@ -56,7 +60,8 @@ class ImageFormat:
 
     @classmethod
     def _from_fields(cls, fields: Fields) -> ImageFormat:
-        fields.must_be("fixed_output_tokens", None, "an image has as many tokens as its size gives")
+        for name, value, reason in _FIXED_FIELDS:
+            fields.must_be(name, value, reason)
         found = cls(
             _size(fields, "patch_size"),
             _size(fields, "merge_kernel_size"),
@@ -64,16 +69,29 @@ class ImageFormat:
             _size(fields, "patch_limit_on_one_side"),
             _three_numbers(fields, "image_mean"),
             _three_numbers(fields, "image_std", above=0),
+            _size(fields, "in_patch_limit_each_frame"),
+            fields.number("sample_fps"),
+            _size(fields, "temporal_merge_kernel_size", MAX_CLIP_FRAMES),
         )
-        if found.max_tokens > MAX_ROWS:
-            raise ConfigError(
-                f"{fields.place}: expected limits that give an image at most {MAX_ROWS} tokens, got {found.max_tokens}"
-            )
+        for what, most in (("an image", found.max_tokens), ("a frame", found.max_frame_tokens)):
+            if most > MAX_ROWS:
+                raise ConfigError(
+                    f"{fields.place}: expected limits that give {what} at most {MAX_ROWS} tokens, got {most}"
+                )
         return found
 
     @property
     def max_tokens(self) -> int:
-        """No image takes more tokens than this; in K2.6, 4482.
+        """No image takes more tokens than this; in K2.6, 4482."""
+        return self._most_tokens(self.patch_limit)
+
+    @property
+    def max_frame_tokens(self) -> int:
+        """No clip takes more tokens than this; in K2.6, 1374."""
+        return self._most_tokens(self.frame_patch_limit)
+
+    def _most_tokens(self, patch_limit: int) -> int:
+        """Bound the tokens of what is scaled to a limit of patches.
 
         The limit counts whole patches before scaling. So an image that is u x v patches large after it, parts of
         patches included, keeps (u - 1)(v - 1) below the limit; and r x c tokens take u > merge (r - 1),
@@ -83,24 +101,36 @@ class ImageFormat:
 
         def rows(columns: int) -> int:
             width = self.merge * (columns - 1) - 1
-            height = self.side_limit if width <= 0 else (self.patch_limit - 1) // width + 1
+            height = self.side_limit if width <= 0 else (patch_limit - 1) // width + 1
             return min(most_rows, height // self.merge + 1)
 
         return max(columns * rows(columns) for columns in range(1, most_rows + 1))
 
     def fit(self, width: int, height: int) -> tuple[int, int]:
         """Return the width and height that an image is resized to: never larger, each side cut to whole pixels."""
+        return self._fit(width, height, self.patch_limit)
+
+    def fit_frame(self, width: int, height: int) -> tuple[int, int]:
+        """Return the width and height that a video's frame is resized to."""
+        return self._fit(width, height, self.frame_patch_limit)
+
+    def _fit(self, width: int, height: int, patch_limit: int) -> tuple[int, int]:
         whole = max(1.0, width // self.patch_size) * max(1.0, height // self.patch_size)
         most = self.side_limit * self.patch_size
-        scale = min(1.0, math.sqrt(self.patch_limit / whole), most / width, most / height)
+        scale = min(1.0, math.sqrt(patch_limit / whole), most / width, most / height)
         return min(max(1, int(width * scale)), most), min(max(1, int(height * scale)), most)
 
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """An image that is decoded, resized and padded; equal images have equal digests."""
+    """An image that is decoded, resized and padded, or a clip: frames of a video that are seen as one.
 
-    pixels: NDArray[np.uint8]  # [height, width, 3]; both sides are multiples of patch_size * merge
+    Equal ones have equal digests.
+    Shapes: pixels [height, width, 3] of an image, [frames, height, width, 3] of a clip; height and width are multiples
+    of patch_size * merge.
+    """
+
+    pixels: NDArray[np.uint8]
     format: ImageFormat
 
     @cached_property
@@ -111,26 +141,34 @@ class Image:
         return int.from_bytes(digest.digest(), "big")
 
     @property
+    def frames(self) -> int:
+        """Frames of a clip; an image has one."""
+        return 1 if self.pixels.ndim == 3 else len(self.pixels)
+
+    @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        height, width, _ = self.pixels.shape
+        """Rows and columns of patches, of every frame."""
+        height, width, _ = self.pixels.shape[-3:]
         return height // self.format.patch_size, width // self.format.patch_size
 
     @property
     def tokens(self) -> int:
-        """Tokens that stand for the image in a prompt."""
+        """Tokens that stand for the image in a prompt, whatever the number of its frames."""
         rows, columns = self.grid
         return rows * columns // self.format.merge**2
 
     def patches(self) -> torch.Tensor:
-        """Return the patches, row by row, fp32 [rows * columns, 3, patch_size, patch_size]: (v / 255 - mean) / std."""
+        """Return the patches, frame after frame, row by row: (v / 255 - mean) / std.
+
+        Shapes: -> fp32 [frames * rows * columns, 3, patch_size, patch_size].
+        """
         import numpy as np
         import torch
 
         rows, columns = self.grid
         side = self.format.patch_size
-        cut = self.pixels.reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
-        values = cut.reshape(rows * columns, 3, side, side).astype(np.float32)
+        cut = self.pixels.reshape(-1, rows, side, columns, side, 3).transpose(0, 1, 3, 5, 2, 4)
+        values = cut.reshape(-1, 3, side, side).astype(np.float32)
         values /= np.float32(255)
         values -= np.array(self.format.mean, np.float32)[:, None, None]
         values /= np.array(self.format.std, np.float32)[:, None, None]
@@ -140,16 +178,20 @@ class Image:
 def read_image(data: bytes, format: ImageFormat, place: str) -> Image:
     """Decode an image file (PNG, JPEG, WebP, GIF) and scale and pad it for the model.
 
-    Pads are black (0), at the right and the bottom, up to whole tokens. Raises: RequestError naming `place`.
+    Raises: RequestError naming `place`.
     """
-    import numpy as np
-
-    decoded = decode_pixels(data, format.fit, place)
-    height, width, _ = decoded.shape
-    token_side = format.patch_size * format.merge
-    pixels = np.pad(decoded, ((0, -height % token_side), (0, -width % token_side), (0, 0)))
+    pixels = padded(decode_pixels(data, format.fit, place), format)
     pixels.flags.writeable = False
     return Image(pixels, format)
+
+
+def padded(pixels: NDArray[np.uint8], format: ImageFormat) -> NDArray[np.uint8]:
+    """Add black (0) at the right and the bottom, up to whole tokens. Shapes: [height, width, 3]."""
+    import numpy as np
+
+    height, width, _ = pixels.shape
+    side = format.patch_size * format.merge
+    return np.pad(pixels, ((0, -height % side), (0, -width % side), (0, 0)))
 
 
 def image_token(digest: int, row: int) -> int:
@@ -167,10 +209,10 @@ def image_of_token(token: int) -> tuple[int, int]:
     return (token ^ IMAGE_BASE) >> _ROW_BITS, token & (MAX_ROWS - 1)
 
 
-def _size(fields: Fields, name: str) -> int:
+def _size(fields: Fields, name: str, most: int = _MOST) -> int:
     size = fields.integer(name)
-    if size > _MOST:
-        raise ConfigError(f"{fields.place}: {name}: expected at most {_MOST}, got {size}")
+    if size > most:
+        raise ConfigError(f"{fields.place}: {name}: expected at most {most}, got {size}")
     return size
 
 
@@ -193,4 +235,14 @@ _K26 = {
     "patch_limit_on_one_side": ImageFormat.side_limit,
     "image_mean": [*ImageFormat.mean],
     "image_std": [*ImageFormat.std],
+    "in_patch_limit_each_frame": ImageFormat.frame_patch_limit,
+    "sample_fps": ImageFormat.frame_rate,
+    "temporal_merge_kernel_size": ImageFormat.clip_frames,
 }
+# Field, the one value that is implemented, and why any other is refused.
+_FIXED_FIELDS: tuple[tuple[str, object, str], ...] = (
+    ("fixed_output_tokens", None, "an image has as many tokens as its size gives"),
+    ("in_patch_limit_video", None, "every frame of a video has the same limit"),
+    ("max_num_frames_each_video", None, "a video has as many frames as its duration gives"),
+    ("timestamp_mode", "hh:mm:ss.fff", "clips have their time in hours, minutes and seconds"),
+)

@@ -17,7 +17,7 @@ class Media:
     """An image or a video inside a message's content, as it came."""
 
     kind: str  # "image" or "video"
-    source: object = field(default=None, repr=False)  # of an image; checked when it is decoded: `image_source`
+    source: object = field(default=None, repr=False)  # checked when it is decoded: `media_source`
     key: str = "image_url"  # where the part has it
 
 
@@ -103,9 +103,8 @@ def _read_content(content: object, place: str) -> Iterator[str | Media]:
 
 
 def _read_media(kind: str, fields: Mapping[str, Any]) -> Media:
-    if kind != "image":
-        return Media(kind)
-    key = "image" if fields.get("image_url") is None and fields.get("image") is not None else "image_url"
+    url = f"{kind}_url"
+    key = kind if fields.get(url) is None and fields.get(kind) is not None else url
     source = fields.get(key)
     return Media(kind, source.get("url") if isinstance(source, Mapping) else source, key)
 

@@ -8,12 +8,12 @@ supplied is ordinary text and stays that, whatever it looks like.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hybrid_k2.errors import RequestError
-from hybrid_k2.protocol.image_files import image_source
 from hybrid_k2.protocol.images import Image, ImageFormat, image_token, read_image
+from hybrid_k2.protocol.media_source import media_source
 from hybrid_k2.protocol.messages import Call, Media, Message, read_messages
 from hybrid_k2.protocol.tokenizer import Tokenizer
 from hybrid_k2.protocol.tokens import (
@@ -36,6 +36,7 @@ from hybrid_k2.protocol.tokens import (
     VIDEO_PLACEHOLDER,
 )
 from hybrid_k2.protocol.tool_declaration import declare_tools
+from hybrid_k2.protocol.videos import Video, read_video
 
 ROLE_TOKENS = {"user": IM_USER, "assistant": IM_ASSISTANT}  # every other role speaks as the system
 
@@ -97,7 +98,7 @@ def encode_prompt(
     Raises: RequestError for malformed messages or tools, and for images and video.
     """
     checked = read_messages(messages)
-    _find_images(checked, taken=False)
+    _refuse_media(checked)
     return _encode(tokenizer, checked, tools, thinking, preserve_thinking, add_generation_prompt, most)
 
 
@@ -111,22 +112,26 @@ def encode_chat(
     images: ImageFormat | None,
     most: int | None = None,
 ) -> tuple[list[int], dict[int, Image]]:
-    """Encode a conversation with its images, as `encode_prompt` does: the ids, and the images by their digests.
+    """Encode a conversation with its images and videos, as `encode_prompt` does: the ids, and images by their digests.
 
-    Each image stands as the ids of its rows (`image_token`) where the rendered text has one `<|media_pad|>`. Images are
-    decoded one after the other, and no more of them when there are more than `most` ids; of the ids that are returned
-    then, only the number is of use. `images` None: the checkpoint reads text only.
-    Raises: RequestError for malformed messages or tools, for video, and for images that cannot be read.
+    Each image, and each clip of a video, stands as the ids of its rows (`image_token`) where the rendered text has one
+    `<|media_pad|>`. Media are decoded one after the other, videos first, and no more of them when there are more than
+    `most` ids; of the ids that are returned then, only the number is of use. `images` None: the checkpoint reads text
+    only.
+    Raises: RequestError for malformed messages or tools, and for images and videos that cannot be read.
     """
     checked = read_messages(messages)
-    found = _find_images(checked, taken=images is not None)
+    if images is None:
+        _refuse_media(checked)
+    else:
+        checked = _read_videos(checked, images, most)
     ids = _encode(tokenizer, checked, tools, thinking, preserve_thinking, True, most)
     if images is None or (most is not None and len(ids) > most):
         return ids, {}
     expanded: list[int] = []
     read: dict[int, Image] = {}
     rest = 0  # the ids from here on are not in `expanded`
-    for place, media in found:
+    for place, media in _images_of(_find_media(checked)):
         pad = ids.index(tokenizer.token_id(MEDIA_PAD), rest)  # no text gives this id, only an image
         image = _image(media, images, place)
         expanded += ids[rest:pad]
@@ -231,32 +236,69 @@ def _tool_calls(calls: Sequence[Call]) -> Iterator[Segment]:
 
 def _media(media: Media) -> Iterator[Segment]:
     if media.kind == "image":
-        yield from (_control(MEDIA_BEGIN), _ordinary("image"), _control(MEDIA_CONTENT))
-        yield from (_control(MEDIA_PAD), _control(MEDIA_END))
+        yield from _pad("image")
+    elif isinstance(media.source, Video):
+        for clip in media.source.clips:
+            yield _ordinary(clip.timestamp)
+            yield from _pad("video")
     else:
         yield _control(VIDEO_PLACEHOLDER)
     yield _ordinary("\n")
 
 
-def _find_images(messages: Sequence[Message], taken: bool) -> list[tuple[str, Media]]:
-    """List the images in their order, with their places. Raises: RequestError for media that are not taken."""
-    found = []
+def _pad(kind: str) -> Iterator[Segment]:
+    yield from (_control(MEDIA_BEGIN), _ordinary(kind), _control(MEDIA_CONTENT))
+    yield from (_control(MEDIA_PAD), _control(MEDIA_END))
+
+
+def _find_media(messages: Sequence[Message]) -> Iterator[tuple[str, Media]]:
+    """Yield images and videos in their order, with their places."""
     for index, message in enumerate(messages):
         for number, part in enumerate(message.content):
             if isinstance(part, Media):
-                place = f"messages[{index}].content[{number}]"
-                if part.kind != "image":
-                    expected = "text or an image" if taken else "text"
-                    raise RequestError(f"{place}: expected {expected}, got {part.kind}", hint="video is not read")
-                if not taken:
-                    raise RequestError(f"{place}: expected text, got image", hint="this checkpoint reads text only")
-                found.append((f"{place}.{part.key}", part))
-    return found
+                yield f"messages[{index}].content[{number}]", part
+
+
+def _refuse_media(messages: Sequence[Message]) -> None:
+    for place, media in _find_media(messages):
+        raise RequestError(f"{place}: expected text, got {media.kind}", hint="this checkpoint reads text only")
+
+
+def _read_videos(messages: Sequence[Message], format: ImageFormat, most: int | None) -> list[Message]:
+    """Replace the sources of videos by what is in them; those behind `most` tokens are empty."""
+    read: list[Message] = []
+    tokens = 0
+    for index, message in enumerate(messages):
+        content = list(message.content)
+        for number, part in enumerate(content):
+            if isinstance(part, Media) and part.kind == "video":
+                left = None if most is None else most - tokens
+                place = f"messages[{index}].content[{number}].{part.key}"
+                video = Video(()) if left is not None and left < 0 else _video(part, format, place, left)
+                tokens += video.tokens
+                content[number] = replace(part, source=video)
+        read.append(replace(message, content=tuple(content)))
+    return read
+
+
+def _images_of(media: Iterable[tuple[str, Media]]) -> Iterator[tuple[str, Media]]:
+    """Yield images and the clips of videos, one for each `<|media_pad|>`."""
+    for place, one in media:
+        if isinstance(one.source, Video):
+            yield from ((place, replace(one, source=clip.image)) for clip in one.source.clips)
+        else:
+            yield f"{place}.{one.key}", one
+
+
+def _video(media: Media, format: ImageFormat, place: str, most: int | None) -> Video:
+    if isinstance(media.source, Video):
+        return media.source
+    return read_video(media_source(media, place), format, place, most)
 
 
 def _image(media: Media, format: ImageFormat, place: str) -> Image:
     if not isinstance(media.source, Image):
-        return read_image(image_source(media, place), format, place)
+        return read_image(media_source(media, place), format, place)
     if media.source.format != format:
         raise RequestError(f"{place}: expected an image in this checkpoint's format, got one in {media.source.format}")
     return media.source

@@ -17,7 +17,7 @@ from typing import Any
 from starlette.requests import Request
 
 from hybrid_k2.errors import shown
-from hybrid_k2.protocol import Image, ImageFormat, image_source, read_image
+from hybrid_k2.protocol import Image, ImageFormat, media_source, read_image
 from hybrid_k2.protocol.messages import Media
 from hybrid_k2.server.errors import ApiError, bad_request
 from hybrid_k2.server.file_store import IMAGE_PURPOSES, TEXT_PURPOSES, FileStore
@@ -117,7 +117,7 @@ class ImageReader:
         if given.url.startswith(FILE_SCHEME):
             data = self._file(owner, given)
         else:
-            data = image_source(Media("image", given.url), given.place)
+            data = media_source(Media("image", given.url), given.place)
         return read_image(data, wanted, given.place)
 
     def _file(self, owner: str, given: GivenImage) -> bytes:

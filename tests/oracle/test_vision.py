@@ -46,7 +46,8 @@ class Pair:
 
     def expected(self, image: RandomPatches) -> Tensor:
         with torch.inference_mode():
-            tower = self.theirs.model.vision_tower(image.patches(), grid_thw=torch.tensor([[1, *image.grid]]))
+            grid = torch.tensor([[image.frames, *image.grid]])
+            tower = self.theirs.model.vision_tower(image.patches(), grid_thw=grid)
             rows: Tensor = self.theirs.model.mm_projector(tower.pooler_output)[:, 0]
         return rows
 
@@ -72,6 +73,20 @@ def test_rows_of_an_image(pair: Pair, grid: tuple[int, int]) -> None:
     print(f"max error {error:.2e}, size {expected.std().item():.2f}")
     assert error < TOLERANCE
     assert expected.std() > 0.3, "rows are too flat for the comparison to mean something"
+
+
+@pytest.mark.parametrize("frames", [2, 3, 4])
+@pytest.mark.parametrize("grid", [(2, 2), (6, 10), (22, 4)], ids=str)
+def test_rows_of_a_clip(pair: Pair, grid: tuple[int, int], frames: int) -> None:
+    clip = random_patches(*grid, seed=grid[0] * 100 + frames, frames=frames)
+    got, expected = pair.ours.encode(clip), pair.expected(clip)
+    assert got.shape == expected.shape == (grid[0] * grid[1] // 4, 64)
+    assert (got - expected).abs().max() < TOLERANCE
+    # Told apart: the same frames in another order, and one of them alone.
+    backward = clip.values.view(frames, -1, 3, 14, 14).flip(0).flatten(0, 1)
+    assert (pair.ours.encode(RandomPatches(grid, backward, frames)) - expected).abs().max() > 100 * TOLERANCE
+    alone = RandomPatches(grid, clip.values[: grid[0] * grid[1]])
+    assert (pair.ours.encode(alone) - expected).abs().max() > 100 * TOLERANCE
 
 
 def test_other_orders_are_far_from_it(pair: Pair) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from hybrid_k2.errors import RequestError
-from hybrid_k2.protocol import ImageFormat, encode_chat, image_source, read_image
+from hybrid_k2.protocol import ImageFormat, encode_chat, media_source, read_image
 from hybrid_k2.protocol.image_files import MAX_PIXELS, MAX_SIDE, decode_pixels
 from hybrid_k2.protocol.messages import Media
 from tests.protocol_strategies import small_tokenizer
@@ -338,7 +338,7 @@ BODY = base64.b64encode(ONE).decode()
     ],
 )
 def test_sources_that_are_taken(source: str | bytes) -> None:
-    assert image_source(Media("image", source), PLACE) == ONE
+    assert media_source(Media("image", source), PLACE) == ONE
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def test_sources_that_are_taken(source: str | bytes) -> None:
 )
 def test_sources_that_are_refused(source: str | bytes | None, message: str) -> None:
     with pytest.raises(RequestError) as error:
-        image_source(Media("image", source), PLACE)
+        media_source(Media("image", source), PLACE)
     assert str(error.value).startswith(f"{PLACE}: expected ")
     assert message in str(error.value)
     assert len(str(error.value)) < 400

@@ -101,6 +101,7 @@ formats = st.builds(
     merge=st.integers(1, 4),
     patch_limit=st.integers(1, 20_000),
     side_limit=st.integers(1, 600),
+    frame_patch_limit=st.integers(1, 20_000),
 )
 sides = st.integers(1, 200) | st.integers(1, 65_535)
 
@@ -118,6 +119,7 @@ def test_sizes_keep_the_limits(format: ImageFormat, width: int, height: int) -> 
         assert (after + 1) ** 2 > before**2 * scale2 * Fraction(1 - 2**-50)
     token_side = side * format.merge
     assert math.prod(-(-x // token_side) for x in fitted) <= format.max_tokens
+    assert math.prod(-(-x // token_side) for x in format.fit_frame(width, height)) <= format.max_frame_tokens
 
 
 def test_the_bound_of_tokens_is_near() -> None:
@@ -332,9 +334,8 @@ def test_media_that_are_not_taken() -> None:
     video = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
     with pytest.raises(RequestError, match=r"messages\[0\]\.content\[0\]: expected text, got image\n.*text only"):
         encode_chat(small_tokenizer(), user(image), images=None)
-    for images in (None, K26):
-        with pytest.raises(RequestError, match=r"messages\[0\]\.content\[0\]: expected text.*, got video"):
-            encode_chat(small_tokenizer(), user(video), images=images)
+    with pytest.raises(RequestError, match=r"messages\[0\]\.content\[0\]: expected text, got video\n.*text only"):
+        encode_chat(small_tokenizer(), user(video), images=None)
 
 
 # -- preprocessor_config.json
@@ -353,8 +354,9 @@ def test_the_format_is_that_of_the_file(tmp_path: Path) -> None:
     assert ImageFormat.load(tmp_path) == loaded(tmp_path, {}) == loaded(tmp_path, {"media_proc_cfg": {}}) == K26
     given = {"patch_size": 4, "merge_kernel_size": 1, "in_patch_limit": 64, "patch_limit_on_one_side": 16}
     norm = {"image_mean": [0, 0.25, -1], "image_std": [1, 2, 0.5]}
-    expected = ImageFormat(4, 1, 64, 16, (0.0, 0.25, -1.0), (1.0, 2.0, 0.5))
-    assert loaded(tmp_path, {"media_proc_cfg": given | norm}) == expected
+    video = {"in_patch_limit_each_frame": 32, "sample_fps": 0.5, "temporal_merge_kernel_size": 3}
+    expected = ImageFormat(4, 1, 64, 16, (0.0, 0.25, -1.0), (1.0, 2.0, 0.5), 32, 0.5, 3)
+    assert loaded(tmp_path, {"media_proc_cfg": given | norm | video}) == expected
 
 
 @pytest.mark.parametrize(
@@ -370,6 +372,9 @@ def test_the_format_is_that_of_the_file(tmp_path: Path) -> None:
         ("image_std", [0.5, 0.5, 0], "a list of three numbers above 0"),
         ("image_std", [0.5, 0.5, True], "a list of three numbers above 0"),
         ("image_std", [0.5, 0.5, 10**400], "a list of three numbers above 0"),
+        ("in_patch_limit_each_frame", 0, "an integer of at least 1, got 0"),
+        ("sample_fps", 0, "a finite number above 0, got 0"),
+        ("temporal_merge_kernel_size", 5, "at most 4, got 5"),
     ],
 )
 def test_nonsense_in_the_format(tmp_path: Path, name: str, value: object, expected: str) -> None:
@@ -383,7 +388,19 @@ def test_nonsense_in_the_format(tmp_path: Path, name: str, value: object, expect
     [
         ({"media_proc_cfg": 3}, ConfigError, "media_proc_cfg: expected an object, got 3"),
         ({"media_proc_cfg": {"fixed_output_tokens": 64}}, UnsupportedModelError, "fixed_output_tokens: expected null"),
-        ({"media_proc_cfg": {"merge_kernel_size": 1, "in_patch_limit": 65536}}, ConfigError, "at most 65536 tokens"),
+        ({"media_proc_cfg": {"merge_kernel_size": 1, "in_patch_limit": 65536}}, ConfigError, "an image at most 65536"),
+        (
+            {"media_proc_cfg": {"merge_kernel_size": 1, "in_patch_limit_each_frame": 65536}},
+            ConfigError,
+            "a frame at most 65536",
+        ),
+        (
+            {"media_proc_cfg": {"in_patch_limit_video": 64}},
+            UnsupportedModelError,
+            "in_patch_limit_video: expected null",
+        ),
+        ({"media_proc_cfg": {"max_num_frames_each_video": 9}}, UnsupportedModelError, "each_video: expected null"),
+        ({"media_proc_cfg": {"timestamp_mode": "mm:ss"}}, UnsupportedModelError, "timestamp_mode: expected"),
         ([], ConfigError, "expected a JSON object"),
     ],
 )

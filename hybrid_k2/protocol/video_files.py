@@ -1,0 +1,159 @@
+"""Video files of strangers, made into frames.
+
+Whatever the bytes are, the outcome is frames or one RequestError. Demuxers and decoders are those of PyAV (FFmpeg), a
+large surface: only the ones in FORMATS and CODECS are let near a file. No demuxer opens another file or a connection,
+and what FFmpeg logs is not passed on: PyAV drops it unless a process asks for it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from hybrid_k2.errors import RequestError, shown
+
+if TYPE_CHECKING:
+    from PIL import Image as PillowImage
+
+FORMATS = ("mov", "avi", "flv", "matroska", "mpeg", "mpegvideo", "asf")  # FFmpeg's names; mov: MP4 and 3GPP, too
+CODECS = (
+    *("h264", "hevc", "libdav1d", "vp8", "vp9"),
+    *("mpeg4", "mpeg2video", "mpeg1video", "h263", "flv", "mjpeg"),
+    *("msmpeg4", "msmpeg4v2", "wmv1", "wmv2", "wmv3", "vc1"),
+)
+MAX_PIXELS = 36_864 * 256  # of a frame: 4096 x 2304, what level 5.2 of H.264 allows
+MAX_FRAMES = 2**18  # 2.4 hours at 30 a second
+MAX_SECONDS = 120.0  # of decoding
+THREADS = 4  # of a decoder; each may hold a frame
+
+_LIMITS = {"max_pixels": str(MAX_PIXELS)}  # for decoders: a frame may be larger than the file says
+_EXPECTED = "an MP4, MOV, 3GPP, AVI, FLV, WebM, MPEG or WMV video"
+# One video at a time: a decoder may hold some twenty frames.
+_decoding = threading.Lock()
+
+
+class VideoFile:
+    """A video file while it is read, as a context: no other one is read meanwhile."""
+
+    def __init__(self, data: bytes, place: str) -> None:
+        """`place`: what errors name."""
+        self._data = data
+        self._place = place
+        self._deadline = 0.0
+        self.decoded = 0  # frames that the last run of `frames` has seen
+
+    def __enter__(self) -> VideoFile:
+        _decoding.acquire()
+        self._deadline = time.monotonic() + MAX_SECONDS
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _decoding.release()
+
+    def measure(self) -> tuple[int, float]:
+        """Count the packets, which most often have a frame each, and return the frames in a second.
+
+        Nothing is decoded. What the file says of its frames' number is not believed.
+        Raises: RequestError.
+        """
+        with self._opened() as (container, stream):
+            count = 0
+            times: list[int] = []
+            for packet in self._packets(container, stream):
+                count += 1
+                if packet.pts is not None:
+                    times.append(packet.pts)
+            seconds = float((max(times) - min(times)) * stream.time_base) if times else 0.0
+            rate = float(stream.average_rate or 0) or ((count - 1) / seconds if seconds else 0.0)
+        if not count:
+            raise RequestError(f"{self._place}: expected a video with frames, got none")
+        if count > 1 and not rate:
+            raise RequestError(f"{self._place}: expected a video that tells when its frames are shown, got no times")
+        return count, rate or 1.0
+
+    def frames(self, wanted: Collection[int]) -> Iterator[PillowImage.Image]:
+        """Decode all frames, and yield those whose numbers are wanted, in RGB, as they are shown.
+
+        The rotation that a file asks for is not applied.
+        Raises: RequestError.
+        """
+        self.decoded = 0
+        with self._opened() as (container, stream):
+            for packet in self._packets(container, stream, flush=True):
+                for frame in packet.decode():
+                    self._check_size(frame)
+                    if self.decoded in wanted:
+                        yield frame.to_image()
+                    self.decoded += 1
+                    if self.decoded > MAX_FRAMES:
+                        raise self._too_many()
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
+        """Open the container, and find its video. What FFmpeg and PyAV raise becomes a RequestError."""
+        try:
+            import av
+            import PIL  # noqa: F401
+        except ImportError as error:
+            raise RequestError(
+                f"{self._place}: expected PyAV and Pillow to read the video with, got no {error.name}",
+                hint="pip install av pillow",
+            ) from None
+        options = {"format_whitelist": ",".join(FORMATS), "codec_whitelist": ",".join(CODECS)} | _LIMITS
+        try:
+            with av.open(BytesIO(self._data), options=options, io_open=_open_nothing) as container:
+                stream = next(iter(container.streams.video), None)
+                if stream is None:
+                    raise RequestError(f"{self._place}: expected a video, got a file without one")
+                self._check_codec(stream.codec_context)
+                yield container, stream
+        except RequestError:
+            raise
+        except Exception:  # a decoder that meets nonsense raises whatever it met
+            raise RequestError(
+                f"{self._place}: expected {_EXPECTED}, got {len(self._data)} bytes that cannot be read as one",
+                hint=f"the file is of another format, damaged, cut short, or has frames of over {MAX_PIXELS} pixels",
+            ) from None
+
+    def _check_codec(self, decoder: Any) -> None:
+        if decoder is None or decoder.name not in CODECS:
+            found = "one that is not known" if decoder is None else shown(decoder.name)
+            raise RequestError(f"{self._place}: expected a codec out of {', '.join(CODECS)}, got {found}")
+        self._check_size(decoder)
+        decoder.options = _LIMITS
+        decoder.thread_count = THREADS
+        decoder.thread_type = "AUTO"
+
+    def _check_size(self, picture: Any) -> None:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise RequestError(
+                f"{self._place}: expected frames of at most {MAX_PIXELS} pixels, got {picture.width} x {picture.height}"
+            )
+
+    def _packets(self, container: Any, stream: Any, flush: bool = False) -> Iterator[Any]:
+        """Yield the packets of a stream; with `flush`, the empty one at the end, too."""
+        count = 0
+        for packet in container.demux(stream):
+            if time.monotonic() > self._deadline:
+                raise RequestError(
+                    f"{self._place}: expected a video that is read in {MAX_SECONDS:g} s, got a longer one"
+                )
+            if packet.is_corrupt:
+                raise ValueError("cut short")  # becomes a RequestError
+            if packet.size:
+                count += 1
+                if count > MAX_FRAMES:
+                    raise self._too_many()
+            if packet.size or flush:
+                yield packet
+
+    def _too_many(self) -> RequestError:
+        return RequestError(f"{self._place}: expected a video of at most {MAX_FRAMES} frames, got more")
+
+
+def _open_nothing(url: str, flags: int, options: dict[str, str]) -> Any:
+    raise PermissionError("a video is one file")
