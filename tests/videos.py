@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-av: Any = pytest.importorskip("av", reason="PyAV reads and writes the videos: pip install av pillow")
+av: Any = pytest.importorskip("av", "17.1", reason="PyAV reads and writes the videos: pip install av pillow")
 pytest.importorskip("PIL", reason="Pillow scales the frames: pip install pillow")
 
 Pixels = NDArray[np.uint8]

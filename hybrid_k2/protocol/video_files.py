@@ -25,6 +25,7 @@ CODECS = (
     *("mpeg4", "mpeg2video", "mpeg1video", "h263", "flv", "mjpeg"),
     *("msmpeg4", "msmpeg4v2", "wmv1", "wmv2", "wmv3", "vc1"),
 )
+MIN_PYAV = (17, 1)  # with options, older ones write beyond their memory where a file names its streams late
 MAX_PIXELS = 36_864 * 256  # of a frame: 4096 x 2304, what level 5.2 of H.264 allows
 MAX_FRAMES = 2**18  # 2.4 hours at 30 a second
 MAX_SECONDS = 120.0  # of decoding
@@ -95,18 +96,11 @@ class VideoFile:
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
         """Open the container, and find its video. What FFmpeg and PyAV raise becomes a RequestError."""
-        try:
-            import av
-            import PIL  # noqa: F401
-        except ImportError as error:
-            raise RequestError(
-                f"{self._place}: expected PyAV and Pillow to read the video with, got no {error.name}",
-                hint="pip install av pillow",
-            ) from None
+        av = _import_av(self._place)
         options = {"format_whitelist": ",".join(FORMATS), "codec_whitelist": ",".join(CODECS)} | _LIMITS
         try:
             with av.open(BytesIO(self._data), options=options, io_open=_open_nothing) as container:
-                stream = next(iter(container.streams.video), None)
+                stream = container.streams.best("video")
                 if stream is None:
                     raise RequestError(f"{self._place}: expected a video, got a file without one")
                 self._check_codec(stream.codec_context)
@@ -153,6 +147,23 @@ class VideoFile:
 
     def _too_many(self) -> RequestError:
         return RequestError(f"{self._place}: expected a video of at most {MAX_FRAMES} frames, got more")
+
+
+def _import_av(place: str) -> Any:
+    """Import PyAV. Raises: RequestError where it, or Pillow, is missing or too old."""
+    try:
+        import av
+        import PIL  # noqa: F401
+    except ImportError as error:
+        found = f"no {error.name}"
+    else:
+        if tuple(map(int, av.__version__.split(".")[:2])) >= MIN_PYAV:
+            return av
+        found = f"PyAV {av.__version__}"
+    raise RequestError(
+        f"{place}: expected PyAV {'.'.join(map(str, MIN_PYAV))} or newer and Pillow to read video with, got {found}",
+        hint="pip install --upgrade av pillow",
+    )
 
 
 def _open_nothing(url: str, flags: int, options: dict[str, str]) -> Any:

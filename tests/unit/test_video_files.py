@@ -323,4 +323,12 @@ def test_without_the_packages(missing: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, missing, None)
     message = refused(data)
     assert f"got no {missing}" in message
-    assert message.endswith("hint: pip install av pillow")
+    assert message.endswith("hint: pip install --upgrade av pillow")
+
+
+def test_with_an_old_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = video(coloured(1))
+    monkeypatch.setattr(av, "__version__", "17.0.1")
+    assert "expected PyAV 17.1 or newer and Pillow to read video with, got PyAV 17.0.1" in refused(data)
+    monkeypatch.setattr(av, "__version__", "17.1.0")
+    assert read_video(data, K26, PLACE).clips
