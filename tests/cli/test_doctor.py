@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import ONE_THREAD, Done
+from tests.cli.conftest import ONE_THREAD, Done, Pipes
 
 Call = Callable[..., Done]
 NAMES = ["software", "cpu", "kernels", "memory", "huge pages", "bandwidth", "K2.6", "gpu"]
@@ -61,3 +62,12 @@ main()
     assert "warning [serve]     " in done.stdout
     assert "pip install 'hybrid-k2[serve]'" in done.stdout
     assert "it says 42" in done.stdout
+
+
+def test_ctrl_c_ends_it(start: Callable[..., Pipes]) -> None:
+    process = start("doctor")
+    assert process.stdout.readline().startswith(b"ok      software")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
