@@ -22,7 +22,7 @@ from hybrid_k2.checkpoint import (
 from hybrid_k2.config import GENERATION_NAME, ModelConfig, read_generation_config
 from hybrid_k2.engine.guide import GuideVocabulary
 from hybrid_k2.engine.params import SamplingParams
-from hybrid_k2.errors import CheckpointError
+from hybrid_k2.errors import CheckpointError, ConfigError
 from hybrid_k2.experts.usage import Counts, recall_usage
 from hybrid_k2.model.loader import Progress, load_text_model
 from hybrid_k2.model.self_check import check_model
@@ -40,7 +40,10 @@ from hybrid_k2.placement import (
     load_rules,
     make_plan,
 )
-from hybrid_k2.protocol import Tokenizer
+from hybrid_k2.placement.overheads import IMAGE_PATCHES
+from hybrid_k2.protocol import ImageFormat, Tokenizer
+from hybrid_k2.protocol.images import PREPROCESSOR_NAME
+from hybrid_k2.vision_config import MERGE
 
 log = logging.getLogger("hybrid_k2")
 
@@ -62,6 +65,7 @@ class LoadedModel:
     generation_config: dict[str, Any]  # what the checkpoint states about sampling; may be empty
     text: TextModel
     vision: VisionModel | None = None  # None: it reads text only
+    images: ImageFormat | None = None  # how `vision` wants its images
 
     def close(self) -> None:
         """Release the memory and stop the threads of what computes."""
@@ -120,6 +124,7 @@ def load_model(
     folder = _find_checkpoint(path, rules)
     config = ModelConfig.load(folder)
     generation_config = _generation_config(folder)
+    images = _image_format(folder, config)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
@@ -143,7 +148,7 @@ def load_model(
         except BaseException:
             text.close()
             raise
-    return LoadedModel(folder, config, plan, tokenizer, generation_config, text, vision)
+    return LoadedModel(folder, config, plan, tokenizer, generation_config, text, vision, images)
 
 
 def _divided(progress: Progress | None, vision_bytes: int) -> tuple[Progress, Callable[[int], None]]:
@@ -194,6 +199,25 @@ def _usage(folder: Path, config: ModelConfig) -> Counts:
 def _plan(rules: str | Path | Rules | None, config: ModelConfig, packed: bool, usage: Counts) -> Plan:
     machine = Machine.probe()
     return make_plan(_rules(rules, machine, config, packed), config, machine, experts_packed=packed, usage=usage)
+
+
+def _image_format(folder: Path, config: ModelConfig) -> ImageFormat | None:
+    """Read how images are prepared, which must be as the vision tower takes them. Raises: ConfigError."""
+    if config.vision is None:
+        return None
+    images, most = ImageFormat.load(folder), IMAGE_PATCHES // MERGE**2
+    expected = (config.vision.patch_size, MERGE)
+    if (images.patch_size, images.merge) != expected:
+        raise ConfigError(
+            f"{folder / PREPROCESSOR_NAME}: patch_size and merge_kernel_size: expected {expected[0]} and {expected[1]} "
+            f"as in config.json, got {images.patch_size} and {images.merge}"
+        )
+    if images.max_tokens > most:
+        raise ConfigError(
+            f"{folder / PREPROCESSOR_NAME}: expected limits that give an image at most {most} tokens, "
+            f"got {images.max_tokens}"
+        )
+    return images
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:

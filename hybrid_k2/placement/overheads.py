@@ -33,8 +33,7 @@ GRAPH_BYTES_PER_LAYER = 256 * KIB  # some 30 launches, by common experience 8 Ki
 ROUNDING_BYTES = MIB  # the allocator gives large tensors whole 2 MiB: half of that is lost with each
 MATRICES = {"attention": 5, "router": 1, "dense_mlp": 3, "shared_experts": 3, "embedding": 1, "lm_head": 1}
 FP32_BYTES = 4
-# 16384 patches with sides of at most 512, as the checkpoint bounds them, and a row and a column that fill up tokens.
-IMAGE_PATCHES = 18432
+IMAGE_PATCHES = 17928  # of the largest image: 4482 tokens (protocol/images.py)
 IMAGE_PIECE = 2048  # patches that pass through a product at a time (model/vision.py)
 
 
