@@ -34,8 +34,7 @@ ROUNDING_BYTES = MIB  # the allocator gives large tensors whole 2 MiB: half of t
 MATRICES = {"attention": 5, "router": 1, "dense_mlp": 3, "shared_experts": 3, "embedding": 1, "lm_head": 1}
 FP32_BYTES = 4
 FEATURE_ROWS = 8192  # of encoded images that wait for their prompts: two of the largest (engine/sight.py)
-# 16384 patches with sides of at most 512, as the checkpoint bounds them, and a row and a column that fill up tokens.
-IMAGE_PATCHES = 18432
+IMAGE_PATCHES = 17928  # of the largest image: 4482 tokens (protocol/images.py)
 IMAGE_PIECE = 2048  # patches that pass through a product at a time (model/vision.py)
 
 
