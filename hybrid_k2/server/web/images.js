@@ -20,7 +20,10 @@ export function imageType(bytes) {
 
 /** Read a file into {name, url}. Throws Error with what to tell the reader. */
 export async function readImage(file) {
-  const head = await file.slice(0, 12).arrayBuffer().catch(() => refuse(file, "it cannot be read"));
+  const head = await file
+    .slice(0, 12)
+    .arrayBuffer()
+    .catch(() => refuse(file, "it cannot be read"));
   const type = imageType(new Uint8Array(head));
   if (!type) refuse(file, "expected a PNG, JPEG, WebP or GIF image");
   const typed = file.slice(0, file.size, type); // its name may have told the browser another type
