@@ -27,6 +27,14 @@ TRANSFER = """const transfer = new DataTransfer();
   }
   for (const [type, text] of texts) transfer.setData(type, text);
   const more = { bubbles: true, cancelable: true };"""
+HOLD = """() => {
+  const decode = createImageBitmap;
+  window.createImageBitmap = async (blob) => {
+    await new Promise((resolve) => { window.goOn = resolve; });
+    delete window.goOn;
+    return decode(blob);
+  };
+}"""
 PASTE = f"""([files, texts]) => {{ {TRANSFER}
   document.getElementById("input").dispatchEvent(new ClipboardEvent("paste", {{ clipboardData: transfer, ...more }}));
 }}"""
@@ -44,7 +52,7 @@ def noise(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:
 
 def encoded(pixels: NDArray[np.uint8], kind: str = "PNG") -> bytes:
     file = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(file, kind, **({"compress_level": 1} if kind == "PNG" else {"lossless": True}))
+    PIL.Image.fromarray(pixels).save(file, kind, lossless=True, quality=95)  # each format takes what it knows
     return file.getvalue()
 
 
@@ -79,7 +87,7 @@ def data_of(part: Any) -> tuple[str, bytes]:
 
 @pytest.fixture
 def seeing(service: ScriptedService) -> ScriptedService:
-    service.images = ImageFormat()
+    service.images, service.context_tokens = ImageFormat(), 2**16
     return service
 
 
@@ -167,23 +175,18 @@ def test_pasted_and_dropped_images(visit: Visit) -> None:
 
 def test_what_is_sent_waits_for_images_that_are_read(visit: Visit, seeing: ScriptedService) -> None:
     page, bodies = visit.page, sent(visit)
-    page.evaluate(
-        """() => {
-          const decode = createImageBitmap;
-          window.createImageBitmap = async (blob) => {
-            await new Promise((resolve) => { window.goOn = resolve; });
-            delete window.goOn;
-            return decode(blob);
-          };
-        }"""
-    )
+    page.evaluate(HOLD)
     attach(visit, **{"slow.png": encoded(noise(9, 9))})
     visit.until("'goOn' in window")
+    page.evaluate(DROP, [transfer(**{"next.png": encoded(noise(9, 9))}), []])
     visit.say("quick")
     assert page.get_by_role("article").count() == 0
     page.evaluate("goOn()")
+    visit.until("document.getElementById('attached').children.length === 1 && 'goOn' in window")  # one after the other
+    page.evaluate("goOn()")
     page.get_by_text("tokens at").wait_for()
-    assert [part["type"] for part in bodies[0][0]["content"]] == ["image_url", "text"]
+    assert [part["type"] for part in bodies[0][0]["content"]] == ["image_url", "image_url", "text"]
+    assert [each.get_attribute("alt") for each in page.locator(".user img").all()] == ["slow.png", "next.png"]
 
     attach(visit, **{"slow.png": encoded(noise(9, 9)), "text.png": b"text"})
     visit.until("'goOn' in window")
@@ -222,10 +225,10 @@ def test_what_is_no_image_is_told_and_a_name_stays_text(visit: Visit) -> None:
 def test_large_images_become_smaller(visit: Visit) -> None:
     page, bodies = visit.page, sent(visit)
     wide = np.full((20, LARGEST_SIDE + 904, 3), (40, 120, 200), np.uint8)
-    heavy = noise(1400, 1200)
-    assert len(encoded(heavy)) > LARGEST_BYTES
+    heavy = encoded(noise(1300, 1200))
+    assert len(heavy) > LARGEST_BYTES
     as_it_is = encoded(noise(LARGEST_SIDE, 4))
-    attach(visit, **{"wide.png": encoded(wide), "heavy.png": encoded(heavy), "just.png": as_it_is})
+    attach(visit, **{"wide.png": encoded(wide), "heavy.png": heavy, "just.png": as_it_is})
     page.get_by_role("img", name="just.png").wait_for()
     visit.say("hello")
     page.get_by_text("tokens at").wait_for()
@@ -236,7 +239,31 @@ def test_large_images_become_smaller(visit: Visit) -> None:
     small = PIL.Image.open(io.BytesIO(first))
     assert small.size == (LARGEST_SIDE, round(20 * LARGEST_SIDE / wide.shape[1]))
     assert np.abs(np.asarray(small).astype(int) - wide[0, 0]).max() <= 8  # JPEG rounds
-    assert PIL.Image.open(io.BytesIO(second)).size == (1400, 1200)
+    assert PIL.Image.open(io.BytesIO(second)).size == (1300, 1200)
+
+
+def test_an_image_becomes_as_small_as_it_must(visit: Visit) -> None:
+    sizes = visit.page.evaluate(
+        """async (url) => {
+          const { shrink } = await import("/web/images.js");
+          const image = new Image();
+          image.src = url;
+          await image.decode();
+          const bitmap = await createImageBitmap(image);
+          return Promise.all([1e6, 1e4, 1e3].map(async (most) => {
+            const small = await shrink(bitmap, most);
+            const { width, height } = await createImageBitmap(small);
+            return [small.size, small.type, width, height];
+          }));
+        }""",
+        f"data:image/png;base64,{base64.b64encode(encoded(noise(300, 200))).decode()}",
+    )
+    assert sizes[0][2:] == [300, 200]
+    for most, (size, kind, width, height) in zip((1e6, 1e4, 1e3), sizes, strict=True):
+        assert size <= most
+        assert kind == "image/jpeg"
+        assert abs(width * 2 - height * 3) <= 3
+    assert sizes[1][2] > sizes[2][2]
 
 
 def test_images_that_find_no_room_are_told_and_the_text_is_kept(visit: Visit) -> None:
