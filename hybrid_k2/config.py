@@ -19,6 +19,7 @@ from typing import Any
 from hybrid_k2.errors import ConfigError, UnsupportedModelError, shown
 from hybrid_k2.fields import Fields
 from hybrid_k2.files import parse_json_object, read_file
+from hybrid_k2.vision_config import VisionConfig
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
@@ -66,7 +67,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Hold every number of the text model that the engine needs; build it with `load` or `from_dict`."""
+    """Hold every number of the model that the engine needs; build it with `load` or `from_dict`."""
 
     model_type: str  # kimi_k25, kimi_k2 or deepseek_v3
     vocab_size: int  # rows of embed_tokens and lm_head
@@ -94,7 +95,7 @@ class ModelConfig:
     pad_token_id: int | None
     eos_token_ids: tuple[int, ...]  # any of these ends a reply
     tensor_prefix: str  # in front of every text tensor's name: "language_model." or ""
-    has_vision: bool  # the checkpoint describes a vision tower
+    vision: VisionConfig | None = None  # None: the model reads text only
     num_draft_layers: int = 0  # multi-token prediction layers behind the last layer; they are not read
     latent_norm_eps: float = 1e-6  # q_a and kv_a norm: the original model code leaves its class default there
 
@@ -156,9 +157,9 @@ class ModelConfig:
         if model_type == MULTIMODAL_MODEL_TYPE:
             text = Fields(top.json_object("text_config"), f"{source}: text_config")
             text.must_be_one_of("model_type", TEXT_MODEL_TYPES, "the language model inside kimi_k25 is a K2")
-            prefix, has_vision = "language_model.", bool(data.get("vision_config"))
+            prefix = "language_model."
         elif model_type in TEXT_MODEL_TYPES:
-            text, prefix, has_vision = top, "", False
+            text, prefix = top, ""
         else:
             raise UnsupportedModelError(
                 f"{source}: model_type: expected {MULTIMODAL_MODEL_TYPE} or {' or '.join(TEXT_MODEL_TYPES)}, "
@@ -169,7 +170,6 @@ class ModelConfig:
         config = cls(
             model_type=model_type,
             tensor_prefix=prefix,
-            has_vision=has_vision,
             bos_token_id=top.token_id("bos_token_id", text.token_id("bos_token_id", None)),
             pad_token_id=top.token_id("pad_token_id", text.token_id("pad_token_id", None)),
             eos_token_ids=tuple(dict.fromkeys([*top.token_ids("eos_token_id"), *text.token_ids("eos_token_id")])),
@@ -181,7 +181,9 @@ class ModelConfig:
             fields.check_ids(name, config.vocab_size)
         if _check_quantization(top, text):
             _check_int4_sizes(config, text.place)
-        return config
+        if model_type != MULTIMODAL_MODEL_TYPE:
+            return config
+        return replace(config, vision=VisionConfig.from_fields(top, config.hidden_size))
 
 
 def announces_int4(folder: Path) -> bool:

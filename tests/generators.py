@@ -127,21 +127,23 @@ def write_checkpoint(
     shards: int = 1,
     model_type: str = "kimi_k25",
     dtype: torch.dtype = torch.bfloat16,
+    vision: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> Path:
-    """Write a random checkpoint of TINY sizes; `overrides` are fields of the text configuration.
+    """Write a random checkpoint of TINY sizes; `overrides` are fields of the text configuration, `vision` of the other.
 
     Activations and logits are O(1) and router logits have a spread of about 1.5, so that FP32 rounding does not
     change which experts are chosen. `kimi_k25` gets a tiny vision tower, too.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = config_dict(model_type=model_type, packed=packed, **overrides)
+    config = config_dict(model_type=model_type, packed=packed, vision=vision, **overrides)
     text = config.get("text_config", config)
     source = torch.Generator().manual_seed(seed)
     prefix = "language_model." if model_type == "kimi_k25" else ""
     tensors = {prefix + name: tensor for name, tensor in _text_tensors(text, source, packed, dtype)}
     if model_type == "kimi_k25":
-        tensors |= {name: tensor.to(dtype) for name, tensor in _vision_tensors(VISION, text["hidden_size"], source)}
+        towers = _vision_tensors(config["vision_config"], text["hidden_size"], source)
+        tensors |= {name: tensor.to(dtype) for name, tensor in towers}
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", {"max_length": 262144, "eos_token_id": config["eos_token_id"]})
     write_tensors(folder, tensors, shards)
@@ -149,7 +151,9 @@ def write_checkpoint(
     return folder
 
 
-def config_dict(*, model_type: str = "kimi_k25", packed: bool = True, **overrides: Any) -> dict[str, Any]:
+def config_dict(
+    *, model_type: str = "kimi_k25", packed: bool = True, vision: dict[str, Any] | None = None, **overrides: Any
+) -> dict[str, Any]:
     """Return the `config.json` of a TINY checkpoint as a dictionary."""
     if unknown := overrides.keys() - TINY.keys():
         raise TypeError(f"no such field of the text configuration: {sorted(unknown)}")
@@ -169,7 +173,7 @@ def config_dict(*, model_type: str = "kimi_k25", packed: bool = True, **override
         "media_placeholder_token_id": first_special + 21,
         **ids,
         "text_config": text,
-        "vision_config": VISION | {"text_hidden_size": text["hidden_size"]},
+        "vision_config": VISION | {"text_hidden_size": text["hidden_size"]} | (vision or {}),
     }
 
 
@@ -231,7 +235,7 @@ def write_transformers_twin(folder_src: Path, folder_dst: Path) -> Path:
     text.pop("quantization_config", None)
     if "text_config" in config:
         text["model_type"] = "kimi_k2"
-        config = _twin_multimodal_config(config, text)
+        config = transformers_config(config | {"text_config": text})
     else:
         config = text | {"model_type": "deepseek_v3"}
     _write_json(folder_dst / "config.json", config)
@@ -244,6 +248,26 @@ def write_transformers_twin(folder_src: Path, folder_dst: Path) -> Path:
             tensors[name] = tensor.float().contiguous()
     save_file(tensors, folder_dst / "model.safetensors", metadata={"format": "pt"})
     return folder_dst
+
+
+def transformers_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Spell the `config.json` of a `kimi_k25` as transformers does."""
+    vision = config["vision_config"]
+    twin_vision = {
+        key: vision[f"vt_{key}"]
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    } | {f"pos_emb_{axis}": vision[f"init_pos_emb_{axis}"] for axis in ("height", "width", "time")}
+    return {
+        "model_type": "kimi_k25",
+        "architectures": ["Kimi_K25ForConditionalGeneration"],
+        "tie_word_embeddings": False,  # the class would tie them by default
+        "image_token_id": config["media_placeholder_token_id"],
+        "video_token_id": config["media_placeholder_token_id"] + 128,  # an id that the class needs and nobody uses
+        "projection_hidden_size": vision["vt_hidden_size"],
+        "text_config": config["text_config"],
+        "vision_config": twin_vision
+        | {"patch_size": vision["patch_size"], "merge_kernel_size": vision["merge_kernel_size"]},
+    }
 
 
 def load_transformers_twin(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -263,25 +287,6 @@ def dequantized(packed: Tensor, scale: Tensor) -> Tensor:
     columns = torch.arange(packed.shape[1] * 8)
     nibbles = (packed[:, columns // 8].long() >> (4 * (columns % 8))) & 0xF
     return (nibbles - 8).float() * scale.float()[:, columns // 32]
-
-
-def _twin_multimodal_config(config: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
-    vision = config["vision_config"]
-    twin_vision = {
-        key: vision[f"vt_{key}"]
-        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    } | {f"pos_emb_{axis}": vision[f"init_pos_emb_{axis}"] for axis in ("height", "width", "time")}
-    return {
-        "model_type": "kimi_k25",
-        "architectures": ["Kimi_K25ForConditionalGeneration"],
-        "tie_word_embeddings": False,  # the class would tie them by default
-        "image_token_id": config["media_placeholder_token_id"],
-        "video_token_id": config["media_placeholder_token_id"] + 128,  # an id that the class needs and nobody uses
-        "projection_hidden_size": vision["vt_hidden_size"],
-        "text_config": text,
-        "vision_config": twin_vision
-        | {"patch_size": vision["patch_size"], "merge_kernel_size": vision["merge_kernel_size"]},
-    }
 
 
 def _text_tensors(

@@ -18,6 +18,8 @@ from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.model.loader import load_text_model
 from hybrid_k2.model.text import TextModel
+from hybrid_k2.model.vision import VisionModel
+from hybrid_k2.model.vision_loading import load_vision_model
 from hybrid_k2.placement import Machine, Plan, Rules, make_plan, shipped_rules
 
 
@@ -66,6 +68,20 @@ def loaded(folder: Path, rules: str | Rules = "reference", **changes: object) ->
         model = load_text_model(checkpoint, config, plan)
     try:
         yield Loaded(model, config, plan)
+    finally:
+        model.close()
+
+
+@contextmanager
+def loaded_vision(folder: Path, rules: str | Rules = "reference", **changes: object) -> Iterator[VisionModel]:
+    """Load the vision tower of a checkpoint by rules, with changes to their plan, and close it at the end."""
+    config = ModelConfig.load(folder)
+    with Checkpoint.open(folder) as checkpoint:
+        plan = make_test_plan(checkpoint, config, rules, **changes)
+        model = load_vision_model(checkpoint, config, plan, lambda nbytes: None)
+    assert model is not None
+    try:
+        yield model
     finally:
         model.close()
 

@@ -23,6 +23,7 @@ LAYERS = [
     {"dense", "experts", "placement", "protocol", "demo"},
     {"checkpoint"},
     {"config", "native"},
+    {"vision_config"},
     {"fields", "files", "host"},
     {"errors"},
 ]

@@ -13,6 +13,7 @@ from hybrid_k2.checkpoint.resolve import resolve_checkpoint, resolve_configurati
 from hybrid_k2.checkpoint.shard import TensorInfo
 from hybrid_k2.checkpoint.stored import StoredExpert
 from hybrid_k2.checkpoint.tensors import (
+    VISION,
     ExpertWeights,
     TensorSpec,
     check_checkpoint,
@@ -21,10 +22,12 @@ from hybrid_k2.checkpoint.tensors import (
     experts_packed,
     planned_packed,
     read_expert,
+    vision_tensors,
 )
 
 __all__ = [
     "GROUP",
+    "VISION",
     "Checkpoint",
     "ExpertWeights",
     "PackedWeight",
@@ -43,4 +46,5 @@ __all__ = [
     "resolve_checkpoint",
     "resolve_configuration",
     "unpack_int4",
+    "vision_tensors",
 ]

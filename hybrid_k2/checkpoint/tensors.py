@@ -1,6 +1,6 @@
-"""Which tensors the text model needs, and the check that a checkpoint holds them, before anything large is loaded.
+"""Which tensors the model needs, and the check that a checkpoint holds them, before anything large is loaded.
 
-Tensors that are not named here (the vision tower, draft layers) are left alone.
+Tensors that are not named here (draft layers, the vision tower of a configuration that describes none) are left alone.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from torch import Tensor
 
 from hybrid_k2.checkpoint.int4 import GROUP, VALUES_PER_WORD, PackedWeight
 from hybrid_k2.checkpoint.reader import INDEX_NAME, SINGLE_NAME, Checkpoint, read_weight_map
+from hybrid_k2.checkpoint.vision_tensors import BLOCKS as VISION_BLOCKS
+from hybrid_k2.checkpoint.vision_tensors import vision_shapes
 from hybrid_k2.config import ModelConfig, announces_int4
 from hybrid_k2.errors import CheckpointError
 
 PLAIN = ("BF16", "F16", "F32")
+VISION = "vision"
 Weight = PackedWeight | Tensor
 
 
@@ -45,10 +48,10 @@ class ExpertWeights:
 
 
 def expected_tensors(config: ModelConfig, has: Callable[[str], bool]) -> Iterator[TensorSpec]:
-    """List every tensor of the text model, layer by layer.
+    """List every tensor of the model: the text model layer by layer, then the vision tower where there is one.
 
-    A linear layer is expected packed where `has` knows its `.weight_packed`; the routed experts are all alike, as the
-    first one is.
+    A linear layer of the text model is expected packed where `has` knows its `.weight_packed`; the routed experts are
+    all alike, as the first one is.
     """
     root = f"{config.tensor_prefix}model"
     yield TensorSpec(f"{root}.embed_tokens.weight", (config.vocab_size, config.hidden_size), PLAIN, "embedding", None)
@@ -63,10 +66,18 @@ def expected_tensors(config: ModelConfig, has: Callable[[str], bool]) -> Iterato
     head = _Group(has, f"{config.tensor_prefix}lm_head", "lm_head", None)
     yield TensorSpec(f"{root}.norm.weight", (config.hidden_size,), PLAIN, "lm_head", None)
     yield from head.linear("", config.vocab_size, config.hidden_size)
+    yield from vision_tensors(config)
+
+
+def vision_tensors(config: ModelConfig) -> Iterator[TensorSpec]:
+    """List the tensors of the vision tower and its projector; none for a model that reads text only."""
+    if config.vision is not None:
+        for name, shape in vision_shapes(config.vision):
+            yield TensorSpec(name, shape, PLAIN, VISION, None)
 
 
 def check_checkpoint(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Check that every tensor of the text model is there with the right shape and dtype, and no layer too many.
+    """Check that every tensor of the model is there with the right shape and dtype, and no layer too many.
 
     Raises: CheckpointError for the first tensor that is wrong, naming it, its file, and what was expected.
     """
@@ -213,19 +224,22 @@ def _missing(checkpoint: Checkpoint, spec: TensorSpec) -> CheckpointError:
         )
     place = INDEX_NAME if (checkpoint.folder / INDEX_NAME).is_file() else SINGLE_NAME
     return CheckpointError(
-        f"{spec.name}: expected {' or '.join(spec.dtypes)} {list(spec.shape)}, got no such tensor (in {place})"
+        f"{spec.name}: expected {' or '.join(spec.dtypes)} {list(spec.shape)}, got no such tensor (in {place})",
+        hint="config.json describes a vision tower (vision_config)" if spec.what == VISION else None,
     )
 
 
 def _refuse_more_layers(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Refuse tensors of layers that the configuration does not count: without them the model would be cut short."""
-    layers = config.num_hidden_layers + config.num_draft_layers
-    pattern = re.compile(rf"{re.escape(config.tensor_prefix)}model\.layers\.([0-9]+)")
+    counts = {f"{config.tensor_prefix}model.layers": config.num_hidden_layers + config.num_draft_layers}
+    if config.vision is not None:
+        counts[VISION_BLOCKS] = config.vision.num_hidden_layers
+    pattern = re.compile(rf"({'|'.join(map(re.escape, counts))})\.([0-9]+)")
     for name, info in checkpoint.infos.items():
         match = pattern.match(name)
-        if match is not None and int(match[1][:10]) >= layers:
+        if match is not None and int(match[2][:10]) >= (count := counts[match[1]]):
             raise CheckpointError(
-                f"{name}: expected layers 0..{layers - 1} only, got layer {match[1]} (in {info.file.name})",
+                f"{name}: expected layers 0..{count - 1} only, got layer {match[2]} (in {info.file.name})",
                 hint="config.json has a smaller num_hidden_layers than the model that the tensors are from",
             )
 

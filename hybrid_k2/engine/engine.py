@@ -23,6 +23,7 @@ from hybrid_k2.engine.prefix import PrefixCache
 from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.request import chat_sequences, check_ids, check_prompt_fits, text_sequences
 from hybrid_k2.engine.sequence import TokenSequence, cut
+from hybrid_k2.engine.sight import Sight
 from hybrid_k2.errors import EngineError, MemoryBudgetError, RequestError, shown
 from hybrid_k2.experts.usage import ExpertUse
 from hybrid_k2.model.batch import Batch
@@ -61,6 +62,7 @@ class Engine:
             loaded.text,
             self._cache,
             self._prefix,
+            Sight(loaded.vision),
             loaded.plan.chunk_tokens,
             self._enter,
             self._memory_share,
@@ -94,7 +96,7 @@ class Engine:
         try:
             return cls(loaded, trace_to)
         except BaseException:  # no memory for the cache, or Ctrl-C
-            loaded.text.close()
+            loaded.close()
             raise
 
     @property
@@ -105,7 +107,7 @@ class Engine:
     @property
     def images(self) -> ImageFormat | None:
         """How the model wants images; None: messages may have none."""
-        return None
+        return self.loaded.images
 
     @property
     def experts_name(self) -> str:
@@ -255,12 +257,13 @@ class Engine:
         with self._enter():
             self._closed = True
             self._prefix.release()
+            self.runner.sight.forget()
             trace = self.loaded.text.trace
             with ExitStack() as left:  # whatever one of them raises, the others follow; from the last to the first
                 if trace is not None and self._trace_to is not None:
                     left.callback(trace.write, self._trace_to)
                 left.callback(self._cache.close)
-                left.callback(self.loaded.text.close)
+                left.callback(self.loaded.close)
                 left.callback(self._usage.close)
 
     def __enter__(self) -> Engine:

@@ -17,15 +17,18 @@ from hybrid_k2.checkpoint import (
     planned_packed,
     resolve_checkpoint,
     resolve_configuration,
+    vision_tensors,
 )
 from hybrid_k2.config import GENERATION_NAME, ModelConfig, read_generation_config
 from hybrid_k2.engine.guide import GuideVocabulary
 from hybrid_k2.engine.params import SamplingParams
-from hybrid_k2.errors import CheckpointError
+from hybrid_k2.errors import CheckpointError, ConfigError
 from hybrid_k2.experts.usage import Counts, recall_usage
 from hybrid_k2.model.loader import Progress, load_text_model
 from hybrid_k2.model.self_check import check_model
 from hybrid_k2.model.text import TextModel
+from hybrid_k2.model.vision import VisionModel
+from hybrid_k2.model.vision_loading import load_vision_model
 from hybrid_k2.placement import (
     Machine,
     Plan,
@@ -37,7 +40,10 @@ from hybrid_k2.placement import (
     load_rules,
     make_plan,
 )
-from hybrid_k2.protocol import Tokenizer
+from hybrid_k2.placement.overheads import IMAGE_PATCHES
+from hybrid_k2.protocol import ImageFormat, Tokenizer
+from hybrid_k2.protocol.images import PREPROCESSOR_NAME
+from hybrid_k2.vision_config import MERGE, VisionConfig
 
 log = logging.getLogger("hybrid_k2")
 
@@ -58,6 +64,14 @@ class LoadedModel:
     tokenizer: Tokenizer
     generation_config: dict[str, Any]  # what the checkpoint states about sampling; may be empty
     text: TextModel
+    vision: VisionModel | None = None  # None: it reads text only
+    images: ImageFormat | None = None  # what the vision tower is given; None without one
+
+    def close(self) -> None:
+        """Release the memory and stop the threads of what computes."""
+        if self.vision is not None:
+            self.vision.close()
+        self.text.close()
 
     @property
     def context_tokens(self) -> int:
@@ -110,6 +124,7 @@ def load_model(
     folder = _find_checkpoint(path, rules)
     config = ModelConfig.load(folder)
     generation_config = _generation_config(folder)
+    images = None if config.vision is None else _image_format(folder, config.vision)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
@@ -123,13 +138,34 @@ def load_model(
             on_plan(plan)
         if plan.deferred:
             log.warning("%s", deferred_warning(plan.deferred))
-        text = load_text_model(checkpoint, config, plan, progress)
+        of_text, of_images = _divided(
+            progress, sum(checkpoint.info(spec.name).nbytes for spec in vision_tensors(config))
+        )
+        text = load_text_model(checkpoint, config, plan, of_text)
         try:
+            vision = load_vision_model(checkpoint, config, plan, of_images)
             check_model(text, checkpoint, config, plan)
         except BaseException:
             text.close()
             raise
-    return LoadedModel(folder, config, plan, tokenizer, generation_config, text)
+    return LoadedModel(folder, config, plan, tokenizer, generation_config, text, vision, images)
+
+
+def _divided(progress: Progress | None, vision_bytes: int) -> tuple[Progress, Callable[[int], None]]:
+    """Report the text model's bytes and those of the vision tower behind them as one count."""
+    report, done, total = progress or (lambda done, total: None), 0, vision_bytes
+
+    def text(text_done: int, text_total: int) -> None:
+        nonlocal done, total
+        done, total = text_done, text_total + vision_bytes
+        report(done, total)
+
+    def vision(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        report(done, total)
+
+    return text, vision
 
 
 def plan_checkpoint(
@@ -171,6 +207,26 @@ def _usage(folder: Path, config: ModelConfig) -> Counts:
 def _plan(rules: str | Path | Rules | None, config: ModelConfig, packed: bool, usage: Counts) -> Plan:
     machine = Machine.probe()
     return make_plan(_rules(rules, machine, config, packed), config, machine, experts_packed=packed, usage=usage)
+
+
+def _image_format(folder: Path, vision: VisionConfig) -> ImageFormat:
+    """Return how images are cut for a vision tower. Raises: ConfigError."""
+    images = ImageFormat.load(folder)
+    for field, given, expected in (
+        ("patch_size", images.patch_size, vision.patch_size),
+        ("merge_kernel_size", images.merge, MERGE),
+    ):
+        if given != expected:
+            raise ConfigError(
+                f"{folder / PREPROCESSOR_NAME}: {field}: expected {expected}, as in config.json, got {given}"
+            )
+    patches = images.max_tokens * MERGE**2
+    if patches > IMAGE_PATCHES:
+        raise ConfigError(
+            f"{folder / PREPROCESSOR_NAME}: in_patch_limit: expected one that keeps an image within {IMAGE_PATCHES} "
+            f"patches, got {images.patch_limit}, for up to {patches}"
+        )
+    return images
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:

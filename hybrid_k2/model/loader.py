@@ -20,7 +20,7 @@ from hybrid_k2.accelerator import (
 from hybrid_k2.accelerator.cuda import CudaAccelerator
 from hybrid_k2.accelerator.gpu_matrix import check_kernels
 from hybrid_k2.accelerator.handoff_cuda import CudaHandoff
-from hybrid_k2.checkpoint import Checkpoint, check_checkpoint, expected_tensors, experts_packed
+from hybrid_k2.checkpoint import VISION, Checkpoint, check_checkpoint, expected_tensors, experts_packed
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.experts import ExpertsBackend, ExpertsRuntime, open_experts
 from hybrid_k2.experts.cpu import NativeExperts
@@ -99,7 +99,8 @@ class _Builder:
         self.pages_unchecked = plan.expert_bytes >= LARGE_BYTES
         self.parts = PartLoader(checkpoint, config, plan.where, runtimes, self.count, plan.kv_cache)
         self.done = 0
-        self.total = sum(checkpoint.info(spec.name).nbytes for spec in expected_tensors(config, checkpoint.has))
+        specs = [spec for spec in expected_tensors(config, checkpoint.has) if spec.what != VISION]
+        self.total = sum(checkpoint.info(spec.name).nbytes for spec in specs)
 
     def model(self) -> TextModel:
         embedding = self.parts.embedding()

@@ -1,7 +1,7 @@
 """Rules × model: which rule claims which layers of which tensor group.
 
 Each (group, layer) of the model must be claimed exactly once. Two exceptions: an unnamed router follows the attention
-of its layer, and vision is not loaded in this version.
+of its layer, and an unnamed vision tower goes to the host.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from hybrid_k2.placement.form import PlaceRule, Rules, format_layers
 from hybrid_k2.placement.groups import GROUPS, group_layers
 from hybrid_k2.placement.yaml_tree import fail
 
-VISION_NOTE = "vision: not loaded, this version reads and writes text only"
 _Slot = int | None  # a layer, or None for a group outside the layers
 
 
@@ -49,18 +48,20 @@ def claim_groups(rules: Rules, config: ModelConfig) -> Claims:
     hot_owners: dict[tuple[str, _Slot], PlaceRule] = {}
     claims: list[Claim] = []
     hot: list[Claim] = []
-    notes = [VISION_NOTE] if config.has_vision else []
+    notes: list[str] = []
     for rule in rules.place:
         if _is_absent(rule, config):
             notes.append(f"{rule}: the model has no {rule.what}, the rule is idle")
         elif rule.hottest is not None:
             hot.append(_claim_hot(rule, config, rules.source))
             _take(hot_owners, hot[-1], rules.source)
-        elif rule.what != "vision":
+        else:
             claims.append(_claim(rule, config, rules.source))
             _take(owners, claims[-1], rules.source)
     router_layers = {layer for what, layer in owners if what == "router"}
     claims += _router_claims(rules, config, owners, set(config.moe_layers) - router_layers)
+    if config.vision is not None and ("vision", None) not in owners:
+        claims.append(Claim("vision", None, PlaceRule("vision", None, "host", None, line=0, number=0)))
     _check_complete(rules, config, owners)
     return Claims(tuple(sorted(claims, key=_model_order)), tuple(sorted(hot, key=_model_order)), tuple(notes))
 
@@ -68,7 +69,7 @@ def claim_groups(rules: Rules, config: ModelConfig) -> Claims:
 def _is_absent(rule: PlaceRule, config: ModelConfig) -> bool:
     """Say whether the model has nothing of this kind at all, so that shipped rules serve every K2 checkpoint."""
     if rule.what == "vision":
-        return not config.has_vision
+        return config.vision is None
     return rule.layers is None and group_layers(config, rule.what) == range(0)
 
 

@@ -14,7 +14,7 @@ from hybrid_k2.placement.host_threads import plan_threads
 from hybrid_k2.placement.hot import Usage, hot_counts, hot_notes, hottest, moved_experts
 from hybrid_k2.placement.machine import Machine
 from hybrid_k2.placement.memories import HOST, TWIN, memory_of
-from hybrid_k2.placement.overheads import MATRICES, Overhead, Work, gpu_overheads, staging
+from hybrid_k2.placement.overheads import MATRICES, Overhead, Work, encoding, gpu_overheads, staging
 from hybrid_k2.placement.plan import KvCachePlan, Plan, PlanRow, bytes_per_token, expert_bytes
 from hybrid_k2.placement.yaml_tree import fail
 
@@ -117,21 +117,22 @@ def draft_plan(
 
 
 def _overheads(work: Work, rows: tuple[PlanRow, ...], kv_cache: KvCachePlan | None) -> tuple[Overhead, ...]:
-    """List what the GPU takes beside these rows and the cache; the twin's work is within the host's reserve."""
+    """List what is taken beside these rows and the cache; the twin's work on text is within the host's reserve."""
+    images = tuple(encoding(work.config, row.device, row.dtype) for row in rows if row.what == "vision")
     if work.device in (None, TWIN):
-        return staging(work) if work.stream else ()
-    placed = [row for row in rows if row.device == work.device]
+        return (staging(work) if work.stream else ()) + images
+    placed = [row for row in rows if row.device == work.device and row.what != "vision"]
     matrices = sum(MATRICES[row.what] * len(row.layers or (0,)) for row in placed)
     nbytes = sum(row.nbytes for row in placed)
     if kv_cache is not None and kv_cache.device == work.device:
         matrices, nbytes = matrices + work.config.num_hidden_layers, nbytes + kv_cache.nbytes
         work = replace(work, context_tokens=kv_cache.tokens)
-    return gpu_overheads(work, matrices, nbytes)
+    return gpu_overheads(work, matrices, nbytes) + images
 
 
 def _records(rules: Rules, rows: tuple[PlanRow, ...], accelerator: str | None) -> bool:
     """Say whether decode steps are recorded: on a GPU that has all of a step but embedding and experts of the host."""
-    placed = {row.device for row in rows if row.what not in ("embedding", "routed_experts")}
+    placed = {row.device for row in rows if row.what not in ("embedding", "routed_experts", "vision")}
     in_bf16 = rules.kv_cache.dtype == "bf16" and rules.kv_cache.on in (None, "gpu")
     return rules.graphs and accelerator not in (None, TWIN) and placed == {accelerator} and in_bf16
 
@@ -259,8 +260,8 @@ def _missing_gpu_hint(found: str, rules: Rules) -> str:
 
 
 def _accelerator(devices: dict[str, str], claims: Claims) -> str | None:
-    """Return the device beside the host if anything is placed on it."""
-    on_gpu = any(claim.rule.on == "gpu" for claim in (*claims.all, *claims.hot))
+    """Return the device beside the host if any of the text model is placed on it."""
+    on_gpu = any(claim.rule.on == "gpu" for claim in (*claims.all, *claims.hot) if claim.what != "vision")
     return devices.get("gpu") if on_gpu else None
 
 

@@ -37,7 +37,7 @@ class PlaceRule:
     on: "gpu" or "host". dtype: None means as stored (the router on a GPU: fp32).
     hottest: place so many of the most used routed experts of each layer; 0: as many as fit; None: the whole group.
     also_on_host: keep them in host memory, too.
-    line: of the rule. number: its place in the list, from 1.
+    line: of the rule. number: its place in the list, from 1. Both are 0 for a group that no rule names.
     """
 
     what: str

@@ -7,12 +7,13 @@ dense_mlp        post-attention norm, gate/up/down                  dense layers
 shared_experts   gate/up/down of the shared experts                 MoE layers
 routed_experts   gate/up/down of all routed experts                 MoE layers
 lm_head          final norm, lm_head                                no layers
-vision           vision tower and projector                         no layers; not loaded in this version
+vision           vision tower and projector                         no layers
 """
 
 from __future__ import annotations
 
 from hybrid_k2.config import ModelConfig
+from hybrid_k2.vision_config import VisionConfig
 
 GROUPS = (
     "embedding",
@@ -56,6 +57,8 @@ def group_parameters(config: ModelConfig, what: str) -> int:
     hidden = config.hidden_size
     if what == "attention":
         return _attention_parameters(config)
+    if what == "vision":
+        return vision_parameters(config.vision) if config.vision is not None else 0
     return {
         "embedding": config.vocab_size * hidden,
         "router": config.n_routed_experts * hidden + hidden,
@@ -73,6 +76,21 @@ def _attention_parameters(config: ModelConfig) -> int:
     expand = heads * (config.qk_nope_head_dim + config.v_head_dim) * config.kv_lora_rank
     output = hidden * heads * config.v_head_dim
     return hidden + query + latent + expand + output
+
+
+def vision_parameters(vision: VisionConfig) -> int:
+    """Count the weights of the vision tower and its projector."""
+    width, inner, merged = vision.hidden_size, vision.intermediate_size, vision.merged_size
+    norm = 2 * width
+    attention = norm + _affine(3 * width, width) + _affine(width, width)
+    mlp = norm + _affine(inner, width) + _affine(width, inner)
+    embedding = _affine(width, vision.patch_values) + vision.grid_rows * vision.grid_columns * width
+    projector = norm + _affine(merged, merged) + _affine(vision.text_hidden_size, merged)
+    return embedding + vision.num_hidden_layers * (attention + mlp) + norm + projector
+
+
+def _affine(outputs: int, inputs: int) -> int:
+    return outputs * (inputs + 1)
 
 
 def int8_matrices(config: ModelConfig, what: str) -> tuple[tuple[int, int], ...]:
@@ -117,7 +135,12 @@ def group_bytes(config: ModelConfig, what: str, dtype: str) -> int:
 
 
 def decoded_parameters(config: ModelConfig, what: str) -> int:
-    """Count the weights of a group (per layer) that one token meets: one embedding row, the chosen experts."""
+    """Count the weights of a group (per layer) that one token meets: one embedding row, the chosen experts.
+
+    Images are encoded before the first token is decoded.
+    """
+    if what == "vision":
+        return 0
     if what == "embedding":
         return config.hidden_size
     if what == "routed_experts":
@@ -127,7 +150,7 @@ def decoded_parameters(config: ModelConfig, what: str) -> int:
 
 def decoded_bytes(config: ModelConfig, what: str, dtype: str) -> int:
     """Return the bytes of a group (per layer) that decoding one token reads."""
-    if what in ("embedding", "routed_experts"):
+    if what in ("embedding", "routed_experts", "vision"):
         return weight_bytes(decoded_parameters(config, what), dtype)
     return group_bytes(config, what, dtype)
 

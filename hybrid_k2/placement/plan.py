@@ -51,9 +51,9 @@ class KvCachePlan:
 class PlanRow:
     """Place one group, or some layers of it.
 
-    layers: None for a group outside the layers. line: of its rule. hottest: the row holds so many of the most used
-    experts of each layer, `experts` to begin with; 0: the group, less what such rows take from it. also_on_host: the
-    group holds these experts, too.
+    layers: None for a group outside the layers. line: of its rule, 0 where no rule names it. hottest: the row holds so
+    many of the most used experts of each layer, `experts` to begin with; 0: the group, less what such rows take from
+    it. also_on_host: the group holds these experts, too.
     """
 
     what: str
@@ -205,7 +205,8 @@ def _items(plan: Plan, device: str) -> Iterator[tuple[int, str]]:
     for row in plan.rows:
         if memory_of(row.device) == device:
             layers = f" of layers {row.layer_text}" if row.what in LAYERED_GROUPS else ""
-            yield row.nbytes, f"{row.name}{layers} (line {row.line})"
+            place = f" (line {row.line})" if row.line else ""
+            yield row.nbytes, f"{row.name}{layers}{place}"
     cache = plan.kv_cache
     if memory_of(cache.device) == device:
         place = f" (line {plan.rules.kv_cache.line})" if plan.rules.kv_cache.line else ""

@@ -25,7 +25,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
                 "device": row.device,
                 "dtype": row.dtype,
                 "bytes": row.nbytes,
-                "line": row.line,
+                "line": row.line or None,
             }
             for row in plan.rows
         ],

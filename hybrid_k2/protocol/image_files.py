@@ -14,20 +14,20 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 
 from hybrid_k2.errors import RequestError, shown
+from hybrid_k2.protocol.messages import Media
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL.ImageFile import ImageFile
 
-    from hybrid_k2.protocol.messages import Media
-
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_PIXELS = 2**27  # medium-format cameras have 102 million; decoding takes up to 8 bytes for each
 MAX_SIDE = 65_535  # as JPEG and GIF have it; resizing takes memory by the side, too
 MAX_SCANNED_PIXELS = 2**31  # pixels times scans of a JPEG: a scan may be some bytes, and goes over the whole image
 
-_EXPECTED = "the image itself as data:image/png;base64,..."
+_EXPECTED = "an image as data:image/png;base64,..."
+_MAX_HEAD = 1024  # characters of a data: URI before its comma
 _NOTHING_FETCHED = "images are sent inside the message: no address is fetched and no file is opened"
 
 # One image at a time: this bounds the memory, and what silences warnings is the process's, not a thread's.
@@ -35,14 +35,18 @@ _decoding = threading.Lock()
 
 
 def image_source(media: Media, place: str) -> bytes:
-    """Return the bytes of an image file that a message holds. Raises: RequestError naming `place`."""
+    """Return the bytes of the image file that a message holds, as such or in a data: URI.
+
+    Raises: RequestError naming `place`.
+    """
     source = media.source
     if isinstance(source, str):
         data = _data_of_uri(source, place)
-    elif isinstance(source, bytes):
-        data = source
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        data = bytes(source)
     else:
-        raise RequestError(f"{place}: expected {_EXPECTED}, got {'nothing' if source is None else 'an image'}")
+        found = "nothing" if source is None else type(source).__name__
+        raise RequestError(f"{place}: expected {_EXPECTED}, or bytes, got {found}")
     if not data:
         raise RequestError(f"{place}: expected an image, got no bytes")
     return data
@@ -63,12 +67,10 @@ def decode_pixels(data: bytes, fit: Callable[[int, int], tuple[int, int]], place
         raise RequestError(
             f"{place}: expected Pillow to read the image with, got no such package", hint="pip install pillow"
         ) from None
-    opened = False
     with _decoding, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with PIL.Image.open(BytesIO(data), formats=FORMATS) as image:
-                opened = True
                 _check_size(image, data, place)
                 rgb = image if image.mode == "RGB" else image.convert("RGB")
                 size = fit(*image.size)
@@ -78,17 +80,19 @@ def decode_pixels(data: bytes, fit: Callable[[int, int], tuple[int, int]], place
         except PIL.Image.DecompressionBombError:
             raise RequestError(f"{place}: expected an image of at most {MAX_PIXELS} pixels, got more") from None
         except Exception:  # a decoder that meets nonsense raises whatever it met
-            found = "one that is damaged or cut short" if opened else f"{len(data)} bytes of something else"
-            raise RequestError(f"{place}: expected a PNG, JPEG, WebP or GIF image, got {found}") from None
+            raise RequestError(
+                f"{place}: expected a PNG, JPEG, WebP or GIF image, got {len(data)} bytes that cannot be read as one",
+                hint="the file is of another format, damaged or cut short",
+            ) from None
 
 
 def _data_of_uri(uri: str, place: str) -> bytes:
-    head, _, body = uri.partition(",")
+    head, _, _ = uri[:_MAX_HEAD].partition(",")
     kind, *parameters = head.lower().split(";")
     if not kind.startswith("data:image/") or parameters[-1:] != ["base64"]:
         raise RequestError(f"{place}: expected {_EXPECTED}, got {shown(uri[:200])}", hint=_NOTHING_FETCHED)
     try:
-        text = body.encode("ascii").translate(None, b" \t\r\n\f")
+        text = uri[len(head) + 1 :].encode("ascii").translate(None, b" \t\r\n\f")
         return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except ValueError:
         raise RequestError(f"{place}: expected base64 behind the comma, got something else") from None

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid_k2.errors import RequestError
-from hybrid_k2.protocol.images import Image
 
 MEDIA_OF_TYPE = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
 
@@ -18,8 +17,7 @@ class Media:
     """An image or a video inside a message's content, as it came."""
 
     kind: str  # "image" or "video"
-    # Of an image: a data: URI, the bytes of a file, what was read from one already, or nothing.
-    source: str | bytes | Image | None = field(default=None, repr=False)
+    source: object = field(default=None, repr=False)  # of an image; checked when it is decoded: `image_source`
     key: str = "image_url"  # where the part has it
 
 
@@ -97,25 +95,19 @@ def _read_content(content: object, place: str) -> Iterator[str | Media]:
         fields = _object(part, f"{place}[{index}]")
         kind = fields.get("type")
         if isinstance(kind, str) and kind in MEDIA_OF_TYPE:
-            yield _read_media(MEDIA_OF_TYPE[kind], fields, f"{place}[{index}]")
+            yield _read_media(MEDIA_OF_TYPE[kind], fields)
         elif isinstance(fields.get("text"), str):
             yield fields["text"]
         else:
             raise RequestError(f"{place}[{index}].text: expected text, got {_kind(fields.get('text'))}")
 
 
-def _read_media(kind: str, fields: Mapping[str, Any], place: str) -> Media:
+def _read_media(kind: str, fields: Mapping[str, Any]) -> Media:
     if kind != "image":
         return Media(kind)
     key = "image" if fields.get("image_url") is None and fields.get("image") is not None else "image_url"
     source = fields.get(key)
-    if isinstance(source, Mapping):
-        source = source.get("url")
-    if isinstance(source, (bytearray, memoryview)):
-        source = bytes(source)
-    if source is not None and not isinstance(source, (str, bytes, Image)):
-        raise RequestError(f"{place}.{key}: expected text that begins with data:image/, or bytes, got {_kind(source)}")
-    return Media(kind, source, key)
+    return Media(kind, source.get("url") if isinstance(source, Mapping) else source, key)
 
 
 def _read_reasoning(fields: Mapping[str, Any], place: str) -> str:

@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 
-from hybrid_k2.errors import ContextLengthError, shown
+from hybrid_k2.errors import shown
 from hybrid_k2.protocol import Image, ImageFormat, image_source, read_image
 from hybrid_k2.protocol.messages import Media
 from hybrid_k2.server.errors import ApiError, bad_request
-from hybrid_k2.server.file_store import IMAGE_PURPOSES, FileStore
+from hybrid_k2.server.file_store import IMAGE_PURPOSES, TEXT_PURPOSES, FileStore
 from hybrid_k2.server.metrics import Metrics
 from hybrid_k2.server.run import unless_gone
 
@@ -32,7 +32,7 @@ FILE_SCHEME = "ms://"  # before the id of a file, as Moonshot's API has it
 class GivenImage:
     """An image as its request has it: a `data:` URI or that of a file, and the place in the words of the dialect."""
 
-    url: str
+    url: str = field(repr=False)
     place: str
 
 
@@ -76,7 +76,7 @@ class ImageReader:
         """Return the messages with their images decoded; `wanted` is None for a model that reads text only.
 
         Images of more than `most` tokens together are not all decoded.
-        Raises: ApiError, RequestError, both naming the image; ContextLengthError; ClientGoneError.
+        Raises: ApiError, RequestError, which name the image; ClientGoneError.
         """
         images = list(given_images(messages))
         if not images:
@@ -87,7 +87,7 @@ class ImageReader:
     async def check_upload(self, content: bytes, wanted: ImageFormat | None) -> None:
         """Refuse a file that is no image. Raises: ApiError, RequestError."""
         if wanted is None:
-            raise bad_request("purpose", "expected a purpose of texts: this model reads text only")
+            raise bad_request("purpose", f"expected {' or '.join(TEXT_PURPOSES)}: this model reads text only")
         await self._in_thread(partial(read_image, content, wanted, "file"))
 
     async def _read_all(
@@ -105,7 +105,8 @@ class ImageReader:
             read[given.place] = image
             tokens += image.tokens
             if tokens > most:
-                raise ContextLengthError(f"messages: expected at most {most} tokens, got images of {tokens} or more")
+                problem = f"expected at most {most} tokens, got images of {tokens} or more"
+                raise bad_request("messages", problem, "context_length_exceeded")
         request.state.log["images"] = len(read)
         return read
 

@@ -54,10 +54,11 @@ def test_the_json_says_the_same(call: Call, babbler: Path) -> None:
     assert (done.code, done.err) == (0, "")
     plan = json.loads(done.out)
     host = plan["devices"]["host"]
-    assert (
-        host["bytes"] == sum(group["bytes"] for group in plan["groups"]) + plan["kv_cache"]["bytes"] <= host["budget"]
-    )
-    assert {group["what"] for group in plan["groups"]} >= {"embedding", "attention", "routed_experts", "lm_head"}
+    parts = [*plan["groups"], plan["kv_cache"], *plan["overheads"]]
+    assert host["bytes"] == sum(part["bytes"] for part in parts) <= host["budget"]
+    groups = {group["what"] for group in plan["groups"]}
+    assert groups >= {"embedding", "attention", "routed_experts", "lm_head", "vision"}
+    assert [one["what"] for one in plan["overheads"]] == ["encoding"]
     assert (plan["accelerator"], plan["overlap"]) == (None, "off")
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import logging
-import struct
 import threading
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +19,11 @@ from hybrid_k2.server.options import Limits
 from hybrid_k2.server.request_log import JsonLines
 from tests.server.browser import site
 from tests.server.conftest import Client, run
+from tests.server.pictures import coded, picture, png, uri
 from tests.server.scripted import Script, ScriptedService
 from tests.server.test_chat import one_by_one
+
+pytest.importorskip("PIL.Image", reason="Pillow decodes the images: pip install pillow")
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 COUNT, ESTIMATE = "/v1/messages/count_tokens", "/v1/tokenizers/estimate-token-count"
@@ -34,35 +34,9 @@ CHAT_URL, RESPONSE_URL = "messages[0].content[0].image_url.url", "input[0].conte
 SOURCE = "messages[0].content[0].source"
 
 
-def picture(width: int, height: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def chunk(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-
-def png(pixels: np.ndarray[Any, np.dtype[np.uint8]], claimed: tuple[int, int] | None = None) -> bytes:
-    """Write a picture as PNG; `claimed`: another width and height than it has."""
-    height, width, _ = pixels.shape
-    head = struct.pack(">IIBBBBB", *(claimed or (width, height)), 8, 2, 0, 0, 0)
-    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-    return b"".join(
-        (b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
-    )
-
-
 PICTURE = picture(32, 48)  # two tokens wide, two high: rows and columns of zeros are added
 PNG = png(PICTURE)
 BOMB = png(PICTURE, claimed=(60_000, 60_000))
-
-
-def coded(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def uri(data: bytes) -> str:
-    return f"data:image/png;base64,{coded(data)}"
 
 
 def text(words: str) -> dict[str, Any]:
@@ -464,14 +438,15 @@ def test_images_beyond_the_context_are_not_all_read(
     read_image = server_images.read_image
     monkeypatch.setattr(server_images, "read_image", lambda *given: read.append(given[-1]) or read_image(*given))
     service.context_tokens = 10
-    for path, body, most in (
-        (CHAT, chat(*[image_url()] * 20), 2),
-        (RESPONSES, response(*[input_image()] * 20), 2),
-        (ESTIMATE, chat(*[image_url()] * 20), 10),
+    for path, body, param, most in (
+        (CHAT, chat(*[image_url()] * 20), "messages", 2),
+        (RESPONSES, response(*[input_image()] * 20), "input", 2),
+        (ESTIMATE, chat(*[image_url()] * 20), "messages", 10),
     ):
         read.clear()
         refused = client.post(path, body)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
         assert len(read) == most + 1
 
 

@@ -9,6 +9,7 @@ import pytest
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import RulesError
 from hybrid_k2.placement import Gpu, Machine, Plan, make_plan, parse_rules
+from hybrid_k2.vision_config import VisionConfig
 
 GIB = 1 << 30
 
@@ -40,14 +41,36 @@ K2_6 = ModelConfig(
     pad_token_id=163839,
     eos_token_ids=(163586,),
     tensor_prefix="language_model.",
-    has_vision=True,
+    vision=VisionConfig(
+        patch_size=14,
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        grid_rows=64,
+        grid_columns=64,
+        text_hidden_size=7168,
+        projector_norm_eps=1e-5,
+    ),
 )
 
+# Odd sizes: one head of 12 columns, and a learned grid that is no square.
+SMALL_VISION = VisionConfig(
+    patch_size=6,
+    hidden_size=12,
+    intermediate_size=17,
+    num_hidden_layers=3,
+    num_attention_heads=1,
+    grid_rows=5,
+    grid_columns=7,
+    text_hidden_size=160,
+    projector_norm_eps=1e-5,
+)
 _SMALL: dict[str, Any] = {
     **vars(K2_6),
     "model_type": "kimi_k2",
     "tensor_prefix": "",
-    "has_vision": False,
+    "vision": None,
     "vocab_size": 512,
     "hidden_size": 160,
     "intermediate_size": 224,

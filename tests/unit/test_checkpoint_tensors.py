@@ -24,6 +24,7 @@ from hybrid_k2.checkpoint import (
     experts_packed,
     pack_int4,
     read_expert,
+    vision_tensors,
 )
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import CheckpointError
@@ -52,15 +53,11 @@ NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}
 LAYER = "language_model.model.layers"
 
 
-def is_text(name: str) -> bool:
-    return not name.startswith(("vision_tower.", "mm_projector."))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_expected_is_what_an_independent_writer_writes(kind: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, seed=1, **KINDS[kind])
     config = ModelConfig.load(tmp_path)
-    written = {name: tensor for name, tensor in read_tensors(tmp_path).items() if is_text(name)}
+    written = read_tensors(tmp_path)
     with Checkpoint.open(tmp_path) as checkpoint:
         specs = list(expected_tensors(config, checkpoint.has))
         check_checkpoint(checkpoint, config)
@@ -76,6 +73,7 @@ def test_groups_and_layers(tmp_path: Path) -> None:
     with Checkpoint.open(tmp_path) as checkpoint:
         groups = {spec.name.removeprefix("language_model."): spec for spec in expected_tensors(config, checkpoint.has)}
     rules = {
+        r"(vision_tower|mm_projector)\.": ("vision", None),
         r"model\.embed_tokens\.": ("embedding", None),
         r"(model\.norm|lm_head)\.": ("lm_head", None),
         r"model\.layers\.(\d)\.(input_layernorm|self_attn)\.": ("attention", int),
@@ -108,7 +106,16 @@ def real_config() -> ModelConfig:
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
     }
-    return ModelConfig.from_dict(config_dict(**sizes), "config.json")
+    vision = {
+        "vt_hidden_size": 1152,
+        "mm_hidden_size": 1152,
+        "vt_intermediate_size": 4304,
+        "vt_num_hidden_layers": 27,
+        "vt_num_attention_heads": 16,
+        "init_pos_emb_height": 64,
+        "init_pos_emb_width": 64,
+    }
+    return ModelConfig.from_dict(config_dict(vision=vision, **sizes), "config.json")
 
 
 def write_sparse(folder: Path, config: ModelConfig, shards: int) -> None:
@@ -160,10 +167,13 @@ def test_full_size_opens_and_checks_in_seconds(tmp_path: Path) -> None:
         check_checkpoint(checkpoint, config)
         seconds = time.process_time() - start
         assert experts_packed(checkpoint, config)
-        # Published: 208,550 tensors of 595,148,192,736 bytes in all. Of these the vision tower and the projector are
-        # 335, and the router's 60 * 384 correction biases, BF16 in this test, are FP32.
-        assert len(checkpoint.infos) == 208_550 - 335
-        assert checkpoint.total_bytes == 595_148_192_736 - 2 * vision_parameters() - 2 * 60 * 384
+        # Published: 208,550 tensors of 595,148,192,736 bytes in all. Of these the router's 60 * 384 correction biases,
+        # BF16 in this test, are FP32.
+        assert len(checkpoint.infos) == 208_550
+        assert checkpoint.total_bytes == 595_148_192_736 - 2 * 60 * 384
+        vision = [spec.name for spec in vision_tensors(config)]
+        assert len(vision) == 329 + 6
+        assert sum(checkpoint.info(name).nbytes for name in vision) == 2 * vision_parameters()
         last = checkpoint.read(f"{LAYER}.60.mlp.experts.383.down_proj.weight_shape")
     assert last.tolist() == [0, 0]  # read from a hole of the file
     assert seconds < 60, f"opening and checking took {seconds:.1f} s; it is a few unless it is quadratic"
@@ -192,6 +202,12 @@ ONE_OF_EACH = [
     f"{LAYER}.2.mlp.experts.15.gate_proj.weight_packed",
     f"{LAYER}.1.mlp.experts.0.up_proj.weight_scale",
     f"{LAYER}.2.mlp.experts.7.down_proj.weight_shape",
+    "vision_tower.patch_embed.proj.weight",
+    "vision_tower.patch_embed.pos_emb.weight",
+    "vision_tower.encoder.blocks.1.wqkv.bias",
+    "vision_tower.encoder.blocks.0.mlp.fc1.weight",
+    "vision_tower.encoder.final_layernorm.bias",
+    "mm_projector.proj.2.weight",
 ]
 
 
@@ -287,6 +303,32 @@ def test_a_layer_too_many(tmp_path: Path, tiny: tuple[ModelConfig, dict[str, Ten
         f"{LAYER}.{layer}.input_layernorm.weight: expected layers 0..{2 + drafts} only, got layer {layer} (in "
     )
     assert "num_hidden_layers" in (error.hint or "")
+
+
+@pytest.mark.parametrize("block", [2, 30])
+def test_a_block_of_the_vision_tower_too_many(
+    tmp_path: Path, tiny: tuple[ModelConfig, dict[str, Tensor]], block: int
+) -> None:
+    config, tensors = tiny
+    name = f"vision_tower.encoder.blocks.{block}.norm0.weight"
+    error = refusal(tmp_path, config, tensors | {name: torch.ones(48)})
+    assert error.message.startswith(f"{name}: expected layers 0..1 only, got layer {block} (in ")
+    assert "num_hidden_layers" in (error.hint or "")
+    write_tensors(tmp_path, tensors | {name: torch.ones(48)})
+    with Checkpoint.open(tmp_path) as checkpoint:
+        check_checkpoint(checkpoint, replace(config, vision=None))
+
+
+def test_a_vision_tower_that_is_not_there(tmp_path: Path, tiny: tuple[ModelConfig, dict[str, Tensor]]) -> None:
+    config, tensors = tiny
+    text = {name: tensor for name, tensor in tensors.items() if name.startswith("language_model.")}
+    error = refusal(tmp_path, config, text)
+    assert error.message.startswith(
+        "vision_tower.patch_embed.proj.weight: expected BF16 or F16 or F32 [48, 3, 14, 14], got"
+    )
+    assert "vision_config" in (error.hint or "")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        check_checkpoint(checkpoint, replace(config, vision=None))
 
 
 def test_a_model_cut_short_by_its_config(tmp_path: Path, tiny: tuple[ModelConfig, dict[str, Tensor]]) -> None:
@@ -408,9 +450,7 @@ def test_demo_prototype() -> None:
     with Checkpoint.open(folder) as checkpoint:
         check_checkpoint(checkpoint, config)
         assert experts_packed(checkpoint, config)
-        counts = Counter(is_text(name) for name in checkpoint.infos)
-        assert counts[True] == sum(1 for _ in expected_tensors(config, checkpoint.has))
-        assert counts[False] > 0
+        assert len(checkpoint.infos) == sum(1 for _ in expected_tensors(config, checkpoint.has))
         assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items())
         down = read_expert(checkpoint, config, 3, 31).down
     prefix = f"{LAYER}.3.mlp.experts.31.down_proj"

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import random
+import re
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -31,11 +32,13 @@ from hybrid_k2.protocol import (
     is_image_token,
     read_image,
 )
+from tests.conftest import REPO
 from tests.protocol_strategies import real_tokenizer, small_tokenizer
 
 pillow = pytest.importorskip("PIL.Image", reason="Pillow decodes the images: pip install pillow")
 
 K26 = ImageFormat()
+DOCS = REPO / "docs" / "images.md"
 PLACE = "messages[0].content[0].image_url"
 
 
@@ -80,6 +83,16 @@ def test_sizes_of_the_models_own_processor(size: tuple[int, int], resized: tuple
     assert K26.fit(*size) == resized
     width, height = resized
     assert math.ceil(width / 28) * math.ceil(height / 28) == tokens <= K26.max_tokens
+
+
+def test_sizes_of_the_documentation() -> None:
+    rows = re.findall(r"^\| (\d+) x (\d+) \| (?:(\d+) x (\d+) )?\| (\d+) \|$", DOCS.read_text(), re.MULTILINE)
+    assert len(rows) == 6
+    for row in rows:
+        width, height, to_width, to_height, tokens = (int(number or 0) for number in row)
+        resized = K26.fit(width, height)
+        assert resized == ((to_width, to_height) if to_width else (width, height))
+        assert math.ceil(resized[0] / 28) * math.ceil(resized[1] / 28) == tokens
 
 
 formats = st.builds(
@@ -300,6 +313,18 @@ def test_no_image_is_read_beyond_the_most_tokens() -> None:
         encode_chat(tokenizer, user(good, good, bad), images=K26, most=300)
     whole, _ = encode_chat(tokenizer, user(good, text), images=K26)
     assert encode_chat(tokenizer, user(good, text), images=K26, most=len(whole))[0] == whole
+
+
+def test_an_image_that_was_read_before_is_taken_as_it_is() -> None:
+    tokenizer, data = small_tokenizer(), saved(picture(50, 60))
+    image = read_image(data, K26, PLACE)
+    ids, images = encode_chat(tokenizer, user({"type": "image", "image": image}), images=K26)
+    assert (ids, images) == (
+        encode_chat(tokenizer, user({"type": "image", "image": data}), images=K26)[0],
+        {image.digest: image},
+    )
+    with pytest.raises(RequestError, match=r"content\[0\]\.image: expected an image in this checkpoint's format"):
+        encode_chat(tokenizer, user({"type": "image", "image": image}), images=ImageFormat(patch_size=7))
 
 
 def test_media_that_are_not_taken() -> None:

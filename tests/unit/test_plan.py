@@ -11,7 +11,18 @@ from hybrid_k2.errors import RulesError
 from hybrid_k2.host.threads import NodeThreads
 from hybrid_k2.host.topology import HostNode
 from hybrid_k2.placement import Machine, Placement, Plan, make_plan, parse_rules, shipped_rules
-from tests.unit.placements import GIB, HOST, K2_6, machine, plan_of, refusal, rules_text, small_config
+from hybrid_k2.placement.plan_json import plan_values
+from tests.unit.placements import (
+    GIB,
+    HOST,
+    K2_6,
+    SMALL_VISION,
+    machine,
+    plan_of,
+    refusal,
+    rules_text,
+    small_config,
+)
 
 
 def test_each_layer_goes_where_its_rule_says() -> None:
@@ -251,9 +262,29 @@ def test_what_the_model_lacks_is_a_note() -> None:
     ]  # fmt: skip
 
 
-def test_vision_is_not_loaded_and_the_plan_says_so() -> None:
-    config = small_config(model_type="kimi_k25", has_vision=True)
-    for plan in (plan_of(config=config), plan_of("vision gpu", config=config)):
-        assert plan.notes == ("vision: not loaded, this version reads and writes text only",)
-        assert "vision" not in {row.what for row in plan.rows}
-        assert "note: vision" in plan.table()
+def test_vision_goes_to_the_host_unless_a_rule_names_it() -> None:
+    config = small_config(model_type="kimi_k25", vision=SMALL_VISION)
+    unnamed, on_gpu = plan_of(config=config), plan_of("vision gpu dtype: fp32", config=config)
+    assert (unnamed.where("vision"), on_gpu.where("vision")) == (
+        Placement("host", "bf16"),
+        Placement("cuda:0", "fp32"),
+    )
+    for plan in (unnamed, on_gpu):
+        assert plan.notes == ()
+        assert (plan.accelerator, plan.activation_dtype) == (None, "fp32"), "the text is computed as without images"
+    (row,) = (row for row in unnamed.rows if row.what == "vision")
+    assert (row.layers, row.line) == (None, 0)
+    assert "vision" in [text for _, text in unnamed.items_on("host")]
+    assert "vision (line 4)" in [text for _, text in on_gpu.items_on("cuda:0")]
+    lines = [line["line"] for line in plan_values(unnamed)["groups"] if line["what"] == "vision"]
+    assert lines == [None]
+    assert re.search(r"\nvision +- +cuda:0 +fp32 ", on_gpu.table())
+    assert re.search(r"\nencoding +- +cuda:0 +- ", on_gpu.table())
+    without = plan_of()
+    assert unnamed.bytes_per_token == without.bytes_per_token, "an image is encoded before tokens are decoded"
+    assert unnamed.bytes_on("host") - without.bytes_on("host") == row.nbytes + unnamed.overheads[0].nbytes
+
+
+def test_two_rules_for_vision() -> None:
+    config = small_config(model_type="kimi_k25", vision=SMALL_VISION)
+    assert "vision is already placed by rule 1 on line 4" in refusal("vision host", "vision gpu", config=config).message

@@ -13,6 +13,7 @@ from hybrid_k2.checkpoint.tensors import expected_tensors
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.placement import make_plan, parse_rules, shipped_rules
 from hybrid_k2.placement.groups import decoded_bytes, expert_parameters, group_bytes, group_parameters
+from hybrid_k2.vision_config import VisionConfig
 from tests.unit.placements import GIB, HOST, K2_6, machine, plan_of, rules_text, small_config
 
 
@@ -36,6 +37,8 @@ def test_the_published_sizes_of_k2_6() -> None:
         "routed": 1014.686,
     }  # fmt: skip
     vision = vision_parameters()
+    assert group_parameters(K2_6, "vision") == vision
+    assert round(2 * vision / 1e9, 2) == 0.94
     assert round((sum(counts.values()) - counts["routed"] + vision) / 1e9, 3) == 12.193
     assert round(2 * (sum(counts.values()) - counts["routed"] + vision) / GIB, 2) == 22.71
     bias_bytes = 60 * 384 * 4
@@ -49,7 +52,7 @@ def test_the_sizes_here_are_those_of_the_published_configuration(kimi_data: Path
 
 
 def vision_parameters() -> int:
-    """Count vision tower and projector from their shapes; the plan leaves them out, the published totals do not."""
+    """Count vision tower and projector from their shapes."""
     block = 4 * 1152 + 3456 * 1152 + 3456 + 1152 * 1152 + 1152 + 2 * 4304 * 1152 + 4304 + 1152
     tower = 1152 * 3 * 14 * 14 + 1152 + 64 * 64 * 1152 + 27 * block + 2 * 1152
     projector = 2 * 1152 + 4608 * 4608 + 4608 + 7168 * 4608 + 7168
@@ -61,13 +64,14 @@ def test_bytes_per_decoded_token_of_k2_6() -> None:
     assert round(experts / 1e9, 2) == 11.89
     # Published: about 31.7 billion active parameters without the embedding, 8 experts of 60 layers among them.
     dense = make_plan(shipped_rules("host"), K2_6, machine(768)).bytes_per_token - experts
+    assert decoded_bytes(K2_6, "vision", "bf16") == 0
     active = (dense - 2 * 7168 - 60 * 384 * 4) // 2 + 8 * 60 * expert_parameters(K2_6)
     assert round(active / 1e9, 1) == 31.7
     on_card = make_plan(shipped_rules("gpu"), K2_6, machine(768, 80))
     assert on_card.bytes_per_token_on("host") == experts + 7168 * 2  # and a row of the embedding
     assert on_card.bytes_per_token_on("cuda:0") == on_card.bytes_per_token - experts - 7168 * 2
     # 100 GB/s over 11.89 GB
-    assert "\none sequence: at most 8.4 tokens/s for each 100 GB/s of host memory\n" in on_card.table()
+    assert "\none sequence: at most 8.4 tokens/s for each 100 GB/s of host memory\n" in on_card.table() + "\n"
     wide = parse_rules(rules_text("router host dtype: fp32"))
     in_fp32 = make_plan(wide, K2_6, machine(768)).bytes_per_token
     assert in_fp32 - experts - dense == 2 * 60 * group_parameters(K2_6, "router")
@@ -76,12 +80,19 @@ def test_bytes_per_decoded_token_of_k2_6() -> None:
 _SIZES = st.integers(1, 9)
 
 
-@given(_SIZES, _SIZES, _SIZES, _SIZES, _SIZES, _SIZES, st.integers(0, 3), st.integers(0, 3), st.booleans())
+@given(
+    _SIZES, _SIZES, _SIZES, _SIZES, _SIZES, _SIZES, st.integers(0, 3), st.integers(0, 3), st.booleans(), st.booleans()
+)
 def test_sizes_are_those_of_the_tensors(
-    a: int, b: int, c: int, d: int, e: int, f: int, dense: int, moe: int, packed: bool
+    a: int, b: int, c: int, d: int, e: int, f: int, dense: int, moe: int, packed: bool, sees: bool
 ) -> None:
     """The list of tensors that the checkpoint reader expects is the independent witness."""
+    vision = VisionConfig(
+        patch_size=a, hidden_size=4 * b * c, intermediate_size=d, num_hidden_layers=e, num_attention_heads=c,
+        grid_rows=f, grid_columns=a + 1, text_hidden_size=32 * a, projector_norm_eps=1e-5,
+    )  # fmt: skip
     config = small_config(
+        vision=vision if sees else None,
         hidden_size=32 * a, moe_intermediate_size=32 * b, intermediate_size=17 * c, num_attention_heads=d,
         q_lora_rank=5 * e, kv_lora_rank=7 * f, qk_nope_head_dim=3 * a, qk_rope_head_dim=2 * b, v_head_dim=5 * c,
         vocab_size=100 + d, n_routed_experts=e + f, num_experts_per_tok=e, n_shared_experts=1 + f % 2,
@@ -105,7 +116,9 @@ def test_sizes_are_those_of_the_tensors(
         for layer in row.layers or (None,):
             found[row.what, layer] += row.nbytes // len(row.layers or (None,))
     assert found == +expected
-    assert plan.bytes_on("host") == expected.total() + plan.kv_cache.nbytes
+    overheads = sum(one.nbytes for one in plan.overheads)
+    assert (overheads > 0) == sees
+    assert plan.bytes_on("host") == expected.total() + plan.kv_cache.nbytes + overheads
 
 
 def test_fp32_is_twice_bf16_and_the_bias_is_fp32_always() -> None:

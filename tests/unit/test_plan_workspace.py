@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hybrid_k2.model import mla
 from hybrid_k2.model.batch import Batch, Chunk
@@ -18,39 +13,10 @@ from hybrid_k2.model.layers import RmsNorm
 from hybrid_k2.model.rope import Rope
 from hybrid_k2.placement import overheads
 from hybrid_k2.placement.overheads import Work, workspace_bytes
+from tests.memory import PeakBytes
 from tests.unit.test_attention import make_attention, make_cache, make_config
 
 MIB = 1 << 20
-
-
-class PeakBytes(TorchDispatchMode):
-    """Follow the memory of all results of torch while it is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
-                self._follow(tensor.untyped_storage())
-        return result
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, nbytes = storage._cdata, storage.nbytes()
-        self.known.add(key)
-        self.now += nbytes
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget(key, nbytes))
-
-    def _forget(self, key: int, nbytes: int) -> Callable[[], None]:
-        def forget() -> None:
-            self.known.discard(key)
-            self.now -= nbytes
-
-        return forget
 
 
 @pytest.mark.parametrize(("rows", "context"), [(256, 256), (256, 2048), (64, 4096), (8, 4096)])

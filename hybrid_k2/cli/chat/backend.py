@@ -85,7 +85,7 @@ class LocalBackend:
     @property
     def sees_images(self) -> bool:
         """Whether messages may hold images."""
-        return self._engine.config.has_vision
+        return self._engine.images is not None
 
     def start(self, messages: Sequence[Message], options: ChatOptions, on_prefill: OnPrefill) -> Generation:
         """Ask for a reply; nothing is computed before its first event. Raises: RequestError."""

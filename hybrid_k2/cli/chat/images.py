@@ -70,7 +70,7 @@ def check_images(images: Sequence[AttachedImage], model: str) -> None:
     from hybrid_k2.protocol import ImageFormat, read_image
 
     folder = find_configuration(model)
-    require_sight(ModelConfig.load(folder).has_vision, model, "--image")
+    require_sight(ModelConfig.load(folder).vision is not None, model, "--image")
     wanted = ImageFormat.load(folder)
     for image in images:
         read_image(image.data, wanted, f"--image {image.name}")
