@@ -6,6 +6,7 @@ staging     buffers for the experts that a streamed prefill brings over, and for
 graphs      a CUDA graph of the decode step for each size of batch, and the work memory that they share
 allocator   what torch's allocator rounds up
 encoding    wherever the vision tower is: one image on its way through it
+features    on the host: what the vision tower gave, until the language model has computed it
 hand-off    on the host: the memory through which experts and GPU pass rows and results, pinned
 """
 
@@ -99,6 +100,15 @@ def encoding_bytes(vision: VisionConfig, dtype: str, *, on_host: bool) -> int:
     rows = IMAGE_PATCHES // MERGE**2 * vision.text_hidden_size * FP32_BYTES
     weight = merged * max(merged, vision.text_hidden_size) * FP32_BYTES if on_host else 0
     return stream + piece + max(attention, rows) + weight
+
+
+def features(work: Work) -> Overhead:
+    """Return the room on the host for encoded images until they are computed: those that are kept, and a chunk's.
+
+    A chunk has whole images, and parts of one more at its beginning and of one at its end.
+    """
+    rows = FEATURE_ROWS + work.chunk_tokens + 2 * IMAGE_PATCHES // MERGE**2
+    return Overhead("features", HOST, rows * work.config.hidden_size * _width(work))
 
 
 def staging(work: Work) -> tuple[Overhead, ...]:
