@@ -1,28 +1,15 @@
-"""Random images, cut into patches, for tests of the vision tower."""
+"""Random images for tests of the vision tower."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import numpy as np
 
-import torch
-from torch import Tensor
-
-
-@dataclass(frozen=True)
-class RandomPatches:
-    """Stand for an image, or the frames of a clip, cut into patches."""
-
-    grid: tuple[int, int]
-    values: Tensor
-    frames: int = 1
-
-    def patches(self) -> Tensor:
-        """Return the normalised pixels [frames * N, 3, patch, patch], in memory of their own as of a real image."""
-        return self.values.clone()
+from hybrid_k2.protocol import Image, ImageFormat
 
 
-def random_patches(rows: int, columns: int, seed: int, patch: int = 14, frames: int = 1) -> RandomPatches:
-    """Draw an image, or a clip, of so many patches."""
-    source = torch.Generator().manual_seed(seed)
-    values = 2 * torch.rand(frames * rows * columns, 3, patch, patch, generator=source) - 1
-    return RandomPatches((rows, columns), values, frames)
+def random_image(rows: int, columns: int, seed: int, patch: int = 14, frames: int | None = None) -> Image:
+    """Draw noise of so many patches, each of `patch` pixels a side; with `frames`, a clip."""
+    source = np.random.default_rng(seed)
+    shape = (rows * patch, columns * patch, 3)
+    pixels = source.integers(0, 256, shape if frames is None else (frames, *shape), dtype=np.uint8)
+    return Image(pixels, ImageFormat(patch_size=patch))

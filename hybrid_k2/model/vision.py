@@ -13,30 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hybrid_k2.protocol import Image
 from hybrid_k2.vision_config import LAYER_NORM_EPS, MERGE, ROPE_THETA, TIME_THETA, VisionConfig
 
 PIECE = 2048  # patches that pass through a product at a time: what only they need stays small
-
-
-class Patches(Protocol):
-    """What is encoded: an image, or the frames of a clip, cut into patches."""
-
-    @property
-    def frames(self) -> int:
-        """Frames of a clip; 1 of an image."""
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches of a frame, both even."""
-
-    def patches(self) -> Tensor:
-        """Return normalised pixels, frame after frame, patches in raster order: fp32 [frames * N, 3, patch, patch]."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +134,11 @@ class VisionModel:
         """Where it computes, and where its rows are."""
         return self.positions.device
 
-    def begin(self, image: Patches) -> Encoding:
+    def begin(self, image: Image) -> Encoding:
         """Prepare to encode an image; nothing is computed yet."""
         return Encoding(self, image)
 
-    def encode(self, image: Patches) -> Tensor:
+    def encode(self, image: Image) -> Tensor:
         """Encode an image at once.
 
         Shapes: -> [tokens, text_hidden_size].
@@ -172,7 +157,7 @@ class VisionModel:
 class Encoding:
     """One image on its way: its patches, then so many blocks, then its rows."""
 
-    def __init__(self, model: VisionModel, image: Patches) -> None:
+    def __init__(self, model: VisionModel, image: Image) -> None:
         self.features = torch.empty(0)  # [tokens, text_hidden_size] once `step` has said so
         self._steps = self._run(model, image)
 
@@ -181,7 +166,7 @@ class Encoding:
         """Compute a part: the patches' embedding, one block, or the projector. True when `features` is there."""
         return next(self._steps, True)
 
-    def _run(self, model: VisionModel, image: Patches) -> Iterator[bool]:
+    def _run(self, model: VisionModel, image: Image) -> Iterator[bool]:
         rows, columns = image.grid
         heads = model.config.num_attention_heads
         x = position_grid(model.positions, rows, columns)  # [N, hidden] fp32, the residual stream

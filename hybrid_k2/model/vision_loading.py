@@ -57,7 +57,7 @@ class _Loader:
         self.device = device
         self.dtype = dtype
         self.count = count
-        self.product_dtype = _product_dtype(device, dtype)
+        self.product_dtype = product_dtype(device, dtype)
 
     def block(self, name: str) -> Block:
         return Block(
@@ -90,7 +90,7 @@ class _Loader:
         return placed
 
 
-def _product_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+def product_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """Choose what products are computed in: weights are widened where the CPU would only imitate bf16."""
     if memory_of(device) == HOST and not BF16_FLAGS & cpu_flags():
         return torch.float32

@@ -6,6 +6,7 @@ staging     buffers for the experts that a streamed prefill brings over, and for
 graphs      a CUDA graph of the decode step for each size of batch, and the work memory that they share
 allocator   what torch's allocator rounds up
 encoding    wherever the vision tower is: one image on its way through it
+features    on the host: what the vision tower gave, until the language model has computed it
 hand-off    on the host: the memory through which experts and GPU pass rows and results, pinned
 """
 
@@ -34,9 +35,8 @@ ROUNDING_BYTES = MIB  # the allocator gives large tensors whole 2 MiB: half of t
 MATRICES = {"attention": 5, "router": 1, "dense_mlp": 3, "shared_experts": 3, "embedding": 1, "lm_head": 1}
 FP32_BYTES = 4
 FEATURE_ROWS = 8192  # of encoded images that wait for their prompts: two of the largest (engine/sight.py)
-# Four frames of 4096 patches, as the checkpoint bounds them, and a row and a column of each that fill up tokens: more
-# than the 18 thousand of an image (protocol/images.py: max_frame_tokens, max_tokens).
-IMAGE_PATCHES = 22016
+IMAGE_PATCHES = 17928  # of the largest image: 4482 tokens (protocol/images.py)
+CLIP_PATCHES = 21984  # of the largest clip of a video: four frames of 1374 tokens
 IMAGE_PIECE = 2048  # patches that pass through a product at a time (model/vision.py)
 
 
@@ -79,7 +79,7 @@ def gpu_overheads(work: Work, matrices: int, matrix_bytes: int) -> tuple[Overhea
 
 
 def encoding(config: ModelConfig, device: str, dtype: str) -> Overhead:
-    """Return the room for an image on its way through the vision tower, on its device."""
+    """Return the room for an image or a clip on its way through the vision tower, on its device."""
     if config.vision is None:
         raise ValueError("encoding: expected a model with a vision tower")
     on_host = memory_of(device) == HOST
@@ -88,19 +88,28 @@ def encoding(config: ModelConfig, device: str, dtype: str) -> Overhead:
 
 
 def encoding_bytes(vision: VisionConfig, dtype: str, *, on_host: bool) -> int:
-    """Bound what the largest image or clip takes while it is encoded, and its rows for the language model.
+    """Bound what the largest clip takes while it is encoded, and its rows for the language model.
 
     All the time that is the residual stream, and what a piece of it needs for itself. In attention queries, keys and
     values in the dtype of products, and what it gives; for bf16 torch packs keys and values anew. At the end the rows.
     On a host the largest weight, too: bf16 is widened there, or packed by torch's products.
     """
     hidden, merged = vision.hidden_size, vision.merged_size
-    stream = IMAGE_PATCHES * (hidden + vision.head_dim) * FP32_BYTES  # with the rotations
+    stream = CLIP_PATCHES * (hidden + vision.head_dim) * FP32_BYTES  # with the rotations
     piece = IMAGE_PIECE * max(8 * hidden, 2 * hidden + 2 * vision.intermediate_size) * FP32_BYTES
-    attention = IMAGE_PATCHES * hidden * (6 * 2 if dtype == "bf16" and not on_host else 4 * FP32_BYTES)
+    attention = CLIP_PATCHES * hidden * (6 * 2 if dtype == "bf16" and not on_host else 4 * FP32_BYTES)
     rows = IMAGE_PATCHES // MERGE**2 * vision.text_hidden_size * FP32_BYTES
     weight = merged * max(merged, vision.text_hidden_size) * FP32_BYTES if on_host else 0
     return stream + piece + max(attention, rows) + weight
+
+
+def features(work: Work) -> Overhead:
+    """Return the room on the host for encoded images until they are computed: those that are kept, and a chunk's.
+
+    A chunk has whole images, and parts of one more at its beginning and of one at its end.
+    """
+    rows = FEATURE_ROWS + work.chunk_tokens + 2 * IMAGE_PATCHES // MERGE**2
+    return Overhead("features", HOST, rows * work.config.hidden_size * _width(work))
 
 
 def staging(work: Work) -> tuple[Overhead, ...]:

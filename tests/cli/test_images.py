@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from hybrid_k2.engine import Engine, SamplingParams
 from hybrid_k2.placement.sizes import format_bytes
-from tests.cli.conftest import Done
+from tests.cli.conftest import ONE_THREAD, Done
 from tests.cli.socket_server import CHAT, SocketServer, as_json, delta, saying, stream
 from tests.cli.terminal import Terminal
+from tests.server.processes import serving
 
 Call = Callable[..., Done]
 PROMPT = r"> $"
@@ -104,8 +107,8 @@ def test_what_a_model_cannot_read_is_refused_before_it_is_loaded(call: Call, cat
     cut.write_bytes(cat.read_bytes()[:-500])
     for more in ([], ["--dry-run"]):
         done = call("chat", babbler, "-p", "what?", "--image", cat, "--image", cut, *more)
-        said = "error: --image cut.png: expected a PNG, JPEG, WebP or GIF image, got one that is damaged or cut short\n"
-        assert done == Done(1, "", said)
+        assert (done.code, done.out) == (1, "")
+        assert done.err.startswith("error: --image cut.png: expected a PNG, JPEG, WebP or GIF image, got ")
 
 
 def test_a_server_that_refuses(call: Call, cat: Path) -> None:
@@ -178,6 +181,53 @@ def test_a_chat_with_images(environment: dict[str, str], cat: Path, tmp_path: Pa
         whole,
         whole,
     ]
+
+
+def test_the_engine_here_and_a_server_see_the_same(call: Call, cat: Path, babbler: Path, tmp_path: Path) -> None:
+    content = [{"type": "image", "image": cat.read_bytes()}, {"type": "text", "text": "what?"}]
+    params = SamplingParams(temperature=0, max_tokens=12)
+    with Engine.load(babbler, ONE_THREAD[1]) as engine:
+        expected = engine.chat([{"role": "user", "content": content}], thinking=False, params=params)
+    ask = ["-p", "what?", "--image", cat, "-q", "--json", "--no-think", "--temperature", "0", "--max-tokens", "12"]
+    here = json.loads(call("chat", babbler, *ONE_THREAD, *ask).out)
+    assert tuple(here["token_ids"]) == expected.token_ids
+    assert here["usage"]["prompt_tokens"] == expected.usage.prompt_tokens
+    with serving(tmp_path, *ONE_THREAD, model=babbler) as server:
+        server.wait_ready()
+        there = json.loads(call("chat", "--server", server.url, *ask).out)
+    assert there["text"] == expected.content
+    assert there["usage"]["prompt_tokens"] == expected.usage.prompt_tokens
+
+
+def test_a_chat_with_the_engine_here(babbler: Path, environment: dict[str, str], cat: Path) -> None:
+    cut = cat.with_name("cut.png")
+    cut.write_bytes(cat.read_bytes()[:-500])
+    likeliest = ["--temperature", "0", "--no-think", "--max-tokens", "8", *ONE_THREAD]
+    with Terminal(["chat", str(babbler), "-q", *likeliest], environment) as user:
+        user.wait_for(PROMPT)
+        user.type("what?\r")
+        without = prompt_tokens(user)
+        user.type(f"/image {cut}\r")
+        user.wait_for(PROMPT)
+        user.type("what?\r")
+        assert "damaged or cut short" in user.wait_for(PROMPT).split("error: messages[2].content[0]")[1]
+        user.type("/image off\r")
+        user.wait_for(PROMPT)
+        user.type("/clear\r")
+        user.wait_for(PROMPT)
+        user.type(f"/image {cat}\r")
+        user.wait_for(PROMPT)
+        user.type("what?\r")
+        assert prompt_tokens(user) > without
+        user.type("/exit\r")
+        assert user.exit_code() == 0
+
+
+def prompt_tokens(user: Terminal) -> int:
+    """Wait for a reply's figures and the next prompt, and return how many tokens were read."""
+    found = re.search(r"prefill\s+(\d+)", user.wait_for(PROMPT))
+    assert found is not None
+    return int(found[1])
 
 
 def test_a_chat_with_a_model_that_reads_text_only(environment: dict[str, str], cat: Path) -> None:

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybrid_k2.errors import RequestError
-from hybrid_k2.placement import overheads
 from hybrid_k2.protocol import Clip, Image, ImageFormat, Video, encode_chat, image_token, render
 from hybrid_k2.protocol.messages import read_messages
 from hybrid_k2.protocol.videos import choose_frames
@@ -99,11 +98,6 @@ def test_timestamps(seconds: float, expected: str) -> None:
 def test_sizes_of_frames(size: tuple[int, int], resized: tuple[int, int], tokens: int) -> None:
     assert K26.fit_frame(*size) == resized
     assert math.prod(-(-side // 28) for side in resized) == tokens <= K26.max_frame_tokens
-
-
-def test_room_for_the_largest_clip_is_planned() -> None:
-    assert 4 * K26.merge**2 * K26.max_frame_tokens <= overheads.IMAGE_PATCHES
-    assert K26.merge**2 * K26.max_tokens <= overheads.IMAGE_PATCHES
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4])

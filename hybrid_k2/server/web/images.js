@@ -20,7 +20,10 @@ export function imageType(bytes) {
 
 /** Read a file into {name, url}. Throws Error with what to tell the reader. */
 export async function readImage(file) {
-  const head = await file.slice(0, 12).arrayBuffer().catch(() => refuse(file, "it cannot be read"));
+  const head = await file
+    .slice(0, 12)
+    .arrayBuffer()
+    .catch(() => refuse(file, "it cannot be read"));
   const type = imageType(new Uint8Array(head));
   if (!type) refuse(file, "expected a PNG, JPEG, WebP or GIF image");
   const typed = file.slice(0, file.size, type); // its name may have told the browser another type
@@ -35,7 +38,8 @@ function refuse(file, why) {
   throw new Error(`${file.name}: ${why}.`);
 }
 
-async function shrink(bitmap) {
+/** Return a JPEG file of at most `most` bytes and `MAX_SIDE` pixels a side. */
+export async function shrink(bitmap, most = MAX_BYTES) {
   for (let scale = Math.min(1, MAX_SIDE / Math.max(bitmap.width, bitmap.height)); ; scale *= 0.75) {
     const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * scale)));
     const canvas = new OffscreenCanvas(width, height);
@@ -44,7 +48,7 @@ async function shrink(bitmap) {
     context.fillRect(0, 0, width, height);
     context.drawImage(bitmap, 0, 0, width, height);
     const blob = await canvas.convertToBlob({ type: "image/jpeg", quality: QUALITY });
-    if (blob.size <= MAX_BYTES) return blob;
+    if (blob.size <= most) return blob;
   }
 }
 
