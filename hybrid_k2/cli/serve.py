@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hybrid_k2.engine.service_types import ServiceOptions
     from hybrid_k2.server.backend import Served
 
+MAX_VIDEOS = 4  # of one request; decoding one may take minutes
 _LISTEN, _ACCESS, _LOAD, _LIMITS = "Where it listens", "Who may call", "How much runs at once", "Limits of requests"
 
 
@@ -113,6 +114,9 @@ def serve(
         int, _option("--max-connections", "N", "Connections open at once.", _LIMITS, min=1)
     ] = 512,
     max_images: Annotated[int, _option("--max-images", "N", "Images of one request.", _LIMITS, min=0)] = 32,
+    video: Annotated[
+        bool, _option("--video", None, "Read videos, too, with the decoders of FFmpeg (PyAV).", _LIMITS)
+    ] = False,
     log_format: Annotated[str, _option("--log-format", "text|json", "How log lines look.")] = "text",
 ) -> None:
     """Serve a model over HTTP, with the dialects of OpenAI and Anthropic."""
@@ -124,6 +128,7 @@ def serve(
     cache_ram_bytes = None if cache_ram is None else memory_size(cache_ram, "--cache-ram")
     with leaving_at_once():
         try:
+            from hybrid_k2.protocol.video_files import import_av
             from hybrid_k2.server.app import create_app
             from hybrid_k2.server.backend import Backend
             from hybrid_k2.server.listen import allow_connections, check_tls, listen_tcp, listen_unix
@@ -136,8 +141,14 @@ def serve(
             ) from None
 
     _show_server_log(log_format)
+    if video:
+        import_av("--video")
     limits = Limits(
-        body_bytes=body_bytes, all_bodies_bytes=all_bodies_bytes, connections=max_connections, images=max_images
+        body_bytes=body_bytes,
+        all_bodies_bytes=all_bodies_bytes,
+        connections=max_connections,
+        images=max_images,
+        videos=MAX_VIDEOS if video else 0,
     )
     options = ServerOptions(
         model_names=tuple(served_model_name or [_own_name(model)]),

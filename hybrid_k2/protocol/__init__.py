@@ -18,7 +18,7 @@ from hybrid_k2.protocol.prompt import Segment, encode_chat, encode_prompt, rende
 from hybrid_k2.protocol.tokenizer import IncrementalDecoder, Tokenizer
 from hybrid_k2.protocol.tool_declaration import declare_tools
 from hybrid_k2.protocol.tool_ids import ToolIds, canonical_history
-from hybrid_k2.protocol.videos import Clip, Video, read_video
+from hybrid_k2.protocol.videos import Clip, Video, check_video, read_video
 
 __all__ = [
     "IMAGE_BASE",
@@ -34,6 +34,7 @@ __all__ = [
     "Video",
     "call_type",
     "canonical_history",
+    "check_video",
     "declare_tools",
     "encode_chat",
     "encode_prompt",

@@ -157,6 +157,11 @@ class Image:
         rows, columns = self.grid
         return rows * columns // self.format.merge**2
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of its pixels."""
+        return self.pixels.nbytes
+
     def patches(self) -> torch.Tensor:
         """Return the patches, frame after frame, row by row: (v / 255 - mean) / std.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -40,10 +40,11 @@ _decoding = threading.Lock()
 class VideoFile:
     """A video file while it is read, as a context: no other one is read meanwhile."""
 
-    def __init__(self, data: bytes, place: str) -> None:
-        """`place`: what errors name."""
+    def __init__(self, data: bytes, place: str, stopped: Callable[[], bool] = lambda: False) -> None:
+        """`place`: what errors name; `stopped`: asked with each packet whether to give up."""
         self._data = data
         self._place = place
+        self._stopped = stopped
         self._deadline = 0.0
         self.decoded = 0  # frames that the last run of `frames` has seen
 
@@ -96,7 +97,7 @@ class VideoFile:
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
         """Open the container, and find its video. What FFmpeg and PyAV raise becomes a RequestError."""
-        av = _import_av(self._place)
+        av = import_av(self._place)
         options = {"format_whitelist": ",".join(FORMATS), "codec_whitelist": ",".join(CODECS)} | _LIMITS
         try:
             with av.open(BytesIO(self._data), options=options, io_open=_open_nothing) as container:
@@ -136,6 +137,8 @@ class VideoFile:
                 raise RequestError(
                     f"{self._place}: expected a video that is read in {MAX_SECONDS:g} s, got a longer one"
                 )
+            if self._stopped():
+                raise RequestError(f"{self._place}: expected somebody who waits for the video, got nobody")
             if packet.is_corrupt:
                 raise ValueError("cut short")  # becomes a RequestError
             if packet.size:
@@ -149,7 +152,7 @@ class VideoFile:
         return RequestError(f"{self._place}: expected a video of at most {MAX_FRAMES} frames, got more")
 
 
-def _import_av(place: str) -> Any:
+def import_av(place: str) -> Any:
     """Import PyAV. Raises: RequestError where it, or Pillow, is missing or too old."""
     try:
         import av

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -46,7 +46,7 @@ class Video:
     @property
     def nbytes(self) -> int:
         """Memory of its pixels."""
-        return sum(clip.image.pixels.nbytes for clip in self.clips)
+        return sum(clip.image.nbytes for clip in self.clips)
 
 
 def choose_frames(count: int, rate: float, most_rate: float) -> list[int]:
@@ -60,13 +60,25 @@ def choose_frames(count: int, rate: float, most_rate: float) -> list[int]:
     return [int(index) for index in np.linspace(0, count - 1, wanted).round()]
 
 
-def read_video(data: bytes, format: ImageFormat, place: str, most: int | None = None) -> Video:
+def check_video(data: bytes, place: str) -> None:
+    """Look through a video file without decoding it. Raises: RequestError naming `place`, where it is none."""
+    with VideoFile(data, place) as file:
+        file.measure()
+
+
+def read_video(
+    data: bytes,
+    format: ImageFormat,
+    place: str,
+    most: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Video:
     """Decode a video file, one frame after the other, and keep those that the model sees, scaled and padded.
 
-    Reading stops with the clip that makes it more than `most` tokens.
+    Reading stops with the clip that makes it more than `most` tokens, and with an error where it is `stopped`.
     Raises: RequestError naming `place`.
     """
-    with VideoFile(data, place) as file:
+    with VideoFile(data, place, stopped) as file:
         count, rate = file.measure()
         while True:
             chosen = choose_frames(count, rate, format.frame_rate)

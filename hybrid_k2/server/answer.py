@@ -37,7 +37,7 @@ async def answer_chat(
     """
     served = context.backend.ready()
     model = served.model
-    messages = await context.images.read_messages(request, chat.messages, model.images, model.context_tokens)
+    messages = await context.media.read_messages(request, chat.messages, model.images, model.context_tokens)
     chat = replace(chat, messages=messages)
     run = Run(served.service, context.metrics, request.state.log)
     build = partial(chat.service_request, model.tokenizer, request.state.owner, context.options.limits)

@@ -16,7 +16,7 @@ from hybrid_k2.engine.params import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
 from hybrid_k2.errors import shown
 from hybrid_k2.server.body import AnyObject, Body, check_fields, text_field
 from hybrid_k2.server.errors import bad_request
-from hybrid_k2.server.images import FILE_SCHEME, IMAGE_TYPES, image_part
+from hybrid_k2.server.media import FILE_SCHEME, IMAGE_TYPES, image_part
 from hybrid_k2.server.sampling import SamplingFields
 from hybrid_k2.server.thinking import Thinking
 

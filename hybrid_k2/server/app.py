@@ -20,8 +20,8 @@ from hybrid_k2.server.context import Context
 from hybrid_k2.server.errors import ApiError, api_error, error_response, logged
 from hybrid_k2.server.file_store import FileStore
 from hybrid_k2.server.files import file_routes
-from hybrid_k2.server.images import ImageReader
 from hybrid_k2.server.limits import RequestLimits
+from hybrid_k2.server.media import MediaReader
 from hybrid_k2.server.metrics import Metrics
 from hybrid_k2.server.models import model_routes
 from hybrid_k2.server.openai_chat import chat_routes
@@ -38,7 +38,7 @@ _METHODS = ("GET", "POST", "DELETE")  # of all routes, beside HEAD, which is ans
 def create_app(backend: Backend, options: ServerOptions) -> FastAPI:
     """Return the application over a backend, which may still be loading."""
     metrics, files = Metrics(backend), FileStore()
-    context = Context(backend, options, metrics, files, ImageReader(files, metrics), int(time.time()))
+    context = Context(backend, options, metrics, files, MediaReader(files, metrics), int(time.time()))
     # The pages of the documentation would load scripts from elsewhere; the description itself is served.
     # A redirect to the same path without its last slash would go to http, also where a proxy has TLS before it.
     app = FastAPI(title="hybrid-k2", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrid_k2.errors import shown
+from hybrid_k2.protocol.messages import MEDIA_OF_TYPE
 from hybrid_k2.server.body import check_fields
 from hybrid_k2.server.errors import bad_request
-from hybrid_k2.server.images import GivenImage, check_detail, given_images, image_part
+from hybrid_k2.server.media import check_detail, given_media, media_of, media_part
 from hybrid_k2.server.options import Limits
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -23,14 +24,16 @@ _OF_ROLE = {
     "tool": frozenset({"tool_call_id"}),
 }
 _EVERY_PART = {"type", "cache_control"}  # a hint to caches of other servers; here every prefix is cached
-_PART_FIELDS = {"text": {"text"}, "image_url": {"image_url"}, "image": {"image"}}
+_PART_FIELDS = {"text": {"text"}} | {kind: {kind} for kind in MEDIA_OF_TYPE}
+_MEDIA_FIELDS = {"image": ("url", "detail"), "video": ("url",)}
+NO_VIDEO = "this server reads no video (it would with --video)"
 _TOOL_FIELDS = frozenset({"type", "function", "cache_control"})
 _FUNCTION_FIELDS = frozenset({"name", "description", "parameters", "strict"})
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.$-]{1,128}")
 
 
 def check_messages(messages: Sequence[Any], limits: Limits) -> list[dict[str, Any]]:
-    """Return the messages without null fields, each image a `GivenImage`; a developer speaks as the system.
+    """Return the messages without null fields, images and videos as `GivenMedia`; a developer speaks as the system.
 
     Raises: ApiError.
     """
@@ -38,15 +41,15 @@ def check_messages(messages: Sequence[Any], limits: Limits) -> list[dict[str, An
         raise bad_request("messages", "expected at least one message, got none")
     if len(messages) > limits.messages:
         raise bad_request("messages", f"expected at most {limits.messages}, got {len(messages)}")
-    checked = [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    images = list(given_images(checked))
-    if len(images) > limits.images:
-        problem = f"expected at most {limits.images} images in a request, got {len(images)}"
-        raise bad_request(images[limits.images].place, problem)
+    checked = [_check_message(message, f"messages[{index}]", limits) for index, message in enumerate(messages)]
+    for kind, most in (("image", limits.images), ("video", limits.videos)):
+        places = [media.place for media in given_media(checked) if media.kind == kind]
+        if len(places) > most:
+            raise bad_request(places[most], f"expected at most {most} {kind}s in a request, got {len(places)}")
     return checked
 
 
-def _check_message(message: Any, place: str) -> dict[str, Any]:
+def _check_message(message: Any, place: str, limits: Limits) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise bad_request(place, f"expected an object, got {shown(message)}")
     fields = {name: value for name, value in message.items() if value is not None}
@@ -58,31 +61,34 @@ def _check_message(message: Any, place: str) -> dict[str, Any]:
         raise bad_request(f"{place}.refusal", "expected none: this model has no field for it")
     if isinstance(fields.get("content"), list):
         fields["content"] = [
-            _check_part(part, f"{place}.content[{number}]") for number, part in enumerate(fields["content"])
+            _check_part(part, f"{place}.content[{number}]", limits) for number, part in enumerate(fields["content"])
         ]
     return fields | {"role": "system" if role == "developer" else role}
 
 
-def _check_part(part: Any, place: str) -> Any:
+def _check_part(part: Any, place: str, limits: Limits) -> Any:
     if not isinstance(part, Mapping):
         raise bad_request(place, f"expected an object, got {shown(part)}")
     kind = "text" if part.get("type") is None else part["type"]
     if not isinstance(kind, str) or kind not in _PART_FIELDS:
-        video = ": this version reads no video" if kind in ("video", "video_url") else ""
-        raise bad_request(f"{place}.type", f"expected text or image_url, got {shown(kind)}{video}")
+        expected = "text, image_url or video_url" if limits.videos else "text or image_url"
+        raise bad_request(f"{place}.type", f"expected {expected}, got {shown(kind)}")
+    media = MEDIA_OF_TYPE.get(kind)
+    if media == "video" and not limits.videos:
+        raise bad_request(f"{place}.type", f"expected text or image_url, got {shown(kind)}: {NO_VIDEO}")
     check_fields(part, _EVERY_PART | _PART_FIELDS[kind], place, f"a part of type {kind}")
-    if kind == "text" or isinstance(part.get("image"), GivenImage):
+    if media is None or media_of(part) is not None:
         return part
-    return _read_image(part.get(kind), f"{place}.{kind}")
+    return _read_media(media, part.get(kind), f"{place}.{kind}")
 
 
-def _read_image(image: Any, place: str) -> dict[str, Any]:
-    """Read `{"url": ..., "detail": ...}`, or the URL alone. Raises: ApiError."""
-    if not isinstance(image, Mapping):
-        return image_part(image, place)
-    check_fields(image, ("url", "detail"), place, "an image")
-    check_detail(image.get("detail"), place)
-    return image_part(image.get("url"), f"{place}.url")
+def _read_media(kind: str, media: Any, place: str) -> dict[str, Any]:
+    """Read `{"url": ...}`, of an image with its `detail`, or the URL alone. Raises: ApiError."""
+    if not isinstance(media, Mapping):
+        return media_part(kind, media, place)
+    check_fields(media, _MEDIA_FIELDS[kind], place, f"a part of type {kind}_url")
+    check_detail(media.get("detail"), place)
+    return media_part(kind, media.get("url"), f"{place}.url")
 
 
 def check_tools(tools: Sequence[Any] | None, limits: Limits) -> list[dict[str, Any]]:

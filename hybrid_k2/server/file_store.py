@@ -14,7 +14,7 @@ from hybrid_k2.server.openai_usage import new_id
 MAX_FILES = 1000  # of one key, as the official API
 MAX_BYTES = 256 * 2**20  # of all keys
 TEXT_PURPOSES = ("file-extract", "user_data")
-IMAGE_PURPOSES = ("image", "vision")  # what Moonshot and OpenAI call it
+MEDIA_PURPOSES = {"image": ("image", "vision"), "video": ("video",)}  # what Moonshot and OpenAI call them
 
 
 @dataclass(frozen=True)

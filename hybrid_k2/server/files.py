@@ -1,4 +1,4 @@
-"""The routes `/v1/files`: texts and images that clients put here, each key its own.
+"""The routes `/v1/files`: texts, images and videos that clients put here, each key its own.
 
 They are gone when the server ends. A file is known by its id alone; its name is shown and never used.
 """
@@ -11,12 +11,14 @@ from starlette.responses import Response
 
 from hybrid_k2.errors import shown
 from hybrid_k2.server.context import Context
+from hybrid_k2.server.conversation import NO_VIDEO
 from hybrid_k2.server.errors import bad_request, json_response
-from hybrid_k2.server.file_store import IMAGE_PURPOSES, TEXT_PURPOSES
+from hybrid_k2.server.file_store import MEDIA_PURPOSES, TEXT_PURPOSES
 from hybrid_k2.server.multipart import read_upload
 
 MAX_NAME = 255
-PURPOSES = (*TEXT_PURPOSES, *IMAGE_PURPOSES)
+_KINDS = {purpose: kind for kind, purposes in MEDIA_PURPOSES.items() for purpose in purposes}
+PURPOSES = (*TEXT_PURPOSES, *_KINDS)
 
 _FORM = {
     "requestBody": {
@@ -44,16 +46,18 @@ def file_routes(context: Context) -> APIRouter:
 
     @router.post("/v1/files", openapi_extra=_FORM)
     async def upload_file(request: Request) -> Response:
-        """Keep a text or an image."""
+        """Keep a text, an image or a video."""
         upload = read_upload(request.headers.get("content-type", ""), await request.body())
         for name in upload.fields:
             if name != "purpose":
                 raise bad_request(name, "expected no such field beside file and purpose")
-        purpose = upload.fields.get("purpose")
-        if purpose not in PURPOSES:
-            raise bad_request("purpose", f"expected one of {', '.join(PURPOSES)}, got {shown(purpose)}")
-        if purpose in IMAGE_PURPOSES:
-            await context.images.check_upload(upload.content, context.backend.ready().model.images)
+        purpose = upload.fields.get("purpose", "")
+        taken = PURPOSES if context.options.limits.videos else [one for one in PURPOSES if _KINDS.get(one) != "video"]
+        if purpose not in taken:
+            why = f": {NO_VIDEO}" if purpose in PURPOSES else ""
+            raise bad_request("purpose", f"expected one of {', '.join(taken)}, got {shown(purpose)}{why}")
+        if kind := _KINDS.get(purpose):
+            await context.media.check_upload(kind, upload.content, context.backend.ready().model.images)
         else:
             _check_text(upload.content)
         owner, filename = request.state.owner, upload.filename[:MAX_NAME]
@@ -72,7 +76,7 @@ def file_routes(context: Context) -> APIRouter:
 
     @router.get("/v1/files/{file_id}/content")
     async def get_content(request: Request, file_id: str) -> Response:
-        """Give back a text as text and an image as bytes: a browser shall not take it for a page."""
+        """Give back a text as text and anything else as bytes: a browser shall not take it for a page."""
         file = store.find(request.state.owner, file_id)
         headers = {"x-content-type-options": "nosniff", "content-disposition": "attachment"}
         media_type = "text/plain; charset=utf-8" if file.purpose in TEXT_PURPOSES else "application/octet-stream"

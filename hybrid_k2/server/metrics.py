@@ -15,6 +15,7 @@ from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.service_types import ServiceStats
 from hybrid_k2.server.backend import Backend
 from hybrid_k2.server.errors import ApiError
+from hybrid_k2.server.file_store import MEDIA_PURPOSES
 
 PREFIX = "hybrid_k2_"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -46,7 +47,7 @@ class Metrics:
         self._registry.register(_ServiceCollector(backend))
         self._responses = self._counter("http_responses", "Responses, by route and status.", ("route", "status"))
         self._refusals = self._counter("admission_rejections", "Requests refused for a full queue.", ("reason",))
-        self._images = self._counter("images", "Images that were read.", ())
+        self._media = {kind: self._counter(f"{kind}s", f"Those {kind}s that were read.", ()) for kind in MEDIA_PURPOSES}
         self._ends = self._counter("request_success", "Choices that ended, by finish reason.", ("finished_reason",))
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first piece of a reply.")
         self._next = self._histogram("inter_token_latency_seconds", "Between two pieces of a reply.")
@@ -63,9 +64,9 @@ class Metrics:
         if error.status in (429, 503):
             self._refusals.labels(error.code or "other").inc()
 
-    def image(self) -> None:
-        """Count an image that was decoded for a request."""
-        self._images.inc()
+    def read(self, kind: str) -> None:
+        """Count an image or a video that was decoded for a request."""
+        self._media[kind].inc()
 
     def piece(self, seconds: float, *, first: bool) -> None:
         """Take the time to a piece of a reply, from the request's arrival or from the piece before."""

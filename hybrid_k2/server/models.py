@@ -94,7 +94,7 @@ async def count_tokens(
     """
     model = context.backend.ready().model
     most = COUNTED_CONTEXTS * model.context_tokens
-    messages = await context.images.read_messages(request, messages, model.images, most)
+    messages = await context.media.read_messages(request, messages, model.images, most)
     return await asyncio.to_thread(_count_tokens, model, messages, tools, thinking, most)
 
 
@@ -111,6 +111,7 @@ def _count_tokens(model: Model, messages: Messages, tools: Messages, thinking: T
 
 def _model(context: Context, name: str) -> dict[str, Any]:
     served = context.backend.served
+    sees = served is not None and served.model.images is not None
     return {
         "id": name,
         "object": "model",
@@ -120,6 +121,6 @@ def _model(context: Context, name: str) -> dict[str, Any]:
         "context_length": served.model.context_tokens if served else None,
         "max_model_len": served.model.context_tokens if served else None,
         "supports_reasoning": True,
-        "supports_image_in": served is not None and served.model.images is not None,
-        "supports_video_in": False,
+        "supports_image_in": sees,
+        "supports_video_in": sees and context.options.limits.videos > 0,
     }

@@ -25,6 +25,7 @@ class Limits:
     headers: int = 100
     header_bytes: int = 64 * 2**10
     images: int = 32  # of one request
+    videos: int = 0  # of one request; 0: none is read
     messages: int = 10_000  # the context of K2.6 holds no more
     tools: int = 128  # as the official API
     choices: int = MAX_CHOICES  # n, times the prompts of a text completion

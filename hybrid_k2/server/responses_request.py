@@ -14,7 +14,7 @@ from hybrid_k2.engine.params import MAX_LOGPROBS
 from hybrid_k2.errors import shown
 from hybrid_k2.server.body import AnyObject, Body, check_fields, text_field
 from hybrid_k2.server.errors import bad_request
-from hybrid_k2.server.images import FILE_SCHEME, check_detail, image_part
+from hybrid_k2.server.media import FILE_SCHEME, check_detail, image_part
 from hybrid_k2.server.sampling import CacheSalt, SamplingFields
 from hybrid_k2.server.thinking import Thinking, read_thinking
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from hybrid_k2.engine import Engine, SamplingParams
 from hybrid_k2.engine.sequence import TokenSequence, image_places
 from hybrid_k2.model.batch import Batch
-from hybrid_k2.protocol import is_image_token
+from hybrid_k2.protocol import Clip, Video, is_image_token
 from hybrid_k2.protocol.tokens import MEDIA_PAD
 from tests.generators import load_transformers_twin, write_checkpoint, write_transformers_twin
+from tests.images import random_image
 from tests.pictures import ask, noise_png
 
 pytest.importorskip("PIL", reason="needs Pillow: pip install pillow")
@@ -52,6 +53,35 @@ def test_logits_of_prompts_with_images(tmp_path: Path, chunk_tokens: int | None)
                 ).logits[0]
             assert (got - expected).abs().max() < TOLERANCE
             assert torch.equal(got.argmax(1), expected.argmax(1))
+
+
+def test_logits_of_prompts_with_clips(tmp_path: Path) -> None:
+    """Their model has no clips in prompts; their tower has, one at a time, and their text model takes its rows."""
+    folder = write_checkpoint(tmp_path / "ours", seed=2, num_hidden_layers=3, **ALL_EXPERTS)
+    theirs, report = load_transformers_twin(write_transformers_twin(folder, tmp_path / "theirs"))
+    assert not report["missing_keys"]
+    clips = [random_image(2 * rows, 4, seed=rows, frames=frames) for rows, frames in ((1, 4), (3, 4), (2, 1), (1, 3))]
+    video = Video(tuple(Clip(2.0 * number, clip) for number, clip in enumerate(clips)))
+    messages = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": "What?"}]}]
+    with Engine.load(folder, "reference") as engine:
+        (sequence,) = engine.sequences(
+            None, messages=messages, tools=None, thinking=False, preserve_thinking=False, params=SamplingParams()
+        )
+        got = our_logits(engine, sequence, 7)
+        assert [digest for digest, _, _ in image_places(sequence.tokens)] == [clip.digest for clip in clips]
+        with torch.inference_mode():
+            rows = []
+            for clip in clips:
+                grid = torch.tensor([[clip.frames, *clip.grid]])
+                tower = theirs.model.vision_tower(clip.patches(), grid_thw=grid)
+                rows.append(theirs.model.mm_projector(tower.pooler_output)[:, 0])
+            seen = torch.tensor([is_image_token(token) for token in sequence.tokens])
+            ids = torch.tensor([0 if is_image_token(token) else token for token in sequence.tokens])
+            embedded = theirs.get_input_embeddings()(ids)
+            embedded[seen] = torch.cat(rows)
+            expected = theirs(inputs_embeds=embedded[None], use_cache=False).logits[0]
+        assert (got - expected).abs().max() < TOLERANCE
+        assert torch.equal(got.argmax(1), expected.argmax(1))
 
 
 def our_logits(engine: Engine, sequence: TokenSequence, chunk_tokens: int | None) -> Tensor:

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from hybrid_k2.protocol import Image, ImageFormat, Tokenizer
-from hybrid_k2.server import images as server_images
+from hybrid_k2.server import media as server_media
 from hybrid_k2.server.options import Limits
 from hybrid_k2.server.request_log import JsonLines
 from tests.pictures import coded, noise_png, picture, png, uri
@@ -416,7 +416,7 @@ def test_a_model_that_reads_text_only_says_so(client: Client, service: ScriptedS
         assert refused.status_code == 400
         error = refused.json()["error"]
         assert error["type"] == "invalid_request_error"
-        assert error["message"] == f"{place}: expected text, got an image: this model reads text only"
+        assert error["message"] == f"{place}: expected text, got image: this model reads text only"
 
 
 def test_too_many_images(make_client: Callable[..., Client], service: ScriptedService) -> None:
@@ -436,8 +436,8 @@ def test_images_beyond_the_context_are_not_all_read(
     client: Client, service: ScriptedService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
-    read_image = server_images.read_image
-    monkeypatch.setattr(server_images, "read_image", lambda *given: read.append(given[-1]) or read_image(*given))
+    read_image = server_media.read_image
+    monkeypatch.setattr(server_media, "read_image", lambda *given: read.append(given[-1]) or read_image(*given))
     service.context_tokens = 10
     for path, body, param, most in (
         (CHAT, chat(*[image_url()] * 20), "messages", 2),
@@ -494,14 +494,14 @@ def test_an_image_that_takes_long_holds_up_nobody(
 ) -> None:
     """While many images wait for one, prompts of text are encoded and answered."""
     begun, go_on = threading.Event(), threading.Event()
-    read_image = server_images.read_image
+    read_image = server_media.read_image
 
     def slow(*given: Any) -> Image:
         begun.set()
         assert go_on.wait(50)
         return read_image(*given)
 
-    monkeypatch.setattr(server_images, "read_image", slow)
+    monkeypatch.setattr(server_media, "read_image", slow)
 
     async def work(wire: httpx.AsyncClient) -> None:
         asked = [asyncio.ensure_future(wire.post(CHAT, json=chat(image_url()))) for _ in range(40)]
@@ -525,7 +525,7 @@ def test_a_client_that_goes_has_no_more_images_read(
     client: Client, service: ScriptedService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, go_on, read = threading.Event(), threading.Event(), []
-    read_image = server_images.read_image
+    read_image = server_media.read_image
 
     def slow(*given: Any) -> Image:
         read.append(given[-1])
@@ -533,7 +533,7 @@ def test_a_client_that_goes_has_no_more_images_read(
         assert go_on.wait(50)
         return read_image(*given)
 
-    monkeypatch.setattr(server_images, "read_image", slow)
+    monkeypatch.setattr(server_media, "read_image", slow)
     body = json.dumps(chat(*[image_url()] * 5)).encode()
 
     async def call() -> None:
