@@ -34,7 +34,7 @@ ROUNDING_BYTES = MIB  # the allocator gives large tensors whole 2 MiB: half of t
 MATRICES = {"attention": 5, "router": 1, "dense_mlp": 3, "shared_experts": 3, "embedding": 1, "lm_head": 1}
 FP32_BYTES = 4
 IMAGE_PATCHES = 17928  # of the largest image: 4482 tokens (protocol/images.py)
-IMAGE_PIECE = 2048  # patches that pass through a product at a time (model/vision.py)
+IMAGE_PIECE = 2048  # patches that are computed with at a time (model/vision.py)
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,17 @@ def encoding(config: ModelConfig, device: str, dtype: str) -> Overhead:
 def encoding_bytes(vision: VisionConfig, dtype: str, *, on_host: bool) -> int:
     """Bound what the largest image takes while it is encoded, and its rows for the language model.
 
-    All the time that is the residual stream, and what a piece of it needs for itself. In attention queries, keys and
-    values in the dtype of products, and what it gives; for bf16 torch packs keys and values anew. At the end the rows.
-    On a host the largest weight, too: bf16 is widened there, or packed by torch's products.
+    All the time that is the residual stream, and what a piece of it needs for itself. In blocks queries, keys and
+    values in the dtype of products; at the end the rows. On a host the largest weight, too: bf16 is widened there, or
+    packed by torch's products, which pack keys and values as well: no more than fp32 takes.
     """
     hidden, merged = vision.hidden_size, vision.merged_size
     stream = IMAGE_PATCHES * (hidden + vision.head_dim) * FP32_BYTES  # with the rotations
     piece = IMAGE_PIECE * max(8 * hidden, 2 * hidden + 2 * vision.intermediate_size) * FP32_BYTES
-    attention = IMAGE_PATCHES * hidden * (6 * 2 if dtype == "bf16" and not on_host else 4 * FP32_BYTES)
+    heads = IMAGE_PATCHES * 3 * hidden * (2 if dtype == "bf16" and not on_host else FP32_BYTES)
     rows = IMAGE_PATCHES // MERGE**2 * vision.text_hidden_size * FP32_BYTES
     weight = merged * max(merged, vision.text_hidden_size) * FP32_BYTES if on_host else 0
-    return stream + piece + max(attention, rows) + weight
+    return stream + piece + max(heads, rows) + weight
 
 
 def staging(work: Work) -> tuple[Overhead, ...]:
