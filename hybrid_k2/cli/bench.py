@@ -15,6 +15,7 @@ from hybrid_k2.cli.options import trace_file
 from hybrid_k2.cli.terminal import Nowhere, Output
 
 MOST_TOKENS = 65536
+MOST_PROMPT = 1 << 29
 NUMERICS = ("exact", "fast", "bf16")
 
 app = typer.Typer(help="Measure this machine, each figure beside its limit.", no_args_is_help=True)
@@ -145,11 +146,57 @@ def overlap(
     out.line(json.dumps(report.to_json()) if as_json else report.table())
 
 
-def _positive_numbers(text: str, option: str) -> list[int]:
+@app.command()
+@ends_cleanly
+def model(
+    model: Annotated[
+        str, typer.Argument(metavar="PATH_OR_REPO_ID", help="A checkpoint folder, a repository, or demo.")
+    ] = "demo",
+    rules: Annotated[
+        str | None, typer.Option(metavar="FILE|NAME", help="Placement rules (left out: chosen for the machine).")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="N,N,…", help="Tokens of prompts (left out: 512,4096, if they fit).")
+    ] = None,
+    sequences: Annotated[
+        str | None, typer.Option(metavar="N,N,…", help="Sequences that decode at once (left out: 1,4,16, if they fit).")
+    ] = None,
+    depth: Annotated[int | None, _number("Tokens before those that are decoded (left out: 512).", 1, 1 << 30)] = None,
+    tokens: Annotated[int, _number("Tokens that each sequence decodes.", 1, MOST_TOKENS)] = 32,
+    repeat: Annotated[int, _number("Measurements of each case.", 1, 10000)] = 3,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the random tokens.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr but errors.")] = False,
+) -> None:
+    """Load a checkpoint as a chat does, and time prompts and decoding against the host's limits."""
+    prompts = None if prompt is None else _positive_numbers(prompt, "--prompt", MOST_PROMPT)
+    counts = None if sequences is None else _positive_numbers(sequences, "--sequences")
+    if rules is not None and not rules.strip():
+        raise typer.BadParameter("expected a rule file or a name, got an empty text", param_hint="--rules")
+
+    with leaving_at_once():
+        from hybrid_k2.bench.model import choose_cases, measure_model
+        from hybrid_k2.cli.loading import load_engine
+        from hybrid_k2.placement import Plan
+
+    def check(plan: Plan) -> None:
+        choose_cases(plan, prompts, counts, depth, tokens)
+
+    notes = Output(Nowhere() if quiet else sys.stderr)
+    with load_engine(model, rules, notes, check=check) as engine:
+        cases = choose_cases(engine.plan, prompts, counts, depth, tokens)
+        report = measure_model(
+            engine, model, cases, rounds=repeat, seed=seed, progress=lambda text: notes.line(text, "dim")
+        )
+    out = Output(sys.stdout)
+    out.line(json.dumps(report.to_json()) if as_json else report.table())
+
+
+def _positive_numbers(text: str, option: str, most: int = MOST_TOKENS) -> list[int]:
     """Read `1,4,16`. Raises: typer.BadParameter."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch("[0-9]{1,9}", part) and 0 < int(part) <= MOST_TOKENS for part in parts):
-        raise typer.BadParameter(f"expected numbers 1..{MOST_TOKENS} with commas, got {text!r}", param_hint=option)
+    if not all(re.fullmatch("[0-9]{1,9}", part) and 0 < int(part) <= most for part in parts):
+        raise typer.BadParameter(f"expected numbers 1..{most} with commas, got {text!r}", param_hint=option)
     return [int(part) for part in parts]
 
 

@@ -112,6 +112,7 @@ def serve(
     max_connections: Annotated[
         int, _option("--max-connections", "N", "Connections open at once.", _LIMITS, min=1)
     ] = 512,
+    max_images: Annotated[int, _option("--max-images", "N", "Images of one request.", _LIMITS, min=0)] = 32,
     log_format: Annotated[str, _option("--log-format", "text|json", "How log lines look.")] = "text",
 ) -> None:
     """Serve a model over HTTP, with the dialects of OpenAI and Anthropic."""
@@ -135,7 +136,9 @@ def serve(
             ) from None
 
     _show_server_log(log_format)
-    limits = Limits(body_bytes=body_bytes, all_bodies_bytes=all_bodies_bytes, connections=max_connections)
+    limits = Limits(
+        body_bytes=body_bytes, all_bodies_bytes=all_bodies_bytes, connections=max_connections, images=max_images
+    )
     options = ServerOptions(
         model_names=tuple(served_model_name or [_own_name(model)]),
         api_keys=(*(api_key or ()), *(read_keys(api_key_file) if api_key_file else ())),

@@ -23,6 +23,7 @@ from hybrid_k2.engine.prefix import PrefixCache
 from hybrid_k2.engine.reply import Reply
 from hybrid_k2.engine.request import chat_sequences, check_ids, check_prompt_fits, text_sequences
 from hybrid_k2.engine.sequence import TokenSequence, cut
+from hybrid_k2.engine.sight import Sight
 from hybrid_k2.errors import EngineError, MemoryBudgetError, RequestError, shown
 from hybrid_k2.experts.usage import ExpertUse
 from hybrid_k2.model.batch import Batch
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from hybrid_k2.model.loader import Progress
     from hybrid_k2.placement import Rules
+    from hybrid_k2.protocol.images import ImageFormat
 
 log = logging.getLogger("hybrid_k2")
 
@@ -60,6 +62,7 @@ class Engine:
             loaded.text,
             self._cache,
             self._prefix,
+            Sight(loaded.vision),
             loaded.plan.chunk_tokens,
             self._enter,
             self._memory_share,
@@ -100,6 +103,11 @@ class Engine:
     def context_tokens(self) -> int:
         """The longest prompt and reply together: what the KV cache holds, at most the model's context."""
         return self.loaded.context_tokens
+
+    @property
+    def images(self) -> ImageFormat | None:
+        """How the model wants images; None: messages may have none."""
+        return self.loaded.images
 
     @property
     def experts_name(self) -> str:
@@ -249,6 +257,7 @@ class Engine:
         with self._enter():
             self._closed = True
             self._prefix.release()
+            self.runner.sight.forget()
             trace = self.loaded.text.trace
             with ExitStack() as left:  # whatever one of them raises, the others follow; from the last to the first
                 if trace is not None and self._trace_to is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from hybrid_k2.engine.prefix import PrefixCache
 from hybrid_k2.engine.reply import FinishEvent, Reply
 from hybrid_k2.engine.sequence import TokenSequence
+from hybrid_k2.engine.sight import Sight
 from hybrid_k2.errors import EngineError
 from hybrid_k2.model.batch import Batch, Chunk
 from hybrid_k2.model.latent_cache import LatentCache
@@ -33,6 +34,7 @@ class Runner:
     model: TextModel
     cache: LatentCache
     prefix: PrefixCache
+    sight: Sight
     chunk_tokens: int  # prompt tokens of a step
     enter: Callable[[], AbstractContextManager[None]]
     memory_share: Callable[[float], float | None]  # of a decoding speed
@@ -46,10 +48,11 @@ class Runner:
         Shapes: [vocab] fp32 on the host for each, None in the middle of a prompt.
         Raises: EngineError when the cache has no room or the model fails.
         """
+        features = self.sight.features(work)
         for sequence, chunks in work:
             missing = self.cache.pages_for(chunks[-1].cached + len(chunks[-1].token_ids)) - len(sequence.pages)
             sequence.pages.extend(self.prefix.allocate(max(0, missing)))
-        batch = Batch.build([chunk for _, chunks in work for chunk in chunks])
+        batch = Batch.build([chunk for _, chunks in work for chunk in chunks], features=features)
         logits = self.model.forward(batch, self.cache).cpu()  # the rows of all at once
         self.after_step()
         parts = torch.split(logits, [sum(chunk.logit_rows for chunk in chunks) for _, chunks in work])
@@ -144,6 +147,9 @@ def _events(
                 if cancelled.is_set():
                     yield from sequence.finish("cancelled")
                     break
+                if not runner.sight.sees(sequence, runner.chunk_tokens):
+                    _look(runner, sequence)
+                    continue
                 decoding = sequence.decoding
                 events = _timed_step(runner, sequence)
                 if on_prefill and not decoding:
@@ -153,6 +159,13 @@ def _events(
         finally:
             sequence.finish("cancelled")
             runner.prefix.keep(sequence)
+
+
+def _look(runner: Runner, sequence: TokenSequence) -> None:
+    """Encode a piece of an image that the next step needs."""
+    start = time.perf_counter()
+    runner.sight.look(sequence, (), runner.chunk_tokens, seconds=0)
+    sequence.prefill_s += time.perf_counter() - start
 
 
 def _timed_step(runner: Runner, sequence: TokenSequence) -> list[Event]:

@@ -177,13 +177,21 @@ def plan_checkpoint(
     much free memory.
     Raises: CheckpointError, ConfigError, UnsupportedModelError, RulesError, HardwareError, MemoryBudgetError.
     """
-    folder = _demo() if str(path) == DEMO else resolve_configuration(str(path))
+    folder = find_configuration(path)
     config = ModelConfig.load(folder)
     packed = planned_packed(folder, config)
     machine = described_host(Machine.probe(), host_memory_bytes)
     chosen = _rules(rules, machine, config, packed)
     on = described_gpu(machine, chosen)
     return make_plan(chosen, config, on, experts_packed=packed, usage=_usage(folder, config))
+
+
+def find_configuration(path: str | Path) -> Path:
+    """Return a folder with the configuration of what the user names; no weight is downloaded for it.
+
+    Raises: CheckpointError.
+    """
+    return _demo() if str(path) == DEMO else resolve_configuration(str(path))
 
 
 def _rules(rules: str | Path | Rules | None, machine: Machine, config: ModelConfig, packed: bool) -> Rules:

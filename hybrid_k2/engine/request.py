@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
+from types import MappingProxyType
 from typing import Any
 
 from hybrid_k2.engine.guide import Guide
@@ -16,7 +17,8 @@ from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.sampling import Sampler
 from hybrid_k2.engine.sequence import TokenSequence
 from hybrid_k2.errors import ContextLengthError, RequestError, shown
-from hybrid_k2.protocol import OutputParser, canonical_history, encode_prompt, expand_builtins, reply_thinks
+from hybrid_k2.protocol import OutputParser, canonical_history, encode_chat, expand_builtins, reply_thinks
+from hybrid_k2.protocol.images import Image, is_image_token
 from hybrid_k2.protocol.tokens import REPLY_ENDS, SECTION_BEGIN, THINK_END
 
 
@@ -33,9 +35,13 @@ def chat_sequences(
     messages, call_ids = canonical_history(messages)
     tools = expand_builtins(tools, thinking)
     most = loaded.config.max_position_embeddings
-    ids = encode_prompt(loaded.tokenizer, messages, tools, thinking, preserve_thinking, most=most)
+    ids, images = encode_chat(
+        loaded.tokenizer, messages, tools, thinking, preserve_thinking, images=loaded.images, most=most
+    )
     if not messages:
         raise RequestError("messages: expected at least one message, got none")
+    if images and params.prompt_logprobs:
+        raise RequestError("prompt_logprobs: expected a prompt of text alone, got one with images")
     thinks = reply_thinks(messages, thinking)
     special = loaded.tokenizer.special
     turn_ends = [special[name] for name in REPLY_ENDS if name in special]
@@ -47,7 +53,7 @@ def chat_sequences(
     def parser() -> OutputParser:
         return OutputParser(loaded.tokenizer, tools, thinks, call_ids)
 
-    return _sequences(loaded, ids, parser, turn_ends, thinking_ends, thinking, thinks, params, n)
+    return _sequences(loaded, ids, parser, turn_ends, thinking_ends, thinking, thinks, params, n, images)
 
 
 def text_sequences(
@@ -58,6 +64,7 @@ def text_sequences(
     ids = loaded.tokenizer.encode(prompt, most=most) if isinstance(prompt, str) else prompt
     if params.grammar is not None and params.grammar.calls:
         raise RequestError("grammar: expected one for content with a prompt, got one for tool calls")
+    ids = check_ids(ids, loaded.config.vocab_size)
     return _sequences(loaded, ids, partial(PlainText, loaded.tokenizer), [], [], thinking, False, params, n)
 
 
@@ -96,7 +103,7 @@ _LARGER_CACHE = "give kv_cache more tokens in the placement rules, e.g. kv_cache
 
 def _sequences(
     loaded: LoadedModel,
-    ids: Sequence[int],
+    ids: list[int],
     parser: Callable[[], Parser],
     turn_ends: Sequence[int],
     thinking_ends: Sequence[int],
@@ -104,16 +111,17 @@ def _sequences(
     thinks: bool,
     params: SamplingParams,
     n: int,
+    images: Mapping[int, Image] = MappingProxyType({}),
 ) -> list[TokenSequence]:
     """Check the request once and prepare each choice.
 
     `thinking` chooses the default temperature; `thinks`: the reply begins with thinking.
     """
     vocab_size = loaded.config.vocab_size
-    ids = check_ids(ids, vocab_size)
     params.check_vocabulary(vocab_size)
     params = params.over(SamplingParams.defaults(thinking, loaded.generation_config))
     max_tokens, grammar = _max_tokens(params, len(ids), loaded), params.grammar
+    text_ids = [token for token in ids if not is_image_token(token)] if images else ids
 
     def sequence(own: SamplingParams) -> TokenSequence:
         guide = None if grammar is None else Guide(grammar, loaded.guide_vocabulary, thinks)
@@ -121,7 +129,7 @@ def _sequences(
             ids,
             own,
             max_tokens,
-            Sampler(own, vocab_size, ids),
+            Sampler(own, vocab_size, text_ids),
             Output(parser(), own.stop, own.include_stop),
             # K2.5 names [EOS] alone, and writes <|im_end|>
             {*loaded.config.eos_token_ids, *turn_ends, *(guide.end_ids if guide else ())},
@@ -130,6 +138,7 @@ def _sequences(
             loaded.block_tokens,
             None if own.logprobs is None else LogprobReader(loaded.tokenizer, own.logprobs),
             guide,
+            images,
         )
 
     return [sequence(_of_choice(params, choice)) for choice in range(n)]

@@ -18,6 +18,7 @@ from hybrid_k2.engine.fair_queue import FairQueue
 from hybrid_k2.engine.generation import Work
 from hybrid_k2.engine.prefix import PrefixCache
 from hybrid_k2.engine.sequence import TokenSequence
+from hybrid_k2.engine.sight import Sight
 from hybrid_k2.model.latent_cache import LatentCache
 
 PORTION = 256  # tokens of a prompt that a step computes, or half of its budget, also where many sequences decode
@@ -52,6 +53,7 @@ class Scheduler:
         self,
         cache: LatentCache,
         prefix: PrefixCache,
+        sight: Sight,
         *,
         step_tokens: int,
         most_tokens: int,
@@ -63,6 +65,7 @@ class Scheduler:
         self.preemptions = 0
         self._cache = cache
         self._prefix = prefix
+        self._sight = sight
         self._step_tokens = step_tokens
         self._most_tokens = most_tokens
         self._portion = max(1, min(PORTION, step_tokens // 2))
@@ -72,13 +75,15 @@ class Scheduler:
         self._refused: tuple[Job, int] | None = None  # for want of pages, and when: to look again costs a long prompt
 
     def next_step(self) -> tuple[list[Job], dict[Job, Work]]:
-        """Return the jobs that begin, and what to compute of which jobs; their pages are there."""
+        """Return the jobs that begin, and what to compute of which jobs; their pages are there.
+
+        Prompts that lack an image are left out.
+        """
         begun = self._admit()
         self._step += 1
         work: dict[Job, Work] = {}
-        in_turn = sorted(self.running, key=lambda job: job.turn)
-        decoding = [job for job in in_turn if job.sequence.remaining == 1]
-        prompts = [job for job in in_turn if job.sequence.remaining > 1]
+        decoding = [job for job in self._in_turn() if job.sequence.remaining == 1]
+        prompts = [job for job in self._prompts() if self._sight.sees(job.sequence, self._step_tokens)]
         reserved = max(self._portion, prompts[0].sequence.next_tokens) if prompts else 0
         for job in decoding[: max(1, self._most_tokens - reserved)]:
             self._take(job, 1, work)
@@ -99,6 +104,24 @@ class Scheduler:
             self.queue.charge(job.key, max(0, stop - max(job.charged, chunks[0].cached)))
             job.charged = max(job.charged, stop)
         return begun, work
+
+    def lacking(self) -> Job | None:
+        """Return the job whose turn it is to have an image encoded."""
+        return next((job for job in self._prompts() if not self._sight.sees(job.sequence, self._step_tokens)), None)
+
+    def look(self, job: Job, seconds: float) -> None:
+        """Encode for so many seconds, or one piece, what a job is `lacking`, if there is room for it now.
+
+        Raises: EngineError, MemoryBudgetError, which concern this job alone.
+        """
+        beside = [other.sequence for other in self.running if other is not job]
+        self._sight.look(job.sequence, beside, self._step_tokens, seconds)
+
+    def _in_turn(self) -> list[Job]:
+        return sorted(self.running, key=lambda job: job.turn)
+
+    def _prompts(self) -> list[Job]:
+        return [job for job in self._in_turn() if job.sequence.remaining > 1]
 
     def end(self, job: Job) -> None:
         """Take a job out of the running ones or of the queue; its pages are the caller's business."""

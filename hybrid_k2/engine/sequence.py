@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from hybrid_k2.engine.sampling import Sampler
 from hybrid_k2.errors import RequestError
 from hybrid_k2.model.batch import Chunk
 from hybrid_k2.protocol import Event
+from hybrid_k2.protocol.images import Image, image_of_token, is_image_token
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,6 +35,8 @@ class TokenSequence:
     bits. Blocks begin at multiples of `block_tokens`, however many of them a step computes. Where that is 1, a token
     has the same bits in any chunk: prompts are cut anywhere, and everything can be repeated. Without a seed they are
     cut anywhere, too: attention to one large chunk costs less than to the blocks in it.
+
+    Some tokens of a prompt may be rows of `images`, which are named by their digests.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class TokenSequence:
         block_tokens: int,
         logprobs: LogprobReader | None = None,
         guide: Guide | None = None,
+        images: Mapping[int, Image] = MappingProxyType({}),
     ) -> None:
         """Start with nothing cached. Choices of one request share `prompt_ids`, which is copied when the reply begins.
 
@@ -62,6 +67,8 @@ class TokenSequence:
         self.sampler = sampler
         self.output = output
         self.block_tokens = block_tokens
+        self.images = images
+        self._image_places = image_places(prompt_ids) if images else []
         self.salt = ""  # which prefixes it may share: those of sequences with the same one
         self.pages: list[int] = []
         self.cached = 0
@@ -108,6 +115,11 @@ class TokenSequence:
     def reads_prompt(self) -> bool:
         """Whether all of the prompt must be computed, for log probabilities of it are missing."""
         return self.params.prompt_logprobs and len(self._prompt_logprobs) < self.prompt_tokens - 1
+
+    def images_within(self, limit: int) -> list[int]:
+        """List the images, by their digests, that have rows in `next_chunks` of this limit."""
+        stop = self.cached + max(limit, self.next_tokens)
+        return [digest for digest, first, last in self._image_places if first < stop and last > self.cached]
 
     def logprobs_after(self, count: int) -> tuple[TokenLogprob, ...]:
         """Log probabilities of the reply's tokens behind the first so many."""
@@ -249,6 +261,17 @@ def _without(allowed: NDArray[np.bool_] | None, ids: Collection[int], vocab_size
     mask = np.ones(vocab_size, np.bool_) if allowed is None else allowed.copy()
     mask[[*ids]] = False
     return mask
+
+
+def image_places(tokens: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Find the images among tokens: digest, first token, and the one behind the last."""
+    found: list[tuple[int, int, int]] = []
+    for place, token in enumerate(tokens):
+        if is_image_token(token):
+            digest, row = image_of_token(token)
+            first = place if row == 0 else found.pop()[1]
+            found.append((digest, first, place + 1))
+    return found
 
 
 def cut(

@@ -41,6 +41,7 @@ log = logging.getLogger("hybrid_k2")
 
 OnEvent = Callable[[ServiceEvent], None]
 _RETRY_S = (1.0, 60.0)  # the least and the most that a client is told to wait
+_LOOK_S = 0.05  # at a time, where an image is all there is to do
 _HOPELESS = 2  # so many requests that fail one after the other, and none that does not
 _NEW_SHARE = 0.1  # of the latest request in the running average of how long one takes
 
@@ -103,6 +104,7 @@ class Service:
         self._scheduler = Scheduler(
             self._runner.cache,
             self._runner.prefix,
+            self._runner.sight,
             step_tokens=options.step_tokens or engine.plan.chunk_tokens,
             most_tokens=engine.plan.batch_tokens,
             max_running=options.max_running,
@@ -190,6 +192,7 @@ class Service:
                 if self._options.cache_path is not None and self._broken is None:
                     save_prefixes(self._runner.prefix, self._options.cache_path, fingerprint(self._engine.loaded))
                 self._runner.prefix.set_ram(0)
+                self._runner.sight.forget()
 
     def __enter__(self) -> Service:
         return self
@@ -302,8 +305,24 @@ class Service:
         begun, work = self._scheduler.next_step()
         for job in begun:
             self._begin(job)
-        if not work:
-            return
+        start = time.perf_counter()
+        if work:
+            self._compute_step(work)
+        lacking = self._scheduler.lacking()
+        if lacking is not None:
+            # Beside others for as long as they were computed; alone until it is time to look who was cancelled.
+            self._look(lacking, time.perf_counter() - start if work else _LOOK_S)
+
+    def _look(self, job: Job, seconds: float) -> None:
+        """Encode an image that a prompt cannot go on without."""
+        start = time.perf_counter()
+        try:
+            self._scheduler.look(job, seconds)
+        except Exception as error:
+            self._fail(job, _as_error(error))
+        job.sequence.prefill_s += time.perf_counter() - start
+
+    def _compute_step(self, work: dict[Job, Work]) -> None:
         prompts = {job: sum(len(chunk.token_ids) for chunk in work[job][1]) for job in work if not job.prompt_done}
         start = time.perf_counter()
         results = self._compute(work)

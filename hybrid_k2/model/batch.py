@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from hybrid_k2.model.devices import upload
+from hybrid_k2.protocol.images import image_of_token, is_image_token
 
 # Behind so many tokens, attention takes a row as many multiplications as the rest of its layer on the accelerator
 # (about that at the sizes of K2.6; to cut a batch in two it need not be exact).
@@ -25,6 +27,7 @@ class Chunk:
     after each token.
     `follows`: it goes on where the chunk before it in the batch ends. A sequence's bits depend on the chunks that it is
     cut into, not on how many of them one batch holds.
+    An id may stand for a row of an image (protocol/images.py).
     """
 
     token_ids: Sequence[int]
@@ -77,10 +80,27 @@ class Places:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """Give the rows of a batch that come from images in place of the embedding.
+
+    Shapes: rows [M] int64, ascending; features [M, hidden]; on the host.
+    """
+
+    rows: Tensor
+    features: Tensor
+
+    def part(self, start: int, stop: int) -> Seen | None:
+        """Return what lies within rows start..stop-1, counted from `start`."""
+        first, last = (int(edge) for edge in torch.searchsorted(self.rows, torch.tensor([start, stop])))
+        return Seen(self.rows[first:last] - start, self.features[first:last]) if first < last else None
+
+
+@dataclass(frozen=True)
 class Batch:
     """Hold the tokens of one forward pass, sequence after sequence.
 
     `spans` says the same as `sequences` in numbers: first row, rows, cached tokens, first entry of `page_table`.
+    `seen` are rows of images, whose token ids mean nothing.
     Shapes: token_ids, positions [T] int64; logit_rows [R] int64, the rows whose logits are wanted; page_table [P]
     int64, the pages of one sequence after the other; spans [S, 4] int64; all on the host, until `to` moves some.
     """
@@ -92,12 +112,17 @@ class Batch:
     page_table: Tensor
     spans: Tensor
     places: Places | None = None
+    seen: Seen | None = None
 
     @classmethod
-    def build(cls, chunks: Sequence[Chunk], all_logits: bool = False) -> Batch:
+    def build(
+        cls, chunks: Sequence[Chunk], all_logits: bool = False, features: Mapping[int, Tensor] | None = None
+    ) -> Batch:
         """Lay chunks one after the other; with `all_logits`, ask for the logits of every row.
 
-        Raises: ValueError for a batch or chunk without tokens, or a negative `cached`.
+        features: of the images that the chunks have tokens of, by their digests; [tokens of the image, hidden] each.
+        Raises: ValueError for a batch or chunk without tokens, or a negative `cached`; KeyError for an image without
+        features.
         """
         if not chunks:
             raise ValueError("batch: expected at least one chunk, got none")
@@ -118,6 +143,7 @@ class Batch:
             slices.append(_slice(start, stop, chunk))
             spans.append((start, stop - start, chunk.cached, pages))
             pages += len(chunk.pages)
+        seen = _take_images(ids, features or {})
         return cls(
             token_ids=torch.tensor(ids, dtype=torch.int64),
             positions=torch.cat(positions),
@@ -125,6 +151,7 @@ class Batch:
             logit_rows=torch.tensor(rows, dtype=torch.int64),
             page_table=torch.cat([sequence.pages for sequence in slices]),
             spans=torch.tensor(spans, dtype=torch.int64),
+            seen=seen,
         )
 
     def to(self, device: torch.device, page_tokens: int | None = None) -> Batch:
@@ -180,7 +207,21 @@ class Batch:
             logit_rows=rows[(rows >= start) & (rows < stop)] - start,
             page_table=self.page_table[page:end_page],
             spans=self.spans[first:last] - torch.tensor([start, 0, 0, page]),
+            seen=None if self.seen is None else self.seen.part(start, stop),
         )
+
+
+def _take_images(ids: list[int], features: Mapping[int, Tensor]) -> Seen | None:
+    """Replace the ids of image rows by 0, and gather these rows."""
+    if not is_image_token(max(ids)):
+        return None
+    rows = [row for row, token in enumerate(ids) if is_image_token(token)]
+    parts: list[Tensor] = []
+    for digest, run in groupby((image_of_token(ids[row]) for row in rows), key=itemgetter(0)):
+        parts.append(features[digest][[row for _, row in run]])
+    for row in rows:
+        ids[row] = 0
+    return Seen(torch.tensor(rows), torch.cat(parts))
 
 
 def _slice(start: int, stop: int, chunk: Chunk) -> SequenceSlice:

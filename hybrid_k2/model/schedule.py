@@ -178,9 +178,12 @@ class Half:
 
 
 def embedded(batch: Batch, embedding: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Look up the rows of a batch, and bring them to a device. Shapes: -> [T, hidden]."""
+    """Look up the rows of a batch, or take those of images, and bring them to a device. Shapes: -> [T, hidden]."""
     ids = upload(batch.token_ids, embedding.device)
-    return upload(functional.embedding(ids, embedding).to(dtype), device)
+    rows = upload(functional.embedding(ids, embedding).to(dtype), device)
+    if batch.seen is not None:
+        rows[upload(batch.seen.rows, device)] = upload(batch.seen.features.to(dtype), device)
+    return rows
 
 
 def through_layers(

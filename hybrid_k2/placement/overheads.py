@@ -33,6 +33,7 @@ GRAPH_BYTES_PER_LAYER = 256 * KIB  # some 30 launches, by common experience 8 Ki
 ROUNDING_BYTES = MIB  # the allocator gives large tensors whole 2 MiB: half of that is lost with each
 MATRICES = {"attention": 5, "router": 1, "dense_mlp": 3, "shared_experts": 3, "embedding": 1, "lm_head": 1}
 FP32_BYTES = 4
+FEATURE_ROWS = 8192  # of encoded images that wait for their prompts: two of the largest (engine/sight.py)
 IMAGE_PATCHES = 17928  # of the largest image: 4482 tokens (protocol/images.py)
 IMAGE_PIECE = 2048  # patches that are computed with at a time (model/vision.py)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 
 from starlette.requests import Request
@@ -32,11 +33,14 @@ async def answer_chat(
 ) -> Response:
     """Hand a chat to the service, and write what comes back: as `frames`, or `whole` as JSON.
 
-    Raises: ApiError before anything is sent; ClientGoneError.
+    Raises: ApiError, RequestError before anything is sent; ClientGoneError.
     """
     served = context.backend.ready()
+    model = served.model
+    messages = await context.images.read_messages(request, chat.messages, model.images, model.context_tokens)
+    chat = replace(chat, messages=messages)
     run = Run(served.service, context.metrics, request.state.log)
-    build = partial(chat.service_request, served.model.tokenizer, request.state.owner, context.options.limits)
+    build = partial(chat.service_request, model.tokenizer, request.state.owner, context.options.limits)
 
     async def submit() -> None:
         with in_words_of(_NAMES):

@@ -18,7 +18,7 @@ from hybrid_k2.server.chat import Chat
 from hybrid_k2.server.context import Context
 from hybrid_k2.server.conversation import check_messages, check_tools, read_tool_choice
 from hybrid_k2.server.errors import in_words_of, json_response
-from hybrid_k2.server.models import count_prompt_tokens
+from hybrid_k2.server.models import Messages, count_tokens
 from hybrid_k2.server.openai_usage import new_id
 from hybrid_k2.server.run import Run
 
@@ -69,15 +69,15 @@ def message_routes(context: Context) -> APIRouter:
         with in_words_of(OWN_NAMES):
             body = await read_body(request, PromptFields)
             context.check_model(body.model)
-            body.check_fixed()
-            count = await asyncio.to_thread(count_input_tokens, body, context)
+            messages, tools = await asyncio.to_thread(check_prompt, body, context)
+            count = await count_tokens(request, context, messages, tools, body.read_thinking())
             return json_response({"input_tokens": count})
 
     return router
 
 
-def count_input_tokens(body: PromptFields, context: Context) -> int:
-    """Count the tokens of the prompt that a message would have. Raises: ApiError, RequestError."""
+def check_prompt(body: PromptFields, context: Context) -> tuple[Messages, Messages]:
+    """Return the messages and tools of the prompt that a message would have. Raises: ApiError."""
     limits = context.options.limits
-    messages, tools = check_messages(body.chat_messages(), limits), check_tools(body.chat_tools(), limits)
-    return count_prompt_tokens(context.backend.ready().model, messages, tools, body.read_thinking())
+    body.check_fixed()
+    return check_messages(body.chat_messages(), limits), check_tools(body.chat_tools(), limits)

@@ -1,7 +1,7 @@
 """The body of Anthropic's Messages API, and what it becomes: the messages, tools and parameters of a chat.
 
-Text stays text; a `thinking` block of an earlier turn becomes that turn's reasoning; `tool_use` becomes a call, and
-each `tool_result` a message of its own before the user's text.
+Texts and images stay what they are; a `thinking` block of an earlier turn becomes that turn's reasoning; `tool_use`
+becomes a call, and each `tool_result` a message of its own before the user's text.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from hybrid_k2.engine.params import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS
 from hybrid_k2.errors import shown
 from hybrid_k2.server.body import AnyObject, Body, check_fields, text_field
 from hybrid_k2.server.errors import bad_request
+from hybrid_k2.server.images import FILE_SCHEME, IMAGE_TYPES, image_part
 from hybrid_k2.server.sampling import SamplingFields
 from hybrid_k2.server.thinking import Thinking
 
@@ -27,11 +28,13 @@ _TOOL_FIELDS = frozenset(
 )
 _BLOCK_FIELDS = {
     "text": {"text", "citations"},
+    "image": {"source"},
     "thinking": {"thinking", "signature"},
     "redacted_thinking": {"data"},
     "tool_use": {"id", "name", "input", "caller"},
     "tool_result": {"tool_use_id", "content", "is_error"},
 }
+_SOURCE_FIELDS = {"base64": ("type", "media_type", "data"), "file": ("type", "file_id")}
 _EVERY_BLOCK = {"type", "cache_control"}  # a hint to caches; here every prefix is cached
 
 
@@ -210,37 +213,69 @@ def _read_user(role: str, blocks: list[tuple[Any, str]]) -> list[dict[str, Any]]
         kind = _kind(block, place)
         if kind == "text":
             parts.append({"type": "text", "text": text_field(block, "text", place)})
+        elif kind == "image":
+            parts.append(_read_image(block, place))
         elif kind == "tool_result":
             results.append(
                 {
                     "role": "tool",
                     "tool_call_id": text_field(block, "tool_use_id", place),
-                    "content": _result_text(block, place),
+                    "content": _result_content(block, place),
                 }
             )
         else:
-            raise bad_request(f"{place}.type", f"expected text or tool_result in a message of {role}, got {kind}")
+            raise bad_request(
+                f"{place}.type", f"expected text, image or tool_result in a message of {role}, got {kind}"
+            )
     return results + ([{"role": role, "content": parts}] if parts or not results else [])
 
 
-def _result_text(block: Mapping[str, Any], place: str) -> str:
+def _read_image(block: Mapping[str, Any], place: str) -> dict[str, Any]:
+    source, here = block.get("source"), f"{place}.source"
+    if not isinstance(source, Mapping):
+        raise bad_request(here, f"expected an object, got {shown(source)}")
+    kind = source.get("type")
+    if not isinstance(kind, str) or kind not in _SOURCE_FIELDS:
+        why = ": this server opens no connection for a request" if kind == "url" else ""
+        raise bad_request(f"{here}.type", f"expected base64 or file, got {shown(kind)}{why}")
+    check_fields(source, _SOURCE_FIELDS[kind], here, f"a source of type {kind}")
+    if kind == "file":
+        return image_part(FILE_SCHEME + text_field(source, "file_id", here), f"{here}.file_id")
+    media_type, data = source.get("media_type"), text_field(source, "data", here)
+    if media_type not in IMAGE_TYPES:
+        raise bad_request(f"{here}.media_type", f"expected one of {', '.join(IMAGE_TYPES)}, got {shown(media_type)}")
+    return image_part(f"data:{media_type};base64,{data}", f"{here}.data")
+
+
+def _result_content(block: Mapping[str, Any], place: str) -> str | list[dict[str, Any]]:
+    """Return the result of a tool as one text, or as parts where there is an image. Raises: ApiError."""
     content = block.get("content")
     if content is None or isinstance(content, str):
-        text = content or ""
+        parts = [{"type": "text", "text": content or ""}]
     elif isinstance(content, list):
-        texts = []
-        for number, part in enumerate(content):
-            here = f"{place}.content[{number}]"
-            if _kind(part, here) != "text":
-                raise bad_request(f"{here}.type", f"expected text, got {shown(part['type'])}")
-            texts.append(text_field(part, "text", here))
-        text = "\n".join(texts)
+        parts = [_read_result(part, f"{place}.content[{number}]") for number, part in enumerate(content)]
     else:
-        raise bad_request(f"{place}.content", f"expected a text or a list of text blocks, got {shown(content)}")
+        raise bad_request(f"{place}.content", f"expected a text or a list of blocks, got {shown(content)}")
     is_error = block.get("is_error")
     if not isinstance(is_error, (bool, type(None))):
         raise bad_request(f"{place}.is_error", f"expected true or false, got {shown(is_error)}")
-    return f"Error: {text}" if is_error else text
+    for part in parts[:-1]:
+        if part["type"] == "text":
+            part["text"] += "\n"  # after an image the prompt has one anyway
+    if is_error:
+        parts.insert(0, {"type": "text", "text": "Error: "})
+    if any(part["type"] == "image" for part in parts):
+        return parts
+    return "".join(part["text"] for part in parts)
+
+
+def _read_result(part: Any, place: str) -> dict[str, Any]:
+    kind = _kind(part, place)
+    if kind == "text":
+        return {"type": "text", "text": text_field(part, "text", place)}
+    if kind == "image":
+        return _read_image(part, place)
+    raise bad_request(f"{place}.type", f"expected text or image, got {kind}")
 
 
 def _read_assistant(role: str, blocks: list[tuple[Any, str]]) -> list[dict[str, Any]]:

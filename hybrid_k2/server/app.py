@@ -18,7 +18,9 @@ from hybrid_k2.server.auth import OPEN_PATHS, ApiKeys, Authentication
 from hybrid_k2.server.backend import Backend
 from hybrid_k2.server.context import Context
 from hybrid_k2.server.errors import ApiError, api_error, error_response, logged
+from hybrid_k2.server.file_store import FileStore
 from hybrid_k2.server.files import file_routes
+from hybrid_k2.server.images import ImageReader
 from hybrid_k2.server.limits import RequestLimits
 from hybrid_k2.server.metrics import Metrics
 from hybrid_k2.server.models import model_routes
@@ -35,8 +37,8 @@ _METHODS = ("GET", "POST", "DELETE")  # of all routes, beside HEAD, which is ans
 
 def create_app(backend: Backend, options: ServerOptions) -> FastAPI:
     """Return the application over a backend, which may still be loading."""
-    metrics = Metrics(backend)
-    context = Context(backend, options, metrics, int(time.time()))
+    metrics, files = Metrics(backend), FileStore()
+    context = Context(backend, options, metrics, files, ImageReader(files, metrics), int(time.time()))
     # The pages of the documentation would load scripts from elsewhere; the description itself is served.
     # A redirect to the same path without its last slash would go to http, also where a proxy has TLS before it.
     app = FastAPI(title="hybrid-k2", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)

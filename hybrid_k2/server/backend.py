@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from hybrid_k2.experts.usage import ExpertUse
 from hybrid_k2.placement import Plan
-from hybrid_k2.protocol import Tokenizer
+from hybrid_k2.protocol import ImageFormat, Tokenizer
 from hybrid_k2.server.errors import loading, shutting_down
 
 if TYPE_CHECKING:
@@ -20,6 +20,11 @@ class Model(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def images(self) -> ImageFormat | None:
+        """How the model wants its images; None for one that reads text only."""
+        ...
 
     @property
     def context_tokens(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from hybrid_k2.server.thinking import Thinking
 class Chat:
     """What a chat asks for, its fields checked; `service_request` does what takes time."""
 
-    messages: list[dict[str, Any]]
+    messages: Sequence[Mapping[str, Any]]
     tools: list[dict[str, Any]]
     tool_choice: str  # auto, none, required, or =NAME
     parallel: bool  # whether several calls may come at once

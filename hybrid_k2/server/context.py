@@ -9,6 +9,8 @@ from starlette.requests import Request
 from hybrid_k2.errors import shown
 from hybrid_k2.server.backend import Backend
 from hybrid_k2.server.errors import ApiError
+from hybrid_k2.server.file_store import FileStore
+from hybrid_k2.server.images import ImageReader
 from hybrid_k2.server.metrics import Metrics
 from hybrid_k2.server.options import ServerOptions
 from hybrid_k2.server.run import Run
@@ -16,11 +18,13 @@ from hybrid_k2.server.run import Run
 
 @dataclass(frozen=True)
 class Context:
-    """The server's backend, options and metrics."""
+    """The server's backend, options and metrics, the clients' files, and what decodes images."""
 
     backend: Backend
     options: ServerOptions
     metrics: Metrics
+    files: FileStore
+    images: ImageReader
     created: int  # when the server started, in seconds since 1970
 
     def check_model(self, name: str | None) -> str:

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hybrid_k2.errors import shown
-from hybrid_k2.protocol.messages import MEDIA_OF_TYPE
 from hybrid_k2.server.body import check_fields
 from hybrid_k2.server.errors import bad_request
+from hybrid_k2.server.images import GivenImage, check_detail, given_images, image_part
 from hybrid_k2.server.options import Limits
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -22,20 +22,28 @@ _OF_ROLE = {
     "assistant": frozenset({"tool_calls", "reasoning_content", "reasoning", "refusal"}),
     "tool": frozenset({"tool_call_id"}),
 }
-# A hint to caches of other servers; here every prefix is cached.
-_PART_FIELDS = frozenset({"type", "text", "cache_control", "image_url", "video_url", "image", "video"})
+_EVERY_PART = {"type", "cache_control"}  # a hint to caches of other servers; here every prefix is cached
+_PART_FIELDS = {"text": {"text"}, "image_url": {"image_url"}, "image": {"image"}}
 _TOOL_FIELDS = frozenset({"type", "function", "cache_control"})
 _FUNCTION_FIELDS = frozenset({"name", "description", "parameters", "strict"})
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.$-]{1,128}")
 
 
 def check_messages(messages: Sequence[Any], limits: Limits) -> list[dict[str, Any]]:
-    """Return the messages without null fields; a developer speaks as the system. Raises: ApiError."""
+    """Return the messages without null fields, each image a `GivenImage`; a developer speaks as the system.
+
+    Raises: ApiError.
+    """
     if not messages:
         raise bad_request("messages", "expected at least one message, got none")
     if len(messages) > limits.messages:
         raise bad_request("messages", f"expected at most {limits.messages}, got {len(messages)}")
-    return [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    checked = [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    images = list(given_images(checked))
+    if len(images) > limits.images:
+        problem = f"expected at most {limits.images} images in a request, got {len(images)}"
+        raise bad_request(images[limits.images].place, problem)
+    return checked
 
 
 def _check_message(message: Any, place: str) -> dict[str, Any]:
@@ -58,11 +66,23 @@ def _check_message(message: Any, place: str) -> dict[str, Any]:
 def _check_part(part: Any, place: str) -> Any:
     if not isinstance(part, Mapping):
         raise bad_request(place, f"expected an object, got {shown(part)}")
-    kind = part.get("type")
-    if kind not in (None, "text") and not (isinstance(kind, str) and kind in MEDIA_OF_TYPE):
-        raise bad_request(f"{place}.type", f"expected text, got {shown(kind)}")
-    check_fields(part, _PART_FIELDS, place, "a part of a message")
-    return part
+    kind = "text" if part.get("type") is None else part["type"]
+    if not isinstance(kind, str) or kind not in _PART_FIELDS:
+        video = ": this version reads no video" if kind in ("video", "video_url") else ""
+        raise bad_request(f"{place}.type", f"expected text or image_url, got {shown(kind)}{video}")
+    check_fields(part, _EVERY_PART | _PART_FIELDS[kind], place, f"a part of type {kind}")
+    if kind == "text" or isinstance(part.get("image"), GivenImage):
+        return part
+    return _read_image(part.get(kind), f"{place}.{kind}")
+
+
+def _read_image(image: Any, place: str) -> dict[str, Any]:
+    """Read `{"url": ..., "detail": ...}`, or the URL alone. Raises: ApiError."""
+    if not isinstance(image, Mapping):
+        return image_part(image, place)
+    check_fields(image, ("url", "detail"), place, "an image")
+    check_detail(image.get("detail"), place)
+    return image_part(image.get("url"), f"{place}.url")
 
 
 def check_tools(tools: Sequence[Any] | None, limits: Limits) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -46,10 +46,18 @@ class RequestLimits:
             await self._app(scope, receive, send)
             return
         body = _Body()
+
+        def hold(more: int) -> None:
+            """Count what the body became, in bytes, until the answer is whole. Raises: ApiError if there is no room."""
+            self._check_room(more, body.weight)
+            body.weight += more
+            self._weight += more
+
+        scope.setdefault("state", {})["hold"] = hold
         try:
             try:
                 self._check_headers(scope)
-                await self._read(body, receive)
+                await self._read(body, receive, hold)
             except ApiError as error:
                 state = scope.get("state", {})
                 state.get("log", {}).update(logged(error))
@@ -83,7 +91,7 @@ class RequestLimits:
                 self._check_size(length)
                 self._check_room(length, 0)
 
-    async def _read(self, body: _Body, receive: Receive) -> None:
+    async def _read(self, body: _Body, receive: Receive, hold: Callable[[int], None]) -> None:
         """Read the whole body. Raises: ApiError, ClientGoneError."""
         parts: list[bytes] = []
         size = 0
@@ -101,10 +109,8 @@ class RequestLimits:
             size += len(part)
             self._check_size(size)
             weight = len(part) + VALUE_BYTES * part.count(b",")
-            self._check_room(weight, body.weight)
+            hold(weight)
             parts.append(part)
-            body.weight += weight
-            self._weight += weight
         body.content = b"".join(parts)
 
     async def _drop_rest(self, receive: Receive) -> None:

@@ -46,6 +46,7 @@ class Metrics:
         self._registry.register(_ServiceCollector(backend))
         self._responses = self._counter("http_responses", "Responses, by route and status.", ("route", "status"))
         self._refusals = self._counter("admission_rejections", "Requests refused for a full queue.", ("reason",))
+        self._images = self._counter("images", "Images that were read.", ())
         self._ends = self._counter("request_success", "Choices that ended, by finish reason.", ("finished_reason",))
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first piece of a reply.")
         self._next = self._histogram("inter_token_latency_seconds", "Between two pieces of a reply.")
@@ -61,6 +62,10 @@ class Metrics:
         """Count a request that the queue did not take."""
         if error.status in (429, 503):
             self._refusals.labels(error.code or "other").inc()
+
+    def image(self) -> None:
+        """Count an image that was decoded for a request."""
+        self._images.inc()
 
     def piece(self, seconds: float, *, first: bool) -> None:
         """Take the time to a piece of a reply, from the request's arrival or from the piece before."""

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from hybrid_k2 import __version__
 from hybrid_k2.errors import ContextLengthError
-from hybrid_k2.protocol import canonical_history, encode_prompt, expand_builtins
+from hybrid_k2.protocol import canonical_history, encode_chat, expand_builtins
 from hybrid_k2.server.backend import Model
 from hybrid_k2.server.body import AnyObject, Body, body_schema, read_body
 from hybrid_k2.server.context import Context
@@ -20,6 +20,7 @@ from hybrid_k2.server.conversation import check_messages, check_tools
 from hybrid_k2.server.errors import json_response
 from hybrid_k2.server.thinking import Thinking, read_thinking
 
+Messages = Sequence[Mapping[str, Any]]
 COUNTED_CONTEXTS = 4  # more tokens are not counted: that takes long, and helps nobody to shorten a prompt
 
 
@@ -72,27 +73,38 @@ def model_routes(context: Context) -> APIRouter:
         """Count the tokens of a prompt, as a chat request would have them."""
         body = await read_body(request, EstimateRequest)
         context.check_model(body.model)
-        count = await asyncio.to_thread(_estimate, body, context)
+        messages, tools, thinking = await asyncio.to_thread(_check_estimate, body, context)
+        count = await count_tokens(request, context, messages, tools, thinking)
         return json_response({"code": 0, "data": {"total_tokens": count}, "status": True})
 
     return router
 
 
-def _estimate(body: EstimateRequest, context: Context) -> int:
+def _check_estimate(body: EstimateRequest, context: Context) -> tuple[Messages, Messages, Thinking]:
     limits = context.options.limits
-    messages, tools = check_messages(body.messages, limits), check_tools(body.tools, limits)
-    return count_prompt_tokens(context.backend.ready().model, messages, tools, read_thinking(body.thinking))
+    return check_messages(body.messages, limits), check_tools(body.tools, limits), read_thinking(body.thinking)
 
 
-def count_prompt_tokens(
-    model: Model, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], thinking: Thinking
+async def count_tokens(
+    request: Request, context: Context, messages: Messages, tools: Messages, thinking: Thinking
 ) -> int:
-    """Count the tokens of a conversation as the engine will encode it, up to some contexts. Raises: RequestError."""
+    """Count the tokens of a conversation as the engine will encode it, up to some contexts.
+
+    Raises: ApiError, RequestError, ClientGoneError.
+    """
+    model = context.backend.ready().model
     most = COUNTED_CONTEXTS * model.context_tokens
+    messages = await context.images.read_messages(request, messages, model.images, most)
+    return await asyncio.to_thread(_count_tokens, model, messages, tools, thinking, most)
+
+
+def _count_tokens(model: Model, messages: Messages, tools: Messages, thinking: Thinking, most: int) -> int:
     messages, _ = canonical_history(messages)
     declared = expand_builtins(tools, thinking.on)
-    count = len(encode_prompt(model.tokenizer, messages, declared, thinking.on, thinking.keep, most=most))
-    if count > most:
+    ids, _ = encode_chat(
+        model.tokenizer, messages, declared, thinking.on, thinking.keep, images=model.images, most=most
+    )
+    if (count := len(ids)) > most:
         raise ContextLengthError(f"messages: expected at most {most} tokens to count, got {count} or more")
     return count
 
@@ -108,6 +120,6 @@ def _model(context: Context, name: str) -> dict[str, Any]:
         "context_length": served.model.context_tokens if served else None,
         "max_model_len": served.model.context_tokens if served else None,
         "supports_reasoning": True,
-        "supports_image_in": False,
+        "supports_image_in": served is not None and served.model.images is not None,
         "supports_video_in": False,
     }

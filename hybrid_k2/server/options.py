@@ -24,6 +24,7 @@ class Limits:
     write_s: float = 60.0  # in which a client must take some of what was written
     headers: int = 100
     header_bytes: int = 64 * 2**10
+    images: int = 32  # of one request
     messages: int = 10_000  # the context of K2.6 holds no more
     tools: int = 128  # as the official API
     choices: int = MAX_CHOICES  # n, times the prompts of a text completion

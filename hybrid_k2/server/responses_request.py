@@ -14,6 +14,7 @@ from hybrid_k2.engine.params import MAX_LOGPROBS
 from hybrid_k2.errors import shown
 from hybrid_k2.server.body import AnyObject, Body, check_fields, text_field
 from hybrid_k2.server.errors import bad_request
+from hybrid_k2.server.images import FILE_SCHEME, check_detail, image_part
 from hybrid_k2.server.sampling import CacheSalt, SamplingFields
 from hybrid_k2.server.thinking import Thinking, read_thinking
 
@@ -26,7 +27,9 @@ _ITEM_FIELDS = {
     "function_call_output": {"call_id", "output"},
 }
 _EVERY_ITEM = {"type", "id", "status"}
-_PART_FIELDS = {"type", "text", "annotations", "logprobs"}
+_TEXT_TYPES = ("input_text", "output_text", "reasoning_text", "summary_text", "text")
+_TEXT_FIELDS = {"type", "text", "annotations", "logprobs"}
+_IMAGE_FIELDS = {"type", "image_url", "file_id", "detail"}
 _LOGPROBS = "message.output_text.logprobs"
 # Reasoning comes in the clear, so that a client that asks for its sealed form can send it back just as well.
 _INCLUDED = (_LOGPROBS, "reasoning.encrypted_content")
@@ -185,7 +188,8 @@ def _read_item(item: Any, place: str) -> dict[str, Any]:
         role = item.get("role")
         if role not in ("user", "assistant", "system", "developer"):
             raise bad_request(f"{place}.role", f"expected user, assistant, system or developer, got {shown(role)}")
-        return {"role": role, "content": _joined(item.get("content"), f"{place}.content")}
+        read = _joined if role == "assistant" else _content
+        return {"role": role, "content": read(item.get("content"), f"{place}.content")}
     if kind == "reasoning":
         parts = item.get("content") or item.get("summary") or []
         return {"role": "assistant", "content": "", "reasoning_content": _joined(parts, f"{place}.content")}
@@ -197,26 +201,57 @@ def _read_item(item: Any, place: str) -> dict[str, Any]:
             "content": "",
             "tool_calls": [{"id": call_id, "type": "function", "function": function}],
         }
-    return {"role": "tool", "tool_call_id": call_id, "content": _joined(item.get("output"), f"{place}.output")}
+    return {"role": "tool", "tool_call_id": call_id, "content": _content(item.get("output"), f"{place}.output")}
 
 
 def _joined(content: Any, place: str) -> str:
+    """Return content as one text. Raises: ApiError, also for an image."""
+    return "".join(_read_text(part, here) for part, here in _parts(content, place))
+
+
+def _content(content: Any, place: str) -> str | list[dict[str, Any]]:
+    """Return content as one text, or as parts where there is an image. Raises: ApiError."""
+    given = list(_parts(content, place))
+    if not any(part.get("type") == "input_image" for part, _ in given):
+        return "".join(_read_text(part, here) for part, here in given)
+    return [
+        _read_image(part, here)
+        if part.get("type") == "input_image"
+        else {"type": "text", "text": _read_text(part, here)}
+        for part, here in given
+    ]
+
+
+def _parts(content: Any, place: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield the parts of content, each with its place. Raises: ApiError."""
     if isinstance(content, str):
-        return content
+        yield {"type": "text", "text": content}, place
+        return
     if not isinstance(content, list):
         raise bad_request(place, f"expected a text or a list of parts, got {shown(content)}")
-    return "".join(_part_texts(content, place))
-
-
-def _part_texts(content: list[Any], place: str) -> Iterator[str]:
     for number, part in enumerate(content):
         here = f"{place}[{number}]"
         if not isinstance(part, Mapping):
             raise bad_request(here, f"expected an object, got {shown(part)}")
-        if part.get("type") not in ("input_text", "output_text", "reasoning_text", "summary_text", "text"):
-            raise bad_request(f"{here}.type", f"expected a text, got {shown(part.get('type'))}")
-        check_fields(part, _PART_FIELDS, here, "a text")
-        yield text_field(part, "text", here)
+        yield part, here
+
+
+def _read_text(part: Mapping[str, Any], place: str) -> str:
+    if part.get("type") not in _TEXT_TYPES:
+        raise bad_request(f"{place}.type", f"expected a text, got {shown(part.get('type'))}")
+    check_fields(part, _TEXT_FIELDS, place, "a text")
+    return text_field(part, "text", place)
+
+
+def _read_image(part: Mapping[str, Any], place: str) -> dict[str, Any]:
+    check_fields(part, _IMAGE_FIELDS, place, "an image")
+    check_detail(part.get("detail"), place)
+    url, file_id = part.get("image_url"), part.get("file_id")
+    if (url is None) is (file_id is None):
+        raise bad_request(place, f"expected image_url or file_id, got {'neither' if url is None else 'both'}")
+    if file_id is None:
+        return image_part(url, f"{place}.image_url")
+    return image_part(FILE_SCHEME + text_field(part, "file_id", place), f"{place}.file_id")
 
 
 def _read_tool(tool: Any, place: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from hybrid_k2.experts import isa_facts
 from hybrid_k2.native import NATIVE_ERROR
-from tests.cli.conftest import Done
+from tests.cli.conftest import ONE_THREAD, Done, Pipes
 
 Call = Callable[..., Done]
 SMALL = (
@@ -135,3 +136,80 @@ def test_wrong_usage_of_overlap(call: Call, option: str, value: str) -> None:
     done = call("bench", "overlap", option, value)
     assert (done.code, done.out) == (2, "")
     assert option in done.err
+
+
+MODEL = ("bench", "model", *ONE_THREAD)
+FEW = ("--prompt", "3", "--sequences", "1,2", "--depth", "4", "--tokens", "2", "--repeat", "1")
+
+
+def test_a_model_as_json(call: Call, babbler: Path) -> None:
+    done = call("bench", "model", babbler, *ONE_THREAD, *FEW, "--json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    names = "model rules experts_backend threads raw_read_gbps peak_gops results"
+    assert list(report) == names.split()
+    names = "phase sequences depth tokens tokens_per_s ms experts read_bytes floor_ms share_of_floor"
+    assert all(list(result) == names.split() for result in report["results"])
+    assert [result["phase"] for result in report["results"]] == ["prompt", "decode", "decode"]
+    assert (report["model"], report["threads"]) == (str(babbler), 1)
+    for said in ("one_thread.yaml (as asked)", "weights read per decoded token", "ready after", "round 1 of 1"):
+        assert said in done.err
+
+
+def test_the_demo_model_as_a_table(call: Call) -> None:
+    done = call(*MODEL, *FEW, "--quiet")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("demo, by ")
+    assert [line.split()[0] for line in done.out.splitlines()[3:]] == ["prompt", "decode", "decode"]
+
+
+def test_a_model_on_the_twin(call: Call) -> None:
+    done = call("bench", "model", "--rules", "twin", *FEW, "--quiet", "--json")
+    assert (done.code, done.err) == (0, "")
+    assert [list(result["read_bytes"]) for result in json.loads(done.out)["results"]] == [["host"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--prompt", "0"),
+        ("--prompt", "1,x"),
+        ("--sequences", "65537"),
+        ("--depth", "0"),
+        ("--tokens", "0"),
+        ("--repeat", "0"),
+        ("--rules", " "),
+        ("--seed", "x"),
+    ],
+)
+def test_wrong_usage_of_model(call: Call, option: str, value: str) -> None:
+    done = call("bench", "model", option, value)
+    assert (done.code, done.out) == (2, "")
+    assert option in done.err
+
+
+def test_a_model_that_is_not_there(call: Call, tmp_path: Path) -> None:
+    done = call("bench", "model", tmp_path / "nothing")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.count("error: ") == 1
+    assert str(tmp_path / "nothing") in done.err
+
+
+def test_more_than_the_cache_holds_is_refused_before_weights_are_read(call: Call) -> None:
+    done = call(*MODEL, "--prompt", "100000")
+    assert (done.code, done.out) == (1, "")
+    assert "error: bench model: --prompt: expected at most 65536 tokens" in done.err
+    assert "ready after" not in done.err
+
+
+def test_ctrl_c_ends_a_measurement(start: Callable[..., Pipes], babbler: Path) -> None:
+    process = start("bench", "model", babbler, *ONE_THREAD, *FEW, "--repeat", "10000")
+    said = b""
+    while b"round 3 of" not in said:
+        said = process.stderr.readline()
+        assert said, "it ended by itself"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert out == b""
+    assert b"Traceback" not in err

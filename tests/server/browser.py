@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +24,34 @@ if TYPE_CHECKING:
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 WAIT_MS = 60_000  # a busy machine takes its time
 VIEW = {"width": 1100, "height": 720}
+# Texts and what lies behind them: no pair may have less contrast than AA wants.
+CONTRAST = """() => {
+  const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (colour) => {
+    const linear = (part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = parse(colour).map((part) => linear(part / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = getComputedStyle(at).backgroundColor;
+      if ((parse(colour)[3] ?? 1) > 0) return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const poor = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const text = [...element.childNodes].filter((node) => node.nodeType === 3).map((node) => node.data.trim()).join("");
+    if (!text || !element.checkVisibility({ visibilityProperty: true, opacityProperty: true })) continue;
+    const [one, other] = [getComputedStyle(element).color, behind(element)].map(light).sort();
+    if ((other + 0.05) / (one + 0.05) < 4.5) poor.push([text, (other + 0.05) / (one + 0.05)]);
+  }
+  return poor;
+}"""
+NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, a, canvas, dialog, nav, meter, #main img")]
+  .filter((each) => !(each.textContent.trim() || each.getAttribute("aria-label") || each.labels?.length
+    || each.getAttribute("aria-labelledby") || each.getAttribute("alt")))
+  .map((each) => each.outerHTML)"""
 
 
 @contextmanager
@@ -84,8 +112,8 @@ class Visit:
         self.page.keyboard.press("Enter")
 
     def until(self, expression: str, value: Any = None) -> None:
-        """Wait until JavaScript finds this true."""
-        self.page.wait_for_function(expression, arg=value)
+        """Wait until JavaScript finds this true; it is asked from here, as the page's policy forbids `eval` in it."""
+        eventually(lambda: self.page.evaluate(expression, value))
 
     def close(self) -> None:
         """Leave, and complain of what went wrong."""
@@ -100,6 +128,9 @@ class Visit:
     def _follow(self, request: Any) -> None:
         if not request.url.startswith(self.address):
             self.faults.append(f"a request to {request.url}")
+
+
+Go = Callable[..., Visit]
 
 
 def eventually(condition: Any) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import httpx
 import pytest
@@ -15,7 +16,11 @@ from hybrid_k2.protocol import Tokenizer
 from hybrid_k2.server.app import create_app
 from hybrid_k2.server.backend import Backend, Served
 from hybrid_k2.server.options import ServerOptions
+from tests.server.browser import Go, Visit, running_browser, site
 from tests.server.scripted import ScriptedService
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 Result = TypeVar("Result")
 
@@ -81,3 +86,23 @@ def make_client(service: ScriptedService) -> Callable[..., Client]:
 @pytest.fixture
 def client(make_client: Callable[..., Client]) -> Client:
     return make_client()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with running_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def go(browser: Browser, service: ScriptedService) -> Iterator[Go]:
+    """Visit a server with these options."""
+    with ExitStack() as stack:
+
+        def visit(context: dict[str, Any] | None = None, **options: Any) -> Visit:
+            address, backend = stack.enter_context(site(service, **options))
+            visit = Visit(browser, address, backend, **context or {})
+            stack.callback(visit.close)
+            return visit
+
+        yield visit

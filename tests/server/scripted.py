@@ -15,7 +15,7 @@ from hybrid_k2.engine.service_types import Failed, Finished, Piece, Progress, Se
 from hybrid_k2.errors import HybridK2Error
 from hybrid_k2.experts.usage import ExpertUse
 from hybrid_k2.placement import Plan
-from hybrid_k2.protocol import OutputParser, Tokenizer, canonical_history, encode_prompt
+from hybrid_k2.protocol import ImageFormat, OutputParser, Tokenizer, canonical_history, encode_chat
 
 
 @dataclass
@@ -48,6 +48,7 @@ class ScriptedService:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.context_tokens = 4096
+        self.images: ImageFormat | None = None  # a model that reads text only
         self.scripts: list[Script] = []
         self.requests: list[ServiceRequest] = []
         self.tickets: list[ScriptedTicket] = []
@@ -97,7 +98,9 @@ class ScriptedService:
             prompt = request.prompt
             return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         messages, _ = canonical_history(request.messages)
-        return encode_prompt(self.tokenizer, messages, request.tools, request.thinking, request.preserve_thinking)
+        thinking, keep = request.thinking, request.preserve_thinking
+        ids, _ = encode_chat(self.tokenizer, messages, request.tools, thinking, keep, images=self.images)
+        return ids
 
     def _play(
         self,

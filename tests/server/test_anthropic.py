@@ -199,7 +199,7 @@ def block(**fields: Any) -> dict[str, Any]:
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages[0].name"),
-        (block(type="image", source={}), "messages[0].content[0].type"),
+        (block(type="document", source={}), "messages[0].content[0].type"),
         (block(type="text", text=5), "messages[0].content[0].text"),
         (block(type="text", text="x", colour="red"), "messages[0].content[0].colour"),
         (block(type="tool_use", id="a", name="b", input={}), "messages[0].content[0].type"),

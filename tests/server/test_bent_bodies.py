@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hybrid_k2.protocol import Tokenizer
+from hybrid_k2.protocol import ImageFormat, Tokenizer
+from tests.pictures import coded, noise_png, uri
 from tests.server.conftest import Client
 from tests.server.scripted import Script, ScriptedService
 from tests.server.test_chat import PATH, THOUGHT, WEATHER, one_by_one
@@ -20,13 +21,23 @@ from tests.server.test_hostile import JSON, Endless
 FUNCTION: dict[str, Any] = dict(WEATHER["function"])
 PARAMETERS: dict[str, Any] = FUNCTION["parameters"]
 CALL = {"id": "functions.get_weather:0", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+IMAGE = noise_png(32, 20)
+INPUT_IMAGE = {"type": "input_image", "image_url": uri(IMAGE), "detail": "auto"}
+BLOCK = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": coded(IMAGE)}}
 # Bodies in which every route's fields are used, the parts of the fields too.
 RICH: dict[str, dict[str, Any]] = {
     PATH: {
         "model": "k2",
         "messages": [
             {"role": "system", "content": "a"},
-            {"role": "user", "name": "b", "content": [{"type": "text", "text": "c", "cache_control": None}]},
+            {
+                "role": "user",
+                "name": "b",
+                "content": [
+                    {"type": "text", "text": "c", "cache_control": None},
+                    {"type": "image_url", "image_url": {"url": uri(IMAGE), "detail": "low"}},
+                ],
+            },
             {"role": "assistant", "content": "d", "reasoning_content": "e", "tool_calls": [CALL]},
             {"role": "tool", "tool_call_id": CALL["id"], "content": [{"type": "text", "text": "f"}]},
             {"role": "assistant", "content": "g", "partial": True},
@@ -49,7 +60,7 @@ RICH: dict[str, dict[str, Any]] = {
         "max_tokens": 50,
         "system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}],
         "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "b", "citations": None}]},
+            {"role": "user", "content": [{"type": "text", "text": "b", "citations": None}, BLOCK]},
             {
                 "role": "assistant",
                 "content": [
@@ -65,7 +76,7 @@ RICH: dict[str, dict[str, Any]] = {
                         "type": "tool_result",
                         "tool_use_id": "f",
                         "is_error": True,
-                        "content": [{"type": "text", "text": "g"}],
+                        "content": [{"type": "text", "text": "g"}, BLOCK],
                     }
                 ],
             },
@@ -81,10 +92,14 @@ RICH: dict[str, dict[str, Any]] = {
         "model": "k2",
         "instructions": "a",
         "input": [
-            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "b"}]},
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "b"}, INPUT_IMAGE]},
             {"type": "reasoning", "id": "c", "summary": [], "content": [{"type": "reasoning_text", "text": "d"}]},
             {"type": "function_call", "call_id": "e", "name": "get_weather", "arguments": "{}", "status": "completed"},
-            {"type": "function_call_output", "call_id": "e", "output": [{"type": "input_text", "text": "f"}]},
+            {
+                "type": "function_call_output",
+                "call_id": "e",
+                "output": [{"type": "input_text", "text": "f"}, INPUT_IMAGE],
+            },
         ],
         "tools": [{"type": "function", "name": "get_weather", "parameters": PARAMETERS, "strict": False}],
         "tool_choice": {"type": "function", "name": "get_weather"},
@@ -100,6 +115,7 @@ RICH: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def answering(client: Client, service: ScriptedService, tokenizer: Tokenizer) -> Client:
+    service.images = ImageFormat()
     service.scripts = Endless(Script(one_by_one(tokenizer, THOUGHT)[:4]))
     return client
 

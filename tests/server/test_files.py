@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hybrid_k2.server import files
+from hybrid_k2.server import file_store
 from hybrid_k2.server.errors import ApiError
 from hybrid_k2.server.multipart import read_upload
 from tests.server.conftest import Client
@@ -72,6 +72,7 @@ def test_ids_that_are_none(client: Client, file_id: str) -> None:
 def test_wrong_uploads(client: Client) -> None:
     for response, param in (
         (upload(client, b"\xff\xfe"), "file"),
+        (upload(client, purpose="video"), "purpose"),
         (upload(client, purpose="image"), "purpose"),
         (upload(client, fields={"expires": "5"}), "expires"),
         (client.post(PATH, {"file": "x"}), "file"),
@@ -86,10 +87,10 @@ def test_wrong_uploads(client: Client) -> None:
 
 
 def test_there_is_an_end_of_room(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_BYTES", 10)
+    monkeypatch.setattr(file_store, "MAX_BYTES", 10)
     assert upload(client, b"12345678").status_code == 200
     assert upload(client, b"123").status_code == 400
-    monkeypatch.setattr(files, "MAX_FILES", 2)
+    monkeypatch.setattr(file_store, "MAX_FILES", 2)
     assert upload(client, b"1").status_code == 200
     assert upload(client, b"").status_code == 400
 

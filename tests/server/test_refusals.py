@@ -58,7 +58,7 @@ def schema_format(**fields: Any) -> dict[str, Any]:
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [5]}]}, "messages[0].content[0]"),
         (parts({"type": "text", "text": "x", "font": "y"}), "messages[0].content[0].font"),
-        (parts({"type": "image_url", "image_url": {"url": "http://x/"}}), "messages[0].content[0]"),
+        (parts({"type": "image_url", "image_url": {"url": "http://x/"}}), "messages[0].content[0].image_url.url"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": True}, "temperature"),

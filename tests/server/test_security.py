@@ -15,9 +15,11 @@ import pytest
 
 from hybrid_k2.demo import demo_path
 from hybrid_k2.engine import Engine
+from hybrid_k2.protocol import ImageFormat
 from hybrid_k2.server.auth import ApiKeys
 from tests.conftest import REPO
 from tests.server.conftest import Client
+from tests.server.scripted import ScriptedService
 from tests.server.test_chat import HELLO, PATH
 
 SOURCES = sorted((REPO / "hybrid_k2").rglob("*.py"))
@@ -75,7 +77,8 @@ def test_every_key_is_compared_each_time(monkeypatch: pytest.MonkeyPatch) -> Non
         assert compared == [(32, 32)] * 3
 
 
-def test_no_connection_is_opened_for_a_request(client: Client) -> None:
+def test_no_connection_is_opened_for_a_request(client: Client, service: ScriptedService) -> None:
+    service.images = ImageFormat()  # a model that sees
     with socket.create_server(("127.0.0.1", 0)) as elsewhere:
         elsewhere.setblocking(False)
         url = f"http://127.0.0.1:{elsewhere.getsockname()[1]}/x"
@@ -92,6 +95,8 @@ def test_no_connection_is_opened_for_a_request(client: Client) -> None:
         message = {"role": "user", "content": [{"type": "image", "source": source}]}
         body = {"model": "k2", "max_tokens": 5, "messages": [message]}
         assert client.post("/v1/messages", body).status_code == 400
+        message = {"role": "user", "content": [{"type": "input_image", "image_url": url}]}
+        assert client.post("/v1/responses", {"model": "k2", "input": [message]}).status_code == 400
         with pytest.raises(BlockingIOError):
             elsewhere.accept()
 

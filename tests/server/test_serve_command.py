@@ -101,6 +101,7 @@ def test_options_from_a_file_and_the_environment(tmp_path: Path) -> None:
     config = tmp_path / "serve.yaml"
     config.write_text(
         "served-model-name: [from-file, second]\napi-key: file-key\nstrict-moonshot: true\nno-web: true\n"
+        "max-images: 1\n"
     )
     keys = tmp_path / "keys"
     keys.write_text("# of the team\nanna-key\n\nben-key\n")
@@ -115,6 +116,10 @@ def test_options_from_a_file_and_the_environment(tmp_path: Path) -> None:
         body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0}
         refused = httpx.post(server.url + PATH, json=body, headers={"x-api-key": "env-key"}, timeout=30)
         assert "only 1 is allowed" in refused.json()["error"]["message"]
+        parts = [{"type": "image_url", "image_url": "data:image/png;base64,"}] * 2
+        body = {"messages": [{"role": "user", "content": parts}]}
+        refused = httpx.post(server.url + PATH, json=body, headers={"x-api-key": "env-key"}, timeout=30)
+        assert "expected at most 1 images in a request, got 2" in refused.json()["error"]["message"]
         assert httpx.get(server.url, headers={"x-api-key": "env-key"}, timeout=30).status_code == 404
 
 
@@ -164,6 +169,7 @@ def test_grammars_are_prepared_before_requests_are_taken(capsys: pytest.CaptureF
         (["--cache-file", "prompts"], 2, "--cache-ram beside it"),
         (["--max-body", "0"], 2, "--max-body"),
         (["--max-bodies", "all"], 2, "--max-bodies"),
+        (["--max-images", "-1"], 2, "--max-images"),
         (["--max-connections", "0"], 2, "--max-connections"),
         (["--max-connections", str(2**40)], 1, "--max-connections: expected at most"),
         (["--log-format", "xml"], 2, "--log-format"),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +15,7 @@ from hybrid_k2.errors import EngineError
 from hybrid_k2.experts.usage import ExpertUse
 from hybrid_k2.protocol import Tokenizer
 from hybrid_k2.server.backend import Served
-from tests.server.browser import Visit, eventually, running_browser, site
+from tests.server.browser import CONTRAST, NAMELESS, Go, Visit, eventually
 from tests.server.processes import serving
 from tests.server.scripted import Script, ScriptedService
 from tests.server.test_chat import THOUGHT, WEATHER, one_by_one
@@ -26,59 +24,10 @@ from tests.server.test_web_modules import FRAGMENTS
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-Go = Callable[..., Visit]
 CALL = (
     "</think>I look.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
     '{"city":"Rome"}<|tool_call_end|><|tool_calls_section_end|><|im_end|>'
 )
-# Texts and what lies behind them: no pair may have less contrast than AA wants.
-CONTRAST = """() => {
-  const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
-  const light = (colour) => {
-    const linear = (part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
-    const [r, g, b] = parse(colour).map((part) => linear(part / 255));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = (element) => {
-    for (let at = element; at; at = at.parentElement) {
-      const colour = getComputedStyle(at).backgroundColor;
-      if ((parse(colour)[3] ?? 1) > 0) return colour;
-    }
-    return "rgb(255, 255, 255)";
-  };
-  const poor = [];
-  for (const element of document.querySelectorAll("body *")) {
-    const text = [...element.childNodes].filter((node) => node.nodeType === 3).map((node) => node.data.trim()).join("");
-    if (!text || !element.checkVisibility({ visibilityProperty: true, opacityProperty: true })) continue;
-    const [one, other] = [getComputedStyle(element).color, behind(element)].map(light).sort();
-    if ((other + 0.05) / (one + 0.05) < 4.5) poor.push([text, (other + 0.05) / (one + 0.05)]);
-  }
-  return poor;
-}"""
-NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, a, canvas, dialog, nav, meter")]
-  .filter((each) => !(each.textContent.trim() || each.getAttribute("aria-label") || each.labels?.length
-    || each.getAttribute("aria-labelledby")))
-  .map((each) => each.outerHTML)"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with running_browser() as browser:
-        yield browser
-
-
-@pytest.fixture
-def go(browser: Browser, service: ScriptedService) -> Iterator[Go]:
-    """Visit a server with these options."""
-    with ExitStack() as stack:
-
-        def visit(context: dict[str, Any] | None = None, **options: Any) -> Visit:
-            address, backend = stack.enter_context(site(service, **options))
-            visit = Visit(browser, address, backend, **context or {})
-            stack.callback(visit.close)
-            return visit
-
-        yield visit
 
 
 def test_a_chat(go: Go, service: ScriptedService, tokenizer: Tokenizer) -> None:

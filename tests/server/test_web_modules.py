@@ -15,6 +15,7 @@ import pytest
 from hybrid_k2.server.web_page import FOLDER
 
 Node = Callable[..., Any]
+PNG_URI = "data:image/png;base64,iVBORw0KGgo="
 BLOCKS = {*(f"h{level}" for level in range(1, 7)), "p", "ul", "ol", "li", "blockquote", "hr", "pre"}
 TAGS = BLOCKS | {"table", "thead", "tbody", "tr", "th", "td", "em", "strong", "del", "code", "a", "br"}
 FRAGMENTS = [
@@ -321,6 +322,20 @@ def test_what_others_wrote_into_the_storage_does_no_harm(node: Node) -> None:
         "d": {**good, "id": "d", "messages": [None]},
         "e": {**good, "id": "e", "updated": "now"},
         "f": [1],
+        **{
+            f"i{number}": {**good, "id": f"i{number}", "messages": [{"role": "user", "content": "x", "images": images}]}
+            for number, images in enumerate(
+                (
+                    "none",
+                    [None],
+                    [{"name": 1, "url": None}],
+                    [{"name": "x"}],
+                    [{"name": "x", "url": "http://x.y/z.png"}],
+                    [{"name": "x", "url": "data:image/svg+xml;base64,AA=="}],
+                    [{"name": "x", "url": f" {PNG_URI}"}],
+                )
+            )
+        },
     }
     items = {f"hybrid-k2.chat.{name}": json.dumps(chat) for name, chat in chats.items()}
     items |= {"hybrid-k2.chat.h": "{", "other": "x", "hybrid-k2.settings": "[]"}
@@ -346,7 +361,11 @@ def test_what_is_sent_of_a_conversation(node: Node) -> None:
             "usage": {},
         },
         {"role": "tool", "toolCallId": "functions.f:0", "content": "1"},
+        {"role": "user", "content": "d", "images": [{"name": "x", "url": PNG_URI}, {"name": "lost", "url": None}]},
+        {"role": "user", "content": "", "images": [{"name": "x", "url": PNG_URI}]},
+        {"role": "user", "content": "e", "images": [{"name": "lost", "url": None}]},
     ]
+    image = {"type": "image_url", "image_url": {"url": PNG_URI}}
     sent = [{name: value for name, value in message.items() if value is not None} for message in node(code, messages)]
     assert sent == [
         {"role": "system", "content": "be brief"},
@@ -359,4 +378,54 @@ def test_what_is_sent_of_a_conversation(node: Node) -> None:
             "tool_calls": [{"id": "functions.f:0", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
         },
         {"role": "tool", "content": "1", "tool_call_id": "functions.f:0"},
+        {"role": "user", "content": [image, {"type": "text", "text": "d"}]},
+        {"role": "user", "content": [image]},
+        {"role": "user", "content": "e"},
     ]
+
+
+def test_images_give_way_before_conversations_do(node: Node) -> None:
+    code = """
+    const storage = new Storage(3000);
+    const store = new ChatStore(storage);
+    const other = say(store, "other".padEnd(300, "x"), 1);
+    const chat = { ...store.create(), updated: 2, messages: [{ role: "user", content: "look", images: value }] };
+    store.save(chat);
+    const kept = new ChatStore(storage);
+    const large = { ...chat, messages: [{ ...chat.messages[0], content: "y".repeat(2500) }] };
+    store.save(large);
+    console.log(JSON.stringify({
+      small: kept.chats.get(chat.id).messages[0].images, first: store.chats.get(chat.id).messages[0].images.length,
+      complaint: store.complaint, others: storage.getItem("hybrid-k2.chat." + other.id),
+    }));
+    """
+    images = [{"name": "a.png", "url": PNG_URI}]
+    result = node(STORAGE + code, images)
+    assert result["small"] == images
+    assert "keep the images" in result["complaint"]
+    assert result["others"] is None  # the text alone needed its room
+    lost = [{"name": "b.png", "url": PNG_URI + "A" * 3000}, *images]
+    result = node(STORAGE + code.replace("2500", "25"), lost)
+    assert result["small"] == [{"name": "b.png", "url": None}, {"name": "a.png", "url": None}]
+    assert result["first"] == 2
+    assert "keep the images" in result["complaint"]
+    assert result["others"] is not None
+
+
+def test_images_are_told_by_their_first_bytes(node: Node) -> None:
+    code = """
+    import { imageType } from "./images.js";
+    console.log(JSON.stringify(value.map((bytes) => imageType(new Uint8Array(bytes)))));
+    """
+    beginnings = {
+        b"\x89PNG\r\n\x1a\n\0\0\0\r": "image/png",
+        b"\xff\xd8\xff\xe0": "image/jpeg",
+        b"RIFF\n\r\0\xffWEBP": "image/webp",
+        b"GIF87a": "image/gif",
+        b"GIF89a123456": "image/gif",
+        b"": None,
+        b"RIFF\0\0\0\0WAVE": None,
+        b"\n\xff\xd8\xff": None,
+        b"<svg/>": None,
+    }
+    assert node(code, [[*beginning] for beginning in beginnings]) == [*beginnings.values()]

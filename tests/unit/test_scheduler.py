@@ -14,6 +14,7 @@ from hybrid_k2.engine.params import SamplingParams
 from hybrid_k2.engine.prefix import PrefixCache
 from hybrid_k2.engine.scheduler import Job, Scheduler
 from hybrid_k2.engine.sequence import TokenSequence
+from hybrid_k2.engine.sight import Sight
 from hybrid_k2.model.latent_cache import LatentCache
 from hybrid_k2.placement.plan import KvCachePlan
 from tests.generators import config_dict
@@ -38,7 +39,7 @@ class Machine:
         self.most_tokens = most_tokens
         options = {"max_running": 4, "max_running_per_key": 4} | options
         self.options = options
-        self.scheduler = Scheduler(self.cache, self.prefix, most_tokens=most_tokens, **options)
+        self.scheduler = Scheduler(self.cache, self.prefix, Sight(None), most_tokens=most_tokens, **options)
         self.jobs: list[Job] = []  # that have not ended
         self.order: list[Job] = []  # in which they began
         self.ended: list[Job] = []

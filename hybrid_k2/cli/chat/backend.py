@@ -52,6 +52,11 @@ class Backend(Protocol):
         """The longest prompt and reply together; None: not known."""
         ...
 
+    @property
+    def sees_images(self) -> bool:
+        """Whether messages may hold images."""
+        ...
+
     def start(self, messages: Sequence[Message], options: ChatOptions, on_prefill: OnPrefill) -> ReplyStream:
         """Ask for a reply. Raises: HybridK2Error: it was refused."""
         ...
@@ -76,6 +81,11 @@ class LocalBackend:
     def context_tokens(self) -> int:
         """The longest prompt and reply together."""
         return self._engine.context_tokens
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether messages may hold images."""
+        return self._engine.images is not None
 
     def start(self, messages: Sequence[Message], options: ChatOptions, on_prefill: OnPrefill) -> Generation:
         """Ask for a reply; nothing is computed before its first event. Raises: RequestError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import NamedTuple
 
+from hybrid_k2.cli.chat.files import path_completions
 from hybrid_k2.errors import RequestError
 
 
@@ -20,6 +21,7 @@ COMMANDS = (
     Command("help", "", "show the commands and keys"),
     Command("think", "[on|off]", "switch thinking, or say whether it is on"),
     Command("system", "[TEXT|off]", "set, remove or show the system prompt"),
+    Command("image", "[FILE|off]", "add an image to the next message, drop those added, or list them"),
     Command("clear", "", "forget the conversation (the system prompt stays)"),
     Command("regen", "", "answer the last message again"),
     Command("save", "FILE", "save the conversation as JSON"),
@@ -72,7 +74,11 @@ def usage(command: Command) -> str:
 
 
 def completions(text: str) -> list[str]:
-    """Return the commands that begin with a typed text."""
+    """Return the commands that begin with a typed text, or behind one that takes a file, the paths that do."""
+    typed, space, path = text.partition(" ")
+    command = _BY_NAME.get(typed[1:]) if space and typed.startswith("/") else None
+    if command is not None and "FILE" in command.argument:
+        return [f"{typed} {found}" for found in path_completions(path)]
     return [f"/{command.name}" for command in COMMANDS if text and f"/{command.name}".startswith(text)]
 
 

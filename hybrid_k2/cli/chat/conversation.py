@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_k2.cli.chat.files import read_json, write_whole
+from hybrid_k2.cli.chat.images import is_content
 from hybrid_k2.errors import ConfigError, RequestError
 
 FORMAT = "hybrid-k2 conversation 1"
+MAX_BYTES = 256 * 2**20  # of its file: K2.6's whole context is some 2 MB of text, the rest is for images
 Message = dict[str, Any]
 _FIELDS: dict[str, dict[str, type]] = {
     "user": {"content": str},
@@ -52,7 +54,7 @@ def save_conversation(path: Path, conversation: Conversation, *, model: str, thi
     """Write a conversation to a file that only the user can read.
 
     Effects: the file appears whole or not at all; one that was there is replaced.
-    Raises: ConfigError: the file cannot be written.
+    Raises: ConfigError: the file cannot be written, or would be too large to be loaded again.
     """
     data = {
         "format": FORMAT,
@@ -61,7 +63,12 @@ def save_conversation(path: Path, conversation: Conversation, *, model: str, thi
         "system": conversation.system,
         "messages": conversation.messages,
     }
-    write_whole(path, json.dumps(data, ensure_ascii=False, indent=2) + "\n")
+    text = json.dumps(data, ensure_ascii=False, indent=2) + "\n"
+    if len(text.encode("utf-8", "replace")) > MAX_BYTES:
+        raise ConfigError(
+            f"{path}: expected a conversation of at most {MAX_BYTES // 2**20} MiB with its images, got more"
+        )
+    write_whole(path, text)
 
 
 def load_conversation(path: Path) -> tuple[Conversation, bool]:
@@ -69,7 +76,7 @@ def load_conversation(path: Path) -> tuple[Conversation, bool]:
 
     Raises: ConfigError: the file is missing, unreadable or not such a file; the message names the place in it.
     """
-    data = read_json(path)
+    data = read_json(path, MAX_BYTES)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ConfigError(f'{path}: expected a conversation saved by /save ("format": "{FORMAT}")')
     system, thinking, messages = data.get("system"), data.get("thinking"), data.get("messages")
@@ -92,6 +99,9 @@ def _check_message(path: Path, place: str, message: Any) -> None:
         if name == "role":
             continue
         _require(path, f"{place}.{name}", name in _FIELDS[role], f"no such field in a message of role {role}", value)
+        if (role, name) == ("user", "content"):
+            _require(path, f"{place}.{name}", is_content(value), "a str, or a list of texts and images", value)
+            continue
         kind = _FIELDS[role][name]
         _require(path, f"{place}.{name}", isinstance(value, kind), f"a {kind.__name__}", value)
     for index, call in enumerate(message.get("tool_calls") or ()):

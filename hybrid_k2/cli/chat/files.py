@@ -11,7 +11,7 @@ from typing import Any
 
 from hybrid_k2.errors import ConfigError
 
-MAX_BYTES = 64 * 2**20  # a conversation of K2.6's whole context is some 2 MB of JSON
+MAX_BYTES = 64 * 2**20
 MAX_DIGITS = 640  # the longest integer that no setting of Python refuses to read or print
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -35,12 +35,27 @@ def path_of(argument: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def read_json(path: Path) -> Any:
+def path_completions(typed: str) -> list[str]:
+    """Return the paths that go on as typed, folders with a slash behind them; hidden ones only behind a typed dot."""
+    folder, name = os.path.split(typed)
+    try:
+        with os.scandir(os.path.expanduser(folder) or ".") as entries:
+            found = [
+                os.path.join(folder, entry.name) + "/" * entry.is_dir()
+                for entry in entries
+                if entry.name.startswith(name) and (name or not entry.name.startswith("."))
+            ]
+    except (OSError, ValueError):
+        return []
+    return sorted(found)
+
+
+def read_json(path: Path, most: int = MAX_BYTES) -> Any:
     """Return the JSON value of a regular file.
 
-    Raises: ConfigError: it cannot be read, is over `MAX_BYTES`, or is not JSON in UTF-8.
+    Raises: ConfigError: it cannot be read, is over `most` bytes, or is not JSON in UTF-8.
     """
-    text = _read_text(path)
+    text = _read_text(path, most)
     try:
         data = json.loads(text, parse_int=_integer)
         json.dumps(data, ensure_ascii=False).encode("utf-8")
@@ -50,6 +65,19 @@ def read_json(path: Path) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: expected JSON: {error}") from error
+    return data
+
+
+def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
+    """Return what is in a regular file. Raises: ConfigError: it cannot be read, or is over `most` bytes."""
+    try:
+        _require_regular(path)  # before it is opened: a named pipe would wait for a writer, a device might act
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {_reason(error)}") from error
+    if len(data) > most:
+        raise ConfigError(f"{path}: expected at most {most // 2**20} MiB, got more")
     return data
 
 
@@ -89,15 +117,8 @@ def write_whole(path: Path, text: str) -> None:
         raise ConfigError(f"{path}: cannot be written: {_reason(error)}") from error
 
 
-def _read_text(path: Path) -> str:
-    try:
-        _require_regular(path)  # before it is opened: a named pipe would wait for a writer, a device might act
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {_reason(error)}") from error
-    if len(data) > MAX_BYTES:
-        raise ConfigError(f"{path}: expected at most {MAX_BYTES // 2**20} MiB, got more")
+def _read_text(path: Path, most: int) -> str:
+    data = read_bytes(path, most)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

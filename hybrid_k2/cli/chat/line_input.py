@@ -154,10 +154,22 @@ def _open_readline() -> ModuleType | None:
         return None
     readline.set_auto_history(False)
     readline.set_completer_delims("")
-    readline.set_completer(lambda text, state: dict(enumerate(completions(text))).get(state))
+    readline.set_completer(_completer())
     if "libedit" in (readline.__doc__ or ""):
         readline.parse_and_bind("bind ^I rl_complete")
     else:
         readline.parse_and_bind("tab: complete")
         readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
     return readline
+
+
+def _completer() -> Callable[[str, int], str | None]:
+    """Return what readline asks for one completion after the other; they are looked up when it begins."""
+    found: list[str] = []
+
+    def complete(text: str, state: int) -> str | None:
+        if state == 0:
+            found[:] = completions(text)
+        return found[state] if state < len(found) else None
+
+    return complete

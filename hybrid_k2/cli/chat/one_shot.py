@@ -50,14 +50,19 @@ def check_parts(parts: list[str]) -> None:
 
 
 def answer_once(
-    backend: Backend, options: ChatOptions, text: str, answer: Output, notes: Output, as_json: bool
+    backend: Backend,
+    options: ChatOptions,
+    content: str | list[dict[str, Any]],
+    answer: Output,
+    notes: Output,
+    as_json: bool,
 ) -> None:
-    """Answer a prompt, streaming, or as one JSON object.
+    """Answer a prompt, a text or one with images, streaming, or as one JSON object.
 
     Raises: HybridK2Error; KeyboardInterrupt on Ctrl-C.
     """
     view = ReplyView(answer, notes)
-    messages = Conversation(options.system, [{"role": "user", "content": text}]).prompt()
+    messages = Conversation(options.system, [{"role": "user", "content": content}]).prompt()
     with closing(backend.start(messages, options, view.show_prefill)) as stream:
         try:
             for event in stream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from hybrid_k2.cli.chat.backend import Backend
 from hybrid_k2.cli.chat.commands import COMMANDS, help_lines, parse_command
 from hybrid_k2.cli.chat.conversation import Conversation, Message, load_conversation, save_conversation
 from hybrid_k2.cli.chat.files import path_of, target_of
+from hybrid_k2.cli.chat.images import AttachedImage, attach_image, content_of, require_sight
 from hybrid_k2.cli.chat.line_input import PROMPT, LineInput, Typed
 from hybrid_k2.cli.chat.options import ChatOptions, check_text
 from hybrid_k2.cli.chat.reply import kept_message, make_reply
@@ -34,7 +36,13 @@ class ChatSession:
     """A chat with one backend; what is said about it goes to the notes, what the model says to the answer."""
 
     def __init__(
-        self, backend: Backend, options: ChatOptions, answer: Output, notes: Output, keyboard: LineInput
+        self,
+        backend: Backend,
+        options: ChatOptions,
+        answer: Output,
+        notes: Output,
+        keyboard: LineInput,
+        images: Sequence[AttachedImage] = (),
     ) -> None:
         self.backend = backend
         self.options = options
@@ -43,6 +51,7 @@ class ChatSession:
         self._answer = answer
         self._notes = notes
         self._keyboard = keyboard
+        self._images = [*images]  # for the next message
         self._statistics = Statistics()
         self._file: Path | None = None  # where this conversation was saved or loaded: saving there again is no surprise
         self._again = 0  # how often the last message was answered again
@@ -51,6 +60,7 @@ class ChatSession:
     def run(self) -> None:
         """Chat until the user leaves. An error of one message is said, and the chat goes on as if it had not been."""
         self._notes.line(WELCOME, "dim")
+        self._say_attached(self._images)
         while True:
             try:
                 typed = self._next()
@@ -86,22 +96,24 @@ class ChatSession:
         if not typed.block and text.lstrip().startswith("/"):
             text = text.lstrip()  # the space that made it a message
         self._again = 0
-        self._answer_to([*self.conversation.messages, {"role": "user", "content": text}])
+        self._answer_to([*self.conversation.messages, {"role": "user", "content": content_of(text, self._images)}])
+        self._images.clear()  # not before: a message that is refused can be sent again
+        self._answer_calls()
 
     def _answer_to(self, messages: list[Message], again: int = 0) -> None:
-        """Answer messages and keep them with the reply; ask for the results of tools that the model calls."""
-        while True:
-            prompt = Conversation(self.conversation.system, messages).prompt()
-            view = ReplyView(self._answer, self._notes)
-            reply = make_reply(self.backend, prompt, self._options_now(again), view)
-            self.conversation.messages = messages = [*messages, kept_message(reply)]
-            self._statistics.add(reply)
-            say_figures(reply, self._notes)
-            self._notes.line()
-            results = self._tool_results()
-            if not results:
-                return
-            messages = [*messages, *results]
+        """Answer messages, and keep them with the reply."""
+        prompt = Conversation(self.conversation.system, messages).prompt()
+        view = ReplyView(self._answer, self._notes)
+        reply = make_reply(self.backend, prompt, self._options_now(again), view)
+        self.conversation.messages = [*messages, kept_message(reply)]
+        self._statistics.add(reply)
+        say_figures(reply, self._notes)
+        self._notes.line()
+
+    def _answer_calls(self, again: int = 0) -> None:
+        """Ask for the results of tools that the model calls, and answer them, until it calls none."""
+        while results := self._tool_results():
+            self._answer_to([*self.conversation.messages, *results], again)
 
     def _options_now(self, again: int) -> ChatOptions:
         options, params = replace(self.options, thinking=self.thinking), self.options.params
@@ -142,6 +154,22 @@ class ChatSession:
         shown = self.conversation.system
         self._notes.line("there is no system prompt" if shown is None else f"system prompt: {shown}", "dim")
 
+    def _image(self, argument: str) -> None:
+        if argument.lower() == "off":
+            self._images.clear()
+        elif argument:
+            require_sight(self.backend.sees_images, self.backend.model, "/image")
+            self._images.append(attach_image(path_of(argument)))
+            self._say_attached(self._images[-1:])
+            return
+        if not self._images:
+            self._notes.line("no image goes with the next message", "dim")
+        self._say_attached(self._images)
+
+    def _say_attached(self, images: Sequence[AttachedImage]) -> None:
+        for image in images:
+            self._notes.line(f"with the next message: {image}", "dim")
+
     def _clear(self, _: str) -> None:
         self.conversation = Conversation(self.conversation.system)
         self._file = None
@@ -151,6 +179,7 @@ class ChatSession:
         messages = self.conversation.before_last_reply()
         self._again += 1
         self._answer_to(messages, self._again)
+        self._answer_calls(self._again)
 
     def _save(self, argument: str) -> None:
         path = path_of(argument)

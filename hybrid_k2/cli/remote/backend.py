@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybrid_k2.cli.chat.backend import OnPrefill
 from hybrid_k2.cli.chat.conversation import Message
+from hybrid_k2.cli.chat.images import require_sight
 from hybrid_k2.cli.chat.options import ChatOptions
 from hybrid_k2.cli.loading import Speed, show_progress
 from hybrid_k2.cli.remote.address import Address
@@ -30,12 +31,21 @@ _PARAMS = (  # of SamplingParams, under the names that the API has for them, too
 )
 
 
+class FoundModel(NamedTuple):
+    """What a server says of a model; the context is None while it is loaded."""
+
+    name: str
+    context_tokens: int | None
+    sees_images: bool
+
+
 class RemoteBackend:
     """A model of a server."""
 
-    def __init__(self, server: Server, model: str, context_tokens: int | None) -> None:
-        self.model = model
-        self.context_tokens = context_tokens
+    def __init__(self, server: Server, found: FoundModel) -> None:
+        self.model = found.name
+        self.context_tokens = found.context_tokens
+        self.sees_images = found.sees_images
         self._server = server
 
     def start(self, messages: Sequence[Message], options: ChatOptions, on_prefill: OnPrefill) -> RemoteReply:
@@ -69,35 +79,41 @@ def chat_request(model: str, messages: Sequence[Message], options: ChatOptions) 
     return body | {name: getattr(params, name) for name in _PARAMS if getattr(params, name) is not None}
 
 
-def connect(address: Address, api_key: str | None, model: str | None, notes: Output) -> RemoteBackend:
+def connect(
+    address: Address, api_key: str | None, model: str | None, with_images: bool, notes: Output
+) -> RemoteBackend:
     """Find the model (None: the server's first), and wait until it is loaded.
 
-    Raises: ServerError: no such server or model, or the key is refused.
+    Raises: ServerError: no such server or model, or the key is refused; RequestError: it cannot read the images.
     """
     server = Server(address, api_key)
     find_model(server, model)  # a wrong address, key or name is said before the wait
     wait_until_loaded(server, notes)
-    name, context_tokens = find_model(server, model)
-    context = "" if context_tokens is None else f", {context_tokens} tokens of context"
-    notes.line(f"server: {server.name}, model {name}{context}", "dim")
-    return RemoteBackend(server, name, context_tokens)
+    found = find_model(server, model)
+    context = "" if found.context_tokens is None else f", {found.context_tokens} tokens of context"
+    notes.line(f"server: {server.name}, model {found.name}{context}", "dim")
+    if with_images:
+        require_sight(found.sees_images, found.name, "--image")
+    return RemoteBackend(server, found)
 
 
-def find_model(server: Server, wanted: str | None) -> tuple[str, int | None]:
-    """Return the name of a model and its context, which is None while it is loaded. Raises: ServerError."""
+def find_model(server: Server, wanted: str | None) -> FoundModel:
+    """Return what the server says of a model (None: of its first). Raises: ServerError."""
     status, content = server.get("/v1/models")
     if status != 200:
         raise server.refusal(status, content)
     models = content.get("data") if isinstance(content, dict) else None
     if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
         raise server.stranger("no list of models")
-    contexts = {model.get("id"): model.get("context_length") for model in models if isinstance(model.get("id"), str)}
-    name = next(iter(contexts), None) if wanted is None else wanted
-    if not isinstance(name, str) or name not in contexts:
-        served = ", ".join(map(str, contexts)) or "none"
-        raise ServerError(f"{server.name}: expected a model that it serves ({served}), got {name or 'none'}")
-    context = contexts[name]
-    return name, context if isinstance(context, int) else None
+    served = {model["id"]: model for model in models if isinstance(model.get("id"), str)}
+    name = next(iter(served), None) if wanted is None else wanted
+    if name is None or name not in served:
+        names = ", ".join(served) or "none"
+        raise ServerError(f"{server.name}: expected a model that it serves ({names}), got {name or 'none'}")
+    context = served[name].get("context_length")
+    return FoundModel(
+        name, context if isinstance(context, int) else None, served[name].get("supports_image_in") is True
+    )
 
 
 def wait_until_loaded(server: Server, notes: Output) -> None:

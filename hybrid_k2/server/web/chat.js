@@ -10,11 +10,12 @@ const SAVE_MS = 2000; // while a reply comes
 
 export class ChatView {
   /**
-   * `settings()` returns {system, body}; `askKey(why)` lets the reader type a key; `changed()` is called after each
-   * change, `failed(error)` after each failure.
+   * `attachments`: the images for the next message. `settings()` returns {system, body}; `askKey(why)` lets the reader
+   * type a key; `changed()` is called after each change, `failed(error)` after each failure.
    */
-  constructor({ store, settings, askKey, changed, failed }) {
+  constructor({ store, attachments, settings, askKey, changed, failed }) {
     this._store = store;
+    this._attachments = attachments;
     this._settings = settings;
     this._askKey = askKey;
     this._changed = changed;
@@ -83,13 +84,16 @@ export class ChatView {
     addEventListener("pagehide", () => [...this._running.keys()].forEach((chat) => this._save(chat)));
   }
 
-  _send() {
+  async _send() {
+    const chat = this._chat;
+    if (!(await this._attachments.ready())) return;
     const content = this._input.value.trim();
-    if (!content || this._running.has(this._chat)) return;
+    if ((!content && !this._attachments.images.length) || this._running.has(chat)) return;
     this._input.value = "";
     this._fitInput();
-    this._chat.messages.push({ role: "user", content });
-    this._answer(this._chat);
+    const images = this._attachments.take();
+    chat.messages.push({ role: "user", content, ...(images.length ? { images } : {}) });
+    this._answer(chat);
   }
 
   /** Ask again for the last reply. */

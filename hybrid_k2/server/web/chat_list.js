@@ -1,7 +1,7 @@
 // The list of conversations beside the page.
 
 import { askSure, askText } from "./dialogs.js";
-import { byId, el } from "./dom.js";
+import { byId, el, iconButton } from "./dom.js";
 
 /** Draw the list. `shown`: the conversation in view; `busy`: ids of those with a reply on its way. */
 export function drawChatList({ chats, shown, busy, rename, remove }) {
@@ -26,10 +26,4 @@ export function drawChatList({ chats, shown, busy, rename, remove }) {
     return el("li", { class: current ? "current" : null }, link, ...state, ...buttons);
   });
   byId("chats").replaceChildren(...items);
-}
-
-function iconButton(icon, label, onclick) {
-  const button = el("button", { type: "button", class: "icon", "aria-label": label, title: label, onclick });
-  button.append(byId(icon).content.cloneNode(true));
-  return button;
 }

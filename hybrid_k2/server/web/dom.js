@@ -20,6 +20,13 @@ export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+/** Make a button that shows an icon of the page, the template `icon`. */
+export function iconButton(icon, label, onclick) {
+  const button = el("button", { type: "button", class: "icon", "aria-label": label, title: label, onclick });
+  button.append(byId(icon).content.cloneNode(true));
+  return button;
+}
+
 /** Make a button that copies a text; nothing where the browser has no clipboard for this page. */
 export function copyButton(text, label) {
   if (!navigator.clipboard) return "";

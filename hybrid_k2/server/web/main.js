@@ -1,6 +1,7 @@
 // The page as a whole: which view is shown, what the server is doing, and the key when it asks for one.
 
 import { getJson, health, setApiKey } from "./api.js";
+import { Attachments } from "./attachments.js";
 import { ChatView } from "./chat.js";
 import { drawChatList } from "./chat_list.js";
 import { askText } from "./dialogs.js";
@@ -14,7 +15,15 @@ const WATCH_MS = 1000;
 
 const store = new ChatStore(browserStorage());
 const settings = new Settings(store);
-const chatView = new ChatView({ store, settings: () => settings.values(), askKey, changed: drawList, failed });
+const attachments = new Attachments();
+const chatView = new ChatView({
+  store,
+  attachments,
+  settings: () => settings.values(),
+  askKey,
+  changed: drawList,
+  failed,
+});
 const statusView = new StatusView(askKey);
 let asking = null; // the question for the key, while it is open
 let watching = false; // the server, until it is ready
@@ -92,12 +101,13 @@ function openMenu(open) {
   byId("menu").setAttribute("aria-expanded", String(open));
 }
 
-/** Say the model's name; this is also where a server with keys asks for one. */
+/** Say the model's name, and let images be attached where it reads them; this is also where a server with keys asks for one. */
 async function showModel() {
   try {
     const { data } = await getJson("v1/models");
     setText(byId("model"), data[0].id);
     document.title = `${data[0].id} – hybrid-k2`;
+    attachments.allow(data[0].supports_image_in === true);
   } catch (error) {
     if (error.status === 401) await askKey(error.message);
   }
@@ -122,6 +132,7 @@ async function watchServer() {
   }
   setText(notice, text);
   notice.hidden = !text;
+  if (watching && !text) showModel(); // while it loads, the server cannot tell what the model reads
   watching = Boolean(text);
   if (watching) setTimeout(watchServer, WATCH_MS);
 }

@@ -8,12 +8,18 @@ import { MarkdownView } from "./markdown_view.js";
 const ENDS = { length: "Cut off at the token limit.", stopped: "Stopped." };
 
 /** Show what the reader said. */
-export function userMessage({ content }) {
+export function userMessage({ content, images = [] }) {
   return el(
     "article",
     { class: "message user", "aria-label": "You" },
-    el("div", { class: "bubble", dir: "auto" }, content),
+    ...(images.length ? [el("ul", { class: "images" }, ...images.map(picture))] : []),
+    ...(content ? [el("div", { class: "bubble", dir: "auto" }, content)] : []),
   );
+}
+
+function picture({ name, url }) {
+  if (url) return el("li", {}, el("img", { src: url, alt: name, title: name }));
+  return el("li", { class: "note" }, `${name} was not kept by this browser, and is no longer sent.`);
 }
 
 /** Show a reply, also while it comes. */

@@ -4,9 +4,10 @@ import { streamChat } from "./api.js";
 
 /** Return the messages of a conversation as the server takes them, without what only the page knows. */
 export function serverMessages(messages, system) {
-  const sent = messages.filter(saysSomething).map(({ role, content, reasoning, toolCalls, toolCallId }) => {
+  const sent = messages.filter(saysSomething).map((message) => {
+    const { role, content, images, reasoning, toolCalls, toolCallId } = message;
     if (role === "tool") return { role, content, tool_call_id: toolCallId };
-    if (role === "user") return { role, content };
+    if (role === "user") return { role, content: userContent(content, images) };
     const calls = toolCalls?.map(({ id, name, arguments: text }) => ({
       id,
       type: "function",
@@ -15,6 +16,12 @@ export function serverMessages(messages, system) {
     return { role, content, reasoning_content: reasoning || null, tool_calls: calls?.length ? calls : null };
   });
   return system ? [{ role: "system", content: system }, ...sent] : sent;
+}
+
+/** Return a text, or where there are images, these and then the text; images that were not kept are left out. */
+function userContent(text, images = []) {
+  const parts = images.filter(({ url }) => url).map(({ url }) => ({ type: "image_url", image_url: { url } }));
+  return parts.length ? [...parts, ...(text ? [{ type: "text", text }] : [])] : text;
 }
 
 const saysSomething = ({ role, content, reasoning, toolCalls }) =>

@@ -1,12 +1,18 @@
 // Conversations and settings, kept in the browser alone.
 //
 // A conversation is {id, title, named, updated, messages}; a message has the server's fields (role, content, reasoning,
-// toolCalls, toolCallId) and what the page shows about it (finish, usage, timings, thinkingMs, error).
+// toolCalls, toolCallId), images, and what the page shows about it (finish, usage, timings, thinkingMs, error). An image
+// is {name, url}: a data URI, or null where there was no room to keep it.
+
+import { IMAGE_URI } from "./images.js";
 
 const CHAT = "hybrid-k2.chat.";
 const SETTINGS = "hybrid-k2.settings";
 const MAX_CHATS = 100;
 const MAX_TITLE = 60;
+const NO_ROOM = "This browser has no room to keep the conversation: it is gone when the page is left.";
+const NO_ROOM_FOR_IMAGES =
+  "This browser has no room to keep the images of the conversation: they are gone when it is left.";
 const ROLES = ["user", "assistant", "tool"];
 
 /** Keep conversations in a Storage: the newest hundred, fewer where there is no room for them. */
@@ -40,16 +46,18 @@ export class ChatStore {
     return { id, title: "New chat", named: false, updated: Date.now(), messages: [] };
   }
 
-  /** Keep a conversation as it is now, at the cost of the oldest others. */
+  /** Keep a conversation as it is now: without its images where there is no room, then at the cost of the oldest others. */
   save(chat) {
     this.chats.set(chat.id, chat);
     for (const old of this.latest().slice(MAX_CHATS)) this.remove(old.id);
-    const text = JSON.stringify(chat);
     this.complaint = "";
+    if (this._set(CHAT + chat.id, JSON.stringify(chat))) return;
+    const text = JSON.stringify({ ...chat, messages: chat.messages.map(withoutImages) });
+    if (chat.messages.some(({ images }) => images?.length)) this.complaint = NO_ROOM_FOR_IMAGES;
     while (!this._set(CHAT + chat.id, text)) {
       const oldest = this.latest().findLast(({ id }) => id !== chat.id && this._get(CHAT + id) !== null);
       if (!oldest) {
-        this.complaint = "This browser has no room to keep the conversation: it is gone when the page is left.";
+        this.complaint = NO_ROOM;
         return;
       }
       this.remove(oldest.id);
@@ -112,8 +120,8 @@ export function browserStorage() {
 
 /** Name a conversation after its first question, unless the reader named it. */
 export function nameChat(chat) {
-  const first = chat.messages.find(({ role }) => role === "user")?.content ?? "";
-  const line = first.trim().split("\n", 1)[0];
+  const first = chat.messages.find(({ role }) => role === "user");
+  const line = (first?.content || first?.images?.[0].name || "").trim().split("\n", 1)[0];
   if (!chat.named && line) chat.title = line.length > MAX_TITLE ? `${line.slice(0, MAX_TITLE - 1).trimEnd()}…` : line;
 }
 
@@ -124,9 +132,18 @@ function readChat(text, id) {
 }
 
 function isMessage(message) {
-  const { role, content, reasoning = "", toolCalls = [] } = message ?? {};
+  const { role, content, reasoning = "", toolCalls = [], images = [] } = message ?? {};
   const texts = [content, reasoning].every((text) => typeof text === "string");
-  return ROLES.includes(role) && texts && Array.isArray(toolCalls) && toolCalls.every(isCall);
+  const lists = Array.isArray(toolCalls) && toolCalls.every(isCall) && Array.isArray(images) && images.every(isImage);
+  return ROLES.includes(role) && texts && lists;
+}
+
+function isImage(image) {
+  return typeof image?.name === "string" && (image.url === null || IMAGE_URI.test(image.url));
+}
+
+function withoutImages(message) {
+  return message.images ? { ...message, images: message.images.map(({ name }) => ({ name, url: null })) } : message;
 }
 
 function isCall(call) {
