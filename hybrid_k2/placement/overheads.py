@@ -6,6 +6,7 @@ staging     buffers for the experts that a streamed prefill brings over, and for
 graphs      a CUDA graph of the decode step for each size of batch, and the work memory that they share
 allocator   what torch's allocator rounds up
 encoding    wherever the vision tower is: one image on its way through it
+features    on the host: rows of encoded images that wait for their prompts
 hand-off    on the host: the memory through which experts and GPU pass rows and results, pinned
 """
 
@@ -76,13 +77,17 @@ def gpu_overheads(work: Work, matrices: int, matrix_bytes: int) -> tuple[Overhea
     return (workspace, *staging(work), *rest, Overhead("hand-off", HOST, handoff_bytes(work)))
 
 
-def encoding(config: ModelConfig, device: str, dtype: str) -> Overhead:
-    """Return the room for an image on its way through the vision tower, on its device."""
+def image_overheads(config: ModelConfig, device: str, dtype: str) -> tuple[Overhead, ...]:
+    """Return the room for an image on its way through the vision tower, on its device, and for rows that wait."""
     if config.vision is None:
-        raise ValueError("encoding: expected a model with a vision tower")
+        raise ValueError("images: expected a model with a vision tower")
     on_host = memory_of(device) == HOST
     rounding = 0 if on_host else 4 * config.vision.num_hidden_layers * ROUNDING_BYTES
-    return Overhead("encoding", device, encoding_bytes(config.vision, dtype, on_host=on_host) + rounding)
+    encoding = encoding_bytes(config.vision, dtype, on_host=on_host) + rounding
+    return (
+        Overhead("encoding", device, encoding),
+        Overhead("features", HOST, FEATURE_ROWS * config.hidden_size * FP32_BYTES),
+    )
 
 
 def encoding_bytes(vision: VisionConfig, dtype: str, *, on_host: bool) -> int:
