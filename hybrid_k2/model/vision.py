@@ -10,7 +10,7 @@ piece of one where it is large, so that other work can be done in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -149,6 +149,12 @@ class VisionModel:
         while not encoding.step():
             pass
         return encoding.features
+
+    def with_blocks(self, blocks: Iterable[int]) -> VisionModel:
+        """Return a tower of these blocks alone, which has the same weights."""
+        chosen = [self.blocks[block] for block in blocks]
+        parts = self.embed, self.positions, chosen, self.final_norm, self.projector
+        return VisionModel(self.config, *parts, self.features_dtype)
 
     def close(self) -> None:
         """Release the weights; nothing can be encoded any more."""
