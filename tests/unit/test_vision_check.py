@@ -104,7 +104,7 @@ def test_a_fault_is_refused(checkpoint: Checkpoint, fault: Fault) -> None:
 def test_a_kernel_that_fails_is_an_error_of_the_tower(checkpoint: Checkpoint) -> None:
     model, plan = loaded_on(checkpoint, "cuda:0")
     model.embed = replace(model.embed, weight=torch.zeros(48, 5))
-    with pytest.raises(EngineError, match="^self-check: vision on cuda:0: "):
+    with pytest.raises(EngineError, match=r"^self-check: vision on cuda:0: "):
         check_vision(model, checkpoint, plan)
 
 
