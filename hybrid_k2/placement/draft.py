@@ -119,7 +119,7 @@ def draft_plan(
 def _overheads(work: Work, rows: tuple[PlanRow, ...], kv_cache: KvCachePlan | None) -> tuple[Overhead, ...]:
     """List what is taken beside these rows and the cache; the twin's work on text is within the host's reserve."""
     vision = next((row for row in rows if row.what == "vision"), None)
-    images = image_overheads(work.config, vision.device, vision.dtype) if vision is not None else ()
+    images = image_overheads(work, vision.device, vision.dtype) if vision is not None else ()
     if work.device in (None, TWIN):
         return (staging(work) if work.stream else ()) + images
     placed = [row for row in rows if row.device == work.device and row.what != "vision"]

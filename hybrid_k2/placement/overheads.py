@@ -77,17 +77,20 @@ def gpu_overheads(work: Work, matrices: int, matrix_bytes: int) -> tuple[Overhea
     return (workspace, *staging(work), *rest, Overhead("hand-off", HOST, handoff_bytes(work)))
 
 
-def image_overheads(config: ModelConfig, device: str, dtype: str) -> tuple[Overhead, ...]:
-    """Return the room for an image on its way through the vision tower, on its device, and for rows that wait."""
-    if config.vision is None:
+def image_overheads(work: Work, device: str, dtype: str) -> tuple[Overhead, ...]:
+    """Return the room for an image on its way through the vision tower, on its device, and for rows that wait.
+
+    Beside the rows that are kept, a chunk may need its own, and the others of two images that begin or end in it.
+    """
+    vision = work.config.vision
+    if vision is None:
         raise ValueError("images: expected a model with a vision tower")
     on_host = memory_of(device) == HOST
-    rounding = 0 if on_host else 4 * config.vision.num_hidden_layers * ROUNDING_BYTES
-    encoding = encoding_bytes(config.vision, dtype, on_host=on_host) + rounding
-    return (
-        Overhead("encoding", device, encoding),
-        Overhead("features", HOST, FEATURE_ROWS * config.hidden_size * FP32_BYTES),
-    )
+    rounding = 0 if on_host else 4 * vision.num_hidden_layers * ROUNDING_BYTES
+    encoding = encoding_bytes(vision, dtype, on_host=on_host) + rounding
+    rows = FEATURE_ROWS + work.chunk_tokens + 2 * IMAGE_PATCHES // MERGE**2
+    features = rows * work.config.hidden_size * _width(work)
+    return Overhead("encoding", device, encoding), Overhead("features", HOST, features)
 
 
 def encoding_bytes(vision: VisionConfig, dtype: str, *, on_host: bool) -> int:
