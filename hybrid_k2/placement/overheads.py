@@ -79,7 +79,7 @@ def gpu_overheads(work: Work, matrices: int, matrix_bytes: int) -> tuple[Overhea
 
 
 def image_overheads(work: Work, device: str, dtype: str) -> tuple[Overhead, ...]:
-    """Return the room for an image or a clip on its way through the vision tower, on its device, and for rows that wait.
+    """Return the room for an image or clip on its way through the vision tower, on its device, and for rows that wait.
 
     Beside the rows that are kept, a chunk may need its own, and the others of two images that begin or end in it.
     """

@@ -123,6 +123,15 @@ def test_options_from_a_file_and_the_environment(tmp_path: Path) -> None:
         assert httpx.get(server.url, headers={"x-api-key": "env-key"}, timeout=30).status_code == 404
 
 
+def test_video_needs_its_packages(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    done = call("serve", "--video", "--port", "0")
+    assert done.code == 1
+    assert done.err.startswith("error: --video: expected PyAV 17.1 or newer and Pillow to read video with, got no av\n")
+    assert "hint: pip install --upgrade av pillow" in done.err
+    assert "listening" not in done.err
+
+
 def test_a_model_that_does_not_load_ends_the_server(call: Call, tmp_path: Path) -> None:
     done = call("serve", tmp_path / "nothing", "--port", "0")
     assert done.code == 1

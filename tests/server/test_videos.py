@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,8 +16,10 @@ from hybrid_k2.protocol import ImageFormat, Tokenizer, Video, read_video
 from hybrid_k2.server import media as server_media
 from hybrid_k2.server.options import Limits
 from hybrid_k2.server.request_log import JsonLines
+from tests.generators import write_checkpoint
 from tests.pictures import coded
 from tests.server.conftest import Client, run
+from tests.server.processes import serving
 from tests.server.scripted import Script, ScriptedService
 from tests.server.test_chat import one_by_one
 from tests.server.test_images import ESTIMATE, SHOWN, chat, image_url, text
@@ -272,3 +275,33 @@ def test_the_log_and_the_metrics_count_videos(client: Client, caplog: pytest.Log
     figures = client.get("/metrics").text
     assert "hybrid_k2_videos_total 1.0" in figures
     assert "hybrid_k2_images_total 1.0" in figures
+
+
+# A server process with a model that sees
+
+
+def test_the_video_decides_the_reply(tmp_path: Path) -> None:
+    """Two videos with the same first clip: that much of the one's prompt is known from the other's."""
+    model = write_checkpoint(tmp_path / "model", seed=3, num_hidden_layers=2)
+    frames = coloured(16)
+    files = [video(frames[:12], rate=2), video(frames[:12], rate=2), video(frames[:8] + frames[12:], rate=2)]
+    with serving(tmp_path, "--video", model=model) as process:
+        process.wait_ready()
+        with httpx.Client(base_url=process.url, timeout=120) as wire:
+            assert wire.get("/v1/models").json()["data"][0]["supports_video_in"] is True
+            replies = []
+            for data in files:
+                part = video_url(f"data:video/mp4;base64,{coded(data)}")
+                body = chat(part, text("What?"), temperature=0, max_tokens=3, ignore_eos=True, logprobs=True)
+                answer = wire.post(CHAT, json={**body, "model": "model", "thinking": {"type": "disabled"}})
+                assert answer.status_code == 200, answer.text
+                replies.append(answer.json())
+    used = [reply["usage"] for reply in replies]
+    assert len({usage["prompt_tokens"] for usage in used}) == 1
+    assert used[0]["prompt_tokens"] > 3 * 6, "three clips of six tokens, their times and what is around them"
+    assert used[1]["cached_tokens"] > used[2]["cached_tokens"] >= 6
+    first, again, other = (
+        [token["logprob"] for token in reply["choices"][0]["logprobs"]["content"]] for reply in replies
+    )
+    assert first == pytest.approx(again, abs=1e-3)
+    assert first != pytest.approx(other, abs=1e-3)

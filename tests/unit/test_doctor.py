@@ -254,7 +254,8 @@ def test_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hybrid_k2.cli.doctor.extras.find_spec", lambda name: name if name in here else None)
     monkeypatch.setattr("hybrid_k2.cli.doctor.extras.version", lambda name: "1.2")
     found = by_name(check_extras(machine()))
-    assert found.keys() == {"[serve]", "[images]", "[gpu]"}
+    assert found.keys() == {"[serve]", "[images]", "[video]", "[gpu]"}
+    assert (found["[video]"].status, "av, pillow not installed" in found["[video]"].text) == ("ok", True)
     assert found["[serve]"].status == found["[gpu]"].status == "ok"
     assert "uvicorn 1.2" in found["[serve]"].text
     assert "no GPU that would want it" in found["[gpu]"].text

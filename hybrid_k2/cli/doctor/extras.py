@@ -21,12 +21,13 @@ EXTRAS: Mapping[str, tuple[str, Mapping[str, str]]] = {
         },
     ),
     "images": ("images in messages", {"PIL": "pillow"}),
+    "video": ("video in messages", {"av": "av", "PIL": "pillow"}),
     "gpu": ("kernels on a GPU", {"triton": "triton"}),
 }
 
 
 def check_extras(machine: Machine) -> Iterator[Finding]:
-    """Yield a line for each extra; that for a GPU is missed only where there is one."""
+    """Yield a line for each extra; that for a GPU is missed only where there is one, that for video nowhere."""
     for extra, (purpose, packages) in EXTRAS.items():
         name = f"[{extra}]"
         missing = [package for module, package in packages.items() if find_spec(module) is None]
@@ -37,6 +38,8 @@ def check_extras(machine: Machine) -> Iterator[Finding]:
         text = f"{purpose}: {', '.join(missing)} not installed"
         if extra == "gpu" and not machine.gpus:
             yield Finding(name, OK, f"{text}, and no GPU that would want it")
+        elif extra == "video":
+            yield Finding(name, OK, f"{text}, and only wanted with serve --video")
         else:
             yield Finding(name, WARNING, text, f"for that: pip install 'hybrid-k2[{extra}]'")
 
