@@ -111,6 +111,28 @@ def test_what_a_model_cannot_read_is_refused_before_it_is_loaded(call: Call, cat
         assert done.err.startswith("error: --image cut.png: expected a PNG, JPEG, WebP or GIF image, got ")
 
 
+def test_videos(call: Call, cat: Path, babbler: Path) -> None:
+    """A server gets the file; one that reads none, and a model here with a damaged one, are not asked."""
+    film = cat.with_name("film.bin")
+    film.write_bytes(b"\x1aE\xdf\xa3 and no more")
+    ask = ["-q", "-p", "what?", "--video", film, "--image", cat]
+    with saying({"/v1/models": models(supports_image_in=True, supports_video_in=True), CHAT: ANSWER}) as server:
+        assert call("chat", "--server", server.url, *ask).out == "A cat.\n"
+        ((message,),) = asked(server)
+    url = f"data:video/webm;base64,{base64.b64encode(film.read_bytes()).decode()}"
+    video = {"type": "video_url", "video_url": {"url": url}}
+    assert message["content"] == [part(cat), video, {"type": "text", "text": "what?"}]
+    with saying(SEES) as server:
+        done = call("chat", "--server", server.url, *ask)
+        assert asked(server) == []
+    expected = "expected a model that reads video, got k2, which reads text and images only"
+    assert done == Done(1, "", f"error: --video: {expected}\n")
+    pytest.importorskip("av", "17.1", reason="PyAV reads videos: pip install av pillow")
+    done = call("chat", babbler, *ask, "--dry-run")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: --video film.bin: expected an MP4, MOV, ")
+
+
 def test_a_server_that_refuses(call: Call, cat: Path) -> None:
     with saying({**SEES, CHAT: REFUSAL}) as server:
         done = call("chat", "--server", server.url, "-q", "-p", "what?", "--image", cat)
@@ -139,6 +161,12 @@ def test_a_chat_with_images(environment: dict[str, str], cat: Path, tmp_path: Pa
         assert "with the next message: my cat.png" in user.wait_for(PROMPT)
         user.type('/image "~/second.png"\r')
         assert "with the next message: second.png, 8 B" in user.wait_for(PROMPT)
+        user.type("/video ~/second.png\r")
+        assert "error: /video: expected a model that reads video, got k2" in user.wait_for(PROMPT)
+        user.type("/video\r")
+        assert "no video goes with the next message" in user.wait_for(PROMPT)
+        user.type("/video off\r")
+        user.wait_for(PROMPT)
         user.type("/image ~/none\r")
         assert "cannot be read: No such file" in user.wait_for(PROMPT)
         user.type("/image\r")

@@ -1,4 +1,4 @@
-"""Images of a chat: what is read from files, what a message holds of it, and what a saved conversation may hold."""
+"""Images and videos of a chat: what is read from files, what a message holds of it, and what may be saved."""
 
 from __future__ import annotations
 
@@ -13,10 +13,20 @@ import pytest
 from hybrid_k2.cli.chat.commands import completions
 from hybrid_k2.cli.chat.conversation import Conversation, load_conversation, save_conversation
 from hybrid_k2.cli.chat.files import MAX_BYTES, path_completions
-from hybrid_k2.cli.chat.images import attach_image, content_of, is_content
+from hybrid_k2.cli.chat.media import attach, content_of, is_content
 from hybrid_k2.errors import ConfigError
 from hybrid_k2.placement.sizes import format_bytes
 
+VIDEOS = {
+    "mp4": b"\x00\x00\x00\x1cftypisom",
+    "3gpp": b"\x00\x00\x00\x1cftyp3gp4",
+    "quicktime": b"\x00\x00\x00\x14ftypqt  ",
+    "webm": b"\x1aE\xdf\xa3",
+    "x-msvideo": b"RIFF\x10\x00\x00\x00AVI LIST",
+    "x-flv": b"FLV\x01",
+    "mpeg": b"\x00\x00\x01\xba",
+    "x-ms-wmv": b"0&\xb2u\x8ef\xcf\x11",
+}
 BEGINNINGS = {
     "png": b"\x89PNG\r\n\x1a\n",
     "jpeg": b"\xff\xd8\xff\xe0",
@@ -25,16 +35,21 @@ BEGINNINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", BEGINNINGS)
+@pytest.mark.parametrize(
+    ("medium", "kind", "beginning"),
+    [("image", *item) for item in BEGINNINGS.items()] + [("video", *item) for item in VIDEOS.items()],
+)
 @pytest.mark.parametrize("size", [0, 1, 2, 1000])
-def test_the_type_is_told_by_the_first_bytes(tmp_path: Path, kind: str, size: int) -> None:
-    data = BEGINNINGS[kind] + random.Random(size).randbytes(size)
+def test_the_type_is_told_by_the_first_bytes(
+    tmp_path: Path, medium: str, kind: str, beginning: bytes, size: int
+) -> None:
+    data = beginning + random.Random(size).randbytes(size)
     path = tmp_path / "my photo.txt"
     path.write_bytes(data)
-    image = attach_image(path)
-    assert str(image) == f"my photo.txt, {format_bytes(len(data))}"
-    head, _, encoded = image.part()["image_url"]["url"].partition(",")
-    assert head == f"data:image/{kind};base64"
+    attached = attach(medium, path)
+    assert str(attached) == f"my photo.txt, {format_bytes(len(data))}"
+    head, _, encoded = attached.part()[f"{medium}_url"]["url"].partition(",")
+    assert head == f"data:{medium}/{kind};base64"
     assert base64.b64decode(encoded, validate=True) == data
 
 
@@ -52,26 +67,28 @@ def test_what_is_no_image(tmp_path: Path, data: bytes, got: str) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=rf"x\.png: expected a PNG, JPEG, WebP or GIF file, got {got}"):
-        attach_image(path)
+        attach("image", path)
+    with pytest.raises(ConfigError, match=rf"x\.png: expected an MP4, .* or WMV file, got {got}"):
+        attach("video", path)
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.png: cannot be read: No such file"):
-        attach_image(tmp_path / "none.png")
+        attach("image", tmp_path / "none.png")
     with pytest.raises(ConfigError, match="expected a regular file, got a folder"):
-        attach_image(tmp_path)
+        attach("image", tmp_path)
     large = tmp_path / "large.png"
     large.write_bytes(BEGINNINGS["png"])
     os.truncate(large, MAX_BYTES + 1)  # a hole: it takes no room on the disk
     with pytest.raises(ConfigError, match=r"large\.png: expected at most 64 MiB"):
-        attach_image(large)
+        attach("image", large)
 
 
 def test_a_message_with_images_is_saved_and_loaded(tmp_path: Path) -> None:
     paths = [tmp_path / f"{kind}.img" for kind in BEGINNINGS]
     for path, data in zip(paths, BEGINNINGS.values(), strict=True):
         path.write_bytes(data)
-    images = [attach_image(path) for path in paths]
+    images = [attach("image", path) for path in paths]
     assert content_of("what?", []) == "what?"
     content = content_of("what?", images)
     assert [part["type"] for part in content if isinstance(part, dict)] == ["image_url"] * 4 + ["text"]
@@ -82,6 +99,7 @@ def test_a_message_with_images_is_saved_and_loaded(tmp_path: Path) -> None:
     assert load_conversation(path)[0] == conversation
 
 
+VIDEO = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AA=="}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 
 
@@ -97,18 +115,20 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}
         [{"type": "image_url", "image_url": "data:image/png;base64,AA=="}],
         [{"type": "image_url", "image_url": {"url": "http://x.y/z.png"}}],
         [{"type": "image_url", "image_url": {"url": "/etc/passwd"}}],
-        [IMAGE, {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AA=="}}],
+        [IMAGE, {"type": "input_audio", "input_audio": {"url": "data:audio/wav;base64,AA=="}}],
+        [{"type": "video_url", "video_url": {"url": "data:image/png;base64,AA=="}}],
+        [{"type": "video_url", "image_url": {"url": "data:image/png;base64,AA=="}}],
     ],
 )
 def test_what_no_saved_message_holds(content: Any) -> None:
     assert not is_content(content)
-    assert is_content([IMAGE, {"type": "text", "text": "a"}])
+    assert is_content([IMAGE, VIDEO, {"type": "text", "text": "a"}])
 
 
 def test_a_conversation_that_could_not_be_loaded_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hybrid_k2.cli.chat.conversation.MAX_BYTES", 2**20)
     conversation = Conversation(None, [{"role": "user", "content": "x" * 2**20}])
-    with pytest.raises(ConfigError, match="at most 1 MiB with its images"):
+    with pytest.raises(ConfigError, match="at most 1 MiB with its images and videos"):
         save_conversation(tmp_path / "c.json", conversation, model="k2", thinking=True)
     assert list(tmp_path.iterdir()) == []
 

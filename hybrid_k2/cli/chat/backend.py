@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from hybrid_k2.cli.chat.conversation import Message
+from hybrid_k2.cli.chat.media import MEDIA
 from hybrid_k2.cli.chat.options import ChatOptions
 from hybrid_k2.cli.loading import load_engine
 from hybrid_k2.cli.terminal import Output
@@ -53,8 +54,8 @@ class Backend(Protocol):
         ...
 
     @property
-    def sees_images(self) -> bool:
-        """Whether messages may hold images."""
+    def sees(self) -> Collection[str]:
+        """What messages may hold beside text: `image`, `video`."""
         ...
 
     def start(self, messages: Sequence[Message], options: ChatOptions, on_prefill: OnPrefill) -> ReplyStream:
@@ -83,9 +84,9 @@ class LocalBackend:
         return self._engine.context_tokens
 
     @property
-    def sees_images(self) -> bool:
-        """Whether messages may hold images."""
-        return self._engine.images is not None
+    def sees(self) -> Collection[str]:
+        """What messages may hold beside text."""
+        return () if self._engine.images is None else MEDIA
 
     def start(self, messages: Sequence[Message], options: ChatOptions, on_prefill: OnPrefill) -> Generation:
         """Ask for a reply; nothing is computed before its first event. Raises: RequestError."""

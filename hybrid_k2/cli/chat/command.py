@@ -18,7 +18,7 @@ from hybrid_k2.cli.terminal import Nowhere, Output
 
 if TYPE_CHECKING:
     from hybrid_k2.cli.chat.backend import Backend
-    from hybrid_k2.cli.chat.images import AttachedImage
+    from hybrid_k2.cli.chat.media import Attached
     from hybrid_k2.cli.chat.options import ChatOptions
 
     OpenBackend = Callable[[Output], Backend]
@@ -60,6 +60,10 @@ def chat(
     image: Annotated[
         list[Path] | None,
         typer.Option("--image", metavar="FILE", help="An image for the (first) message. Repeat for more."),
+    ] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option("--video", metavar="FILE", help="A video for the (first) message. Repeat for more."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object; needs a prompt or --dry-run.")
@@ -153,20 +157,27 @@ def chat(
     with leaving_at_once():
         from hybrid_k2.cli.api_keys import own_key
         from hybrid_k2.cli.chat.backend import load_backend
-        from hybrid_k2.cli.chat.images import attach_image, check_images
+        from hybrid_k2.cli.chat.media import attach, check_attached
         from hybrid_k2.cli.chat.options import ChatOptions, check_text, read_tools
         from hybrid_k2.cli.remote.backend import connect
         from hybrid_k2.engine.params import SamplingParams
 
     checkpoint = "demo" if model is None else model
-    images = [attach_image(path) for path in image or ()]
+    given = {"image": image, "video": video}
+    attached = [attach(medium, path) for medium, paths in given.items() for path in paths or ()]
     open_backend: OpenBackend
     if address is None:
-        if images:
-            check_images(images, checkpoint)
+        if attached:
+            check_attached(attached, checkpoint)
         open_backend = partial(load_backend, checkpoint, rules, trace_to)
     else:
-        open_backend = partial(connect, address, own_key(api_key, api_key_file), model, bool(images))
+        open_backend = partial(
+            connect,
+            address,
+            own_key(api_key, api_key_file),
+            model,
+            [medium for medium, paths in given.items() if paths],
+        )
     params = SamplingParams(
         temperature=temperature,
         top_p=top_p,
@@ -189,9 +200,9 @@ def chat(
     if dry_run:
         _plan(checkpoint, rules, prompt or [], trace_to, host_memory_bytes, as_json)
     elif interactive:
-        _chat(open_backend, options, images, notes)
+        _chat(open_backend, options, attached, notes)
     else:
-        _answer(open_backend, options, prompt or [], images, notes, as_json)
+        _answer(open_backend, options, prompt or [], attached, notes, as_json)
 
 
 def _refuse_beside(other: str, given: Mapping[str, object]) -> None:
@@ -217,28 +228,28 @@ def _plan(
     show_plan(model, rules, trace, host_memory_bytes, Output(sys.stdout), as_json)
 
 
-def _chat(open_backend: OpenBackend, options: ChatOptions, images: list[AttachedImage], notes: Output) -> None:
+def _chat(open_backend: OpenBackend, options: ChatOptions, attached: list[Attached], notes: Output) -> None:
     with leaving_at_once():
         from hybrid_k2.cli.chat.line_input import LineInput
         from hybrid_k2.cli.chat.session import ChatSession
 
     with closing(open_backend(notes)) as backend:
         notes = Output(sys.stderr)  # --quiet is for the loading: a chat without its prompts would be none
-        ChatSession(backend, options, Output(sys.stdout), notes, LineInput(notes), images).run()
+        ChatSession(backend, options, Output(sys.stdout), notes, LineInput(notes), attached).run()
 
 
 def _answer(
     open_backend: OpenBackend,
     options: ChatOptions,
     prompt: list[str],
-    images: list[AttachedImage],
+    attached: list[Attached],
     notes: Output,
     as_json: bool,
 ) -> None:
     with leaving_at_once():
-        from hybrid_k2.cli.chat.images import content_of
+        from hybrid_k2.cli.chat.media import content_of
         from hybrid_k2.cli.chat.one_shot import answer_once, prompt_text
 
     text = prompt_text(prompt, notes)
     with closing(open_backend(notes)) as backend:
-        answer_once(backend, options, content_of(text, images), Output(sys.stdout), notes, as_json)
+        answer_once(backend, options, content_of(text, attached), Output(sys.stdout), notes, as_json)

@@ -22,6 +22,7 @@ COMMANDS = (
     Command("think", "[on|off]", "switch thinking, or say whether it is on"),
     Command("system", "[TEXT|off]", "set, remove or show the system prompt"),
     Command("image", "[FILE|off]", "add an image to the next message, drop those added, or list them"),
+    Command("video", "[FILE|off]", "the same with videos"),
     Command("clear", "", "forget the conversation (the system prompt stays)"),
     Command("regen", "", "answer the last message again"),
     Command("save", "FILE", "save the conversation as JSON"),

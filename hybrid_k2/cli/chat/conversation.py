@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_k2.cli.chat.files import read_json, write_whole
-from hybrid_k2.cli.chat.images import is_content
+from hybrid_k2.cli.chat.media import is_content
 from hybrid_k2.errors import ConfigError, RequestError
 
 FORMAT = "hybrid-k2 conversation 1"
@@ -66,7 +66,7 @@ def save_conversation(path: Path, conversation: Conversation, *, model: str, thi
     text = json.dumps(data, ensure_ascii=False, indent=2) + "\n"
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
         raise ConfigError(
-            f"{path}: expected a conversation of at most {MAX_BYTES // 2**20} MiB with its images, got more"
+            f"{path}: expected a conversation of at most {MAX_BYTES // 2**20} MiB with its images and videos, got more"
         )
     write_whole(path, text)
 
@@ -100,7 +100,7 @@ def _check_message(path: Path, place: str, message: Any) -> None:
             continue
         _require(path, f"{place}.{name}", name in _FIELDS[role], f"no such field in a message of role {role}", value)
         if (role, name) == ("user", "content"):
-            _require(path, f"{place}.{name}", is_content(value), "a str, or a list of texts and images", value)
+            _require(path, f"{place}.{name}", is_content(value), "a str, or a list of texts, images and videos", value)
             continue
         kind = _FIELDS[role][name]
         _require(path, f"{place}.{name}", isinstance(value, kind), f"a {kind.__name__}", value)

@@ -13,8 +13,8 @@ from hybrid_k2.cli.chat.backend import Backend
 from hybrid_k2.cli.chat.commands import COMMANDS, help_lines, parse_command
 from hybrid_k2.cli.chat.conversation import Conversation, Message, load_conversation, save_conversation
 from hybrid_k2.cli.chat.files import path_of, target_of
-from hybrid_k2.cli.chat.images import AttachedImage, attach_image, content_of, require_sight
 from hybrid_k2.cli.chat.line_input import PROMPT, LineInput, Typed
+from hybrid_k2.cli.chat.media import Attached, attach, content_of, require_sight
 from hybrid_k2.cli.chat.options import ChatOptions, check_text
 from hybrid_k2.cli.chat.reply import kept_message, make_reply
 from hybrid_k2.cli.chat.reply_view import ReplyView, say_figures
@@ -42,7 +42,7 @@ class ChatSession:
         answer: Output,
         notes: Output,
         keyboard: LineInput,
-        images: Sequence[AttachedImage] = (),
+        attached: Sequence[Attached] = (),
     ) -> None:
         self.backend = backend
         self.options = options
@@ -51,7 +51,7 @@ class ChatSession:
         self._answer = answer
         self._notes = notes
         self._keyboard = keyboard
-        self._images = [*images]  # for the next message
+        self._attached = [*attached]  # for the next message
         self._statistics = Statistics()
         self._file: Path | None = None  # where this conversation was saved or loaded: saving there again is no surprise
         self._again = 0  # how often the last message was answered again
@@ -60,7 +60,7 @@ class ChatSession:
     def run(self) -> None:
         """Chat until the user leaves. An error of one message is said, and the chat goes on as if it had not been."""
         self._notes.line(WELCOME, "dim")
-        self._say_attached(self._images)
+        self._say_attached(self._attached)
         while True:
             try:
                 typed = self._next()
@@ -96,8 +96,8 @@ class ChatSession:
         if not typed.block and text.lstrip().startswith("/"):
             text = text.lstrip()  # the space that made it a message
         self._again = 0
-        self._answer_to([*self.conversation.messages, {"role": "user", "content": content_of(text, self._images)}])
-        self._images.clear()  # not before: a message that is refused can be sent again
+        self._answer_to([*self.conversation.messages, {"role": "user", "content": content_of(text, self._attached)}])
+        self._attached.clear()  # not before: a message that is refused can be sent again
         self._answer_calls()
 
     def _answer_to(self, messages: list[Message], again: int = 0) -> None:
@@ -155,20 +155,27 @@ class ChatSession:
         self._notes.line("there is no system prompt" if shown is None else f"system prompt: {shown}", "dim")
 
     def _image(self, argument: str) -> None:
-        if argument.lower() == "off":
-            self._images.clear()
-        elif argument:
-            require_sight(self.backend.sees_images, self.backend.model, "/image")
-            self._images.append(attach_image(path_of(argument)))
-            self._say_attached(self._images[-1:])
-            return
-        if not self._images:
-            self._notes.line("no image goes with the next message", "dim")
-        self._say_attached(self._images)
+        self._attach("image", argument)
 
-    def _say_attached(self, images: Sequence[AttachedImage]) -> None:
-        for image in images:
-            self._notes.line(f"with the next message: {image}", "dim")
+    def _video(self, argument: str) -> None:
+        self._attach("video", argument)
+
+    def _attach(self, medium: str, argument: str) -> None:
+        if argument.lower() == "off":
+            self._attached = [one for one in self._attached if one.medium != medium]
+        elif argument:
+            require_sight(self.backend.sees, medium, self.backend.model, f"/{medium}")
+            self._attached.append(attach(medium, path_of(argument)))
+            self._say_attached(self._attached[-1:])
+            return
+        of_medium = [one for one in self._attached if one.medium == medium]
+        if not of_medium:
+            self._notes.line(f"no {medium} goes with the next message", "dim")
+        self._say_attached(of_medium)
+
+    def _say_attached(self, attached: Sequence[Attached]) -> None:
+        for one in attached:
+            self._notes.line(f"with the next message: {one}", "dim")
 
     def _clear(self, _: str) -> None:
         self.conversation = Conversation(self.conversation.system)

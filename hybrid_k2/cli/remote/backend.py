@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from hybrid_k2.cli.chat.backend import OnPrefill
 from hybrid_k2.cli.chat.conversation import Message
-from hybrid_k2.cli.chat.images import require_sight
+from hybrid_k2.cli.chat.media import MEDIA, require_sight
 from hybrid_k2.cli.chat.options import ChatOptions
 from hybrid_k2.cli.loading import Speed, show_progress
 from hybrid_k2.cli.remote.address import Address
@@ -36,7 +36,7 @@ class FoundModel(NamedTuple):
 
     name: str
     context_tokens: int | None
-    sees_images: bool
+    sees: Collection[str]  # what messages may hold beside text: `image`, `video`
 
 
 class RemoteBackend:
@@ -45,7 +45,7 @@ class RemoteBackend:
     def __init__(self, server: Server, found: FoundModel) -> None:
         self.model = found.name
         self.context_tokens = found.context_tokens
-        self.sees_images = found.sees_images
+        self.sees = found.sees
         self._server = server
 
     def start(self, messages: Sequence[Message], options: ChatOptions, on_prefill: OnPrefill) -> RemoteReply:
@@ -80,11 +80,11 @@ def chat_request(model: str, messages: Sequence[Message], options: ChatOptions) 
 
 
 def connect(
-    address: Address, api_key: str | None, model: str | None, with_images: bool, notes: Output
+    address: Address, api_key: str | None, model: str | None, media: Collection[str], notes: Output
 ) -> RemoteBackend:
     """Find the model (None: the server's first), and wait until it is loaded.
 
-    Raises: ServerError: no such server or model, or the key is refused; RequestError: it cannot read the images.
+    Raises: ServerError: no such server or model, or the key is refused; RequestError: it cannot read these media.
     """
     server = Server(address, api_key)
     find_model(server, model)  # a wrong address, key or name is said before the wait
@@ -92,8 +92,8 @@ def connect(
     found = find_model(server, model)
     context = "" if found.context_tokens is None else f", {found.context_tokens} tokens of context"
     notes.line(f"server: {server.name}, model {found.name}{context}", "dim")
-    if with_images:
-        require_sight(found.sees_images, found.name, "--image")
+    for medium in media:
+        require_sight(found.sees, medium, found.name, f"--{medium}")
     return RemoteBackend(server, found)
 
 
@@ -111,9 +111,8 @@ def find_model(server: Server, wanted: str | None) -> FoundModel:
         names = ", ".join(served) or "none"
         raise ServerError(f"{server.name}: expected a model that it serves ({names}), got {name or 'none'}")
     context = served[name].get("context_length")
-    return FoundModel(
-        name, context if isinstance(context, int) else None, served[name].get("supports_image_in") is True
-    )
+    sees = [medium for medium in MEDIA if served[name].get(f"supports_{medium}_in") is True]
+    return FoundModel(name, context if isinstance(context, int) else None, sees)
 
 
 def wait_until_loaded(server: Server, notes: Output) -> None:
