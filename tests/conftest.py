@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ from hypothesis import settings
 # A busy machine makes an example slow, not wrong.
 settings.register_profile("hybrid-k2", deadline=None)
 settings.load_profile("hybrid-k2")
+
+# A shell lets what it starts in the background ignore Ctrl-C, and so would every command that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("HYBRID_K2_SHARED", REPO.parent / "shared"))
