@@ -2,7 +2,7 @@
 
     python bench/vision.py [--sizes 448x448,1920x1080] [--dtype bf16] [--layers 2] [--rounds 3] [--threads N]
 
-The model has random weights and so many blocks; the time of all 27 is an estimate from the median of those. The limit
+The model has random weights and so many blocks; the time of all 27 is an estimate from those. The limit
 is the rate of torch's product of 2048 x 4608 x 4608 numbers in the dtype that the tower multiplies in, measured in
 turns with the images: `of the limit` counts multiplications and additions of linear layers and attention alone. With
 one thread times are the process's, which other programs do not lengthen; with more the wall clock's.
@@ -122,7 +122,7 @@ def main() -> None:
         blocks, rests, limits = [], [], [probe(weight, rows, clock)]
         for _ in range(args.rounds):
             first, *between, last = timed_steps(model, image, clock)
-            blocks += between
+            blocks.append(sum(between) / args.layers)
             rests.append(first + last)
             limits.append(probe(weight, rows, clock))
         block, rest, limit = median(blocks), median(rests), median(limits) / 1e9

@@ -28,6 +28,7 @@ from hybrid_k2.model.loader import Progress, load_text_model
 from hybrid_k2.model.self_check import check_model
 from hybrid_k2.model.text import TextModel
 from hybrid_k2.model.vision import VisionModel
+from hybrid_k2.model.vision_check import check_vision
 from hybrid_k2.model.vision_loading import load_vision_model
 from hybrid_k2.placement import (
     Machine,
@@ -145,6 +146,8 @@ def load_model(
         try:
             vision = load_vision_model(checkpoint, config, plan, of_images)
             check_model(text, checkpoint, config, plan)
+            if vision is not None:
+                check_vision(vision, checkpoint, plan)
         except BaseException:
             text.close()
             raise

@@ -25,7 +25,7 @@ def test_plans_are_frozen_and_small_in_print() -> None:
         assert len(repr(part)) < 140
         with pytest.raises(FrozenInstanceError):
             part.device = "elsewhere"  # type: ignore[misc]
-    assert repr(plan) == "Plan('rules/gpu.yaml', kimi_k25, cuda:0 26.92 GiB, host 534.04 GiB, numerics='exact')"
+    assert repr(plan) == "Plan('rules/gpu.yaml', kimi_k25, cuda:0 26.81 GiB, host 534.04 GiB, numerics='exact')"
 
 
 def test_the_table_is_aligned_and_adds_up() -> None:

@@ -99,6 +99,13 @@ def test_one_step_for_each_block(tiny: Path) -> None:
         assert encoding.features.device == model.device
 
 
+def test_a_large_image_has_a_step_for_each_piece(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision, "PIECE", 20)
+    with loaded_vision(tiny, "host") as model:
+        encoding = model.begin(random_image(6, 8, seed=3))
+        assert [encoding.step() for _ in range(8)] == [False] * 7 + [True]
+
+
 def test_images_do_not_meet(tiny: Path) -> None:
     """Encoding twice gives the same bits, and so does encoding while another image is on its way."""
     first, second = random_image(6, 8, seed=4), random_image(10, 4, seed=5)
