@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from hybrid_k2.experts import read_probe
+
 # A busy machine makes an example slow, not wrong.
 settings.register_profile("hybrid-k2", deadline=None)
 settings.load_profile("hybrid-k2")
@@ -32,6 +34,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def _one_torch_thread() -> None:
     """Let oracles multiply on one thread: on small tensors two wait for each other longer than they compute."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure memory on as little of it as is allowed, where no figure is judged: more takes a while to get."""
+    for name in ("BYTES", "BYTES_PER_THREAD"):
+        monkeypatch.setattr(read_probe, f"WANTED_{name}", getattr(read_probe, f"LEAST_{name}"))
 
 
 @pytest.fixture(scope="session")
