@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hybrid_k2.model.room import room_for
+from hybrid_k2.placement.memories import HOST
 from hybrid_k2.protocol import Image
 from hybrid_k2.vision_config import LAYER_NORM_EPS, MERGE, ROPE_THETA, VisionConfig
 
@@ -168,11 +170,19 @@ class Encoding:
     def __init__(self, model: VisionModel, image: Image) -> None:
         self.features = torch.empty(0)  # [tokens, text_hidden_size] once `step` has said so
         self._steps = self._run(model, image)
+        self._device = HOST if model.device.type == "cpu" else str(model.device)
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Compute a part: the patches' embedding, a piece of one block, or the rows. True when `features` is there."""
-        return next(self._steps, True)
+        """Compute a part: the patches' embedding, a piece of one block, or the rows. True when `features` is there.
+
+        Raises: MemoryBudgetError; what failed cannot go on.
+        """
+        with room_for("image", self._device):
+            done = next(self._steps, True)
+        if done and not self.features.numel():
+            raise ValueError("encoding: expected one that goes on, got one that has failed")
+        return done
 
     def _run(self, model: VisionModel, image: Image) -> Iterator[bool]:
         rows, columns = image.grid

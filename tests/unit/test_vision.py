@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hybrid_k2.checkpoint import Checkpoint, vision_tensors
 from hybrid_k2.config import ModelConfig
-from hybrid_k2.errors import CheckpointError
+from hybrid_k2.errors import CheckpointError, MemoryBudgetError
 from hybrid_k2.host.cpu import cpu_flags
 from hybrid_k2.model import vision, vision_loading
 from hybrid_k2.model.vision import Affine, Block, LayerNorm, Projector, VisionModel
@@ -104,6 +104,26 @@ def test_a_large_image_has_a_step_for_each_piece(tiny: Path, monkeypatch: pytest
     with loaded_vision(tiny, "host") as model:
         encoding = model.begin(random_image(6, 8, seed=3))
         assert [encoding.step() for _ in range(8)] == [False] * 7 + [True]
+
+
+def test_memory_that_runs_out_is_an_error_and_no_end(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = random_image(6, 8, seed=3)
+    with loaded_vision(tiny, "host") as model:
+        encoding, other = model.begin(image), model.begin(image)
+        assert not encoding.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(Block, "add_to", _without_memory)
+            with pytest.raises(MemoryBudgetError, match=r"^image: expected room in host memory, got none left"):
+                encoding.step()
+        with pytest.raises(ValueError, match="got one that has failed"):
+            encoding.step()
+        while not other.step():
+            pass
+        assert torch.equal(other.features, model.encode(image))
+
+
+def _without_memory(*_: object) -> None:
+    raise MemoryError
 
 
 def test_images_do_not_meet(tiny: Path) -> None:
