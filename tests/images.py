@@ -1,26 +1,14 @@
-"""Random images, cut into patches, for tests of the vision tower."""
+"""Random images for tests of the vision tower."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import numpy as np
 
-import torch
-from torch import Tensor
-
-
-@dataclass(frozen=True)
-class RandomPatches:
-    """Stand for an image that was cut into patches."""
-
-    grid: tuple[int, int]
-    values: Tensor
-
-    def patches(self) -> Tensor:
-        """Return the normalised pixels [N, 3, patch, patch], in memory of their own as of a real image."""
-        return self.values.clone()
+from hybrid_k2.protocol import Image, ImageFormat
 
 
-def random_patches(rows: int, columns: int, seed: int, patch: int = 14) -> RandomPatches:
-    """Draw an image of so many patches."""
-    source = torch.Generator().manual_seed(seed)
-    return RandomPatches((rows, columns), 2 * torch.rand(rows * columns, 3, patch, patch, generator=source) - 1)
+def random_image(rows: int, columns: int, seed: int, patch: int = 14) -> Image:
+    """Draw noise of so many patches, each of `patch` pixels a side."""
+    source = np.random.default_rng(seed)
+    pixels = source.integers(0, 256, (rows * patch, columns * patch, 3), dtype=np.uint8)
+    return Image(pixels, ImageFormat(patch_size=patch))

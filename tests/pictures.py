@@ -1,21 +1,49 @@
-"""Image files for tests."""
+"""Pictures and their files for tests; PNG is written without the library that reads it."""
 
 from __future__ import annotations
 
-import io
-from typing import Any
+import base64
+import struct
+import zlib
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def picture(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Return pixels of noise [height, width, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def png(pixels: NDArray[np.uint8], claimed: tuple[int, int] | None = None) -> bytes:
+    """Write a picture as PNG; `claimed`: another width and height than it has."""
+    height, width, _ = pixels.shape
+    head = struct.pack(">IIBBBBB", *(claimed or (width, height)), 8, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    chunks = (_chunk(b"IHDR", head), _chunk(b"IDAT", zlib.compress(rows)), _chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
 
 def noise_png(width: int, height: int, seed: int = 0) -> bytes:
-    """Write an image of noise as a PNG file."""
-    from PIL import Image
+    """Return an image of noise as a PNG file."""
+    return png(picture(width, height, seed))
 
-    file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    Image.fromarray(pixels).save(file, "png")
-    return file.getvalue()
+
+def coded(data: bytes) -> str:
+    """Return base64, as requests have it."""
+    return base64.b64encode(data).decode()
+
+
+def uri(data: bytes) -> str:
+    """Return a PNG file as a `data:` URI."""
+    return f"data:image/png;base64,{coded(data)}"
 
 
 def ask(*parts: bytes | str) -> list[dict[str, Any]]:

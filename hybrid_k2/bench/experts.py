@@ -85,7 +85,7 @@ class ExpertsReport:
 class _Case:
     """One number of tokens in one numerics: its inputs, and what its rounds took."""
 
-    def __init__(self, bench: _Bench, numerics: str, tokens: int) -> None:
+    def __init__(self, bench: RandomExperts, numerics: str, tokens: int) -> None:
         self.bench = bench
         self.numerics = numerics
         self.tokens = tokens
@@ -136,7 +136,7 @@ class _Case:
         )
 
 
-class _Bench:
+class RandomExperts:
     """Random weights, inputs and the right answers for the checked tokens."""
 
     def __init__(self, shape: ExpertsShape, most_tokens: int, seed: int) -> None:
@@ -217,7 +217,7 @@ def measure_experts(
     lacks the numerics; MemoryError.
     """
     isas = {name: _choose(isa, name) for name in numerics}
-    bench = _Bench(shape, max(tokens), seed)
+    bench = RandomExperts(shape, max(tokens), seed)
     raw: list[float] = []
     peaks: dict[str, float] = {}
     tunings: dict[str, Tuning] = {}
@@ -254,7 +254,7 @@ def _choose(isa: str | None, numerics: str) -> str:
 
 @contextmanager
 def _layer(
-    bench: _Bench, numerics: str, isa: str, nodes: Sequence[NodeThreads]
+    bench: RandomExperts, numerics: str, isa: str, nodes: Sequence[NodeThreads]
 ) -> Iterator[tuple[NativeRuntime, ExpertsBackend]]:
     runtime = NativeRuntime(isa, sum(node.threads for node in nodes), numerics, nodes)
     try:

@@ -1,8 +1,12 @@
-"""A slice of a model: a few layers with the widths of K2.6, or a part of them, random weights in the real formats."""
+"""A slice of a model: a few layers with the widths of K2.6, or a part of them, random weights in the real formats.
+
+And the sizes of K2.6 as a whole.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +52,11 @@ def slice_fields(sizes: Mapping[str, int], layers: int, experts: int) -> dict[st
 def slice_config(sizes: Mapping[str, int], layers: int, experts: int, source: str) -> ModelConfig:
     """Describe such a model."""
     return ModelConfig.from_dict(slice_fields(sizes, layers, experts), source)
+
+
+def k26_config() -> ModelConfig:
+    """Describe the text model of K2.6, for plans; its checkpoint need not be here."""
+    return replace(slice_config(widths(), 61, 384, "K2.6"), vocab_size=163840)
 
 
 def write_slice(folder: Path, config: ModelConfig) -> None:

@@ -10,6 +10,7 @@ import typer
 from hybrid_k2 import __version__
 from hybrid_k2.cli.bench import app as bench
 from hybrid_k2.cli.chat.command import chat
+from hybrid_k2.cli.doctor.command import doctor
 from hybrid_k2.cli.exits import BUG, FAILED, say_bug, say_error, say_output_error
 from hybrid_k2.cli.interrupts import INTERRUPTED
 from hybrid_k2.cli.log import show_log
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(chat)
 app.command()(serve)
+app.command()(doctor)
 app.add_typer(bench, name="bench")
 
 

@@ -28,6 +28,7 @@ from hybrid_k2.model.loader import Progress, load_text_model
 from hybrid_k2.model.self_check import check_model
 from hybrid_k2.model.text import TextModel
 from hybrid_k2.model.vision import VisionModel
+from hybrid_k2.model.vision_check import check_vision
 from hybrid_k2.model.vision_loading import load_vision_model
 from hybrid_k2.placement import (
     Machine,
@@ -43,7 +44,7 @@ from hybrid_k2.placement import (
 from hybrid_k2.placement.overheads import IMAGE_PATCHES
 from hybrid_k2.protocol import ImageFormat, Tokenizer
 from hybrid_k2.protocol.images import PREPROCESSOR_NAME
-from hybrid_k2.vision_config import MERGE, VisionConfig
+from hybrid_k2.vision_config import MERGE
 
 log = logging.getLogger("hybrid_k2")
 
@@ -65,7 +66,7 @@ class LoadedModel:
     generation_config: dict[str, Any]  # what the checkpoint states about sampling; may be empty
     text: TextModel
     vision: VisionModel | None = None  # None: it reads text only
-    images: ImageFormat | None = None  # what the vision tower is given; None without one
+    images: ImageFormat | None = None  # how `vision` wants its images
 
     def close(self) -> None:
         """Release the memory and stop the threads of what computes."""
@@ -124,7 +125,7 @@ def load_model(
     folder = _find_checkpoint(path, rules)
     config = ModelConfig.load(folder)
     generation_config = _generation_config(folder)
-    images = None if config.vision is None else _image_format(folder, config.vision)
+    images = _image_format(folder, config)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
@@ -145,6 +146,8 @@ def load_model(
         try:
             vision = load_vision_model(checkpoint, config, plan, of_images)
             check_model(text, checkpoint, config, plan)
+            if vision is not None:
+                check_vision(vision, checkpoint, plan)
         except BaseException:
             text.close()
             raise
@@ -209,22 +212,21 @@ def _plan(rules: str | Path | Rules | None, config: ModelConfig, packed: bool, u
     return make_plan(_rules(rules, machine, config, packed), config, machine, experts_packed=packed, usage=usage)
 
 
-def _image_format(folder: Path, vision: VisionConfig) -> ImageFormat:
-    """Return how images are cut for a vision tower. Raises: ConfigError."""
-    images = ImageFormat.load(folder)
-    for field, given, expected in (
-        ("patch_size", images.patch_size, vision.patch_size),
-        ("merge_kernel_size", images.merge, MERGE),
-    ):
-        if given != expected:
-            raise ConfigError(
-                f"{folder / PREPROCESSOR_NAME}: {field}: expected {expected}, as in config.json, got {given}"
-            )
-    patches = images.max_tokens * MERGE**2
-    if patches > IMAGE_PATCHES:
+def _image_format(folder: Path, config: ModelConfig) -> ImageFormat | None:
+    """Read how images are prepared, which must be as the vision tower takes them. Raises: ConfigError."""
+    if config.vision is None:
+        return None
+    images, most = ImageFormat.load(folder), IMAGE_PATCHES // MERGE**2
+    expected = (config.vision.patch_size, MERGE)
+    if (images.patch_size, images.merge) != expected:
         raise ConfigError(
-            f"{folder / PREPROCESSOR_NAME}: in_patch_limit: expected one that keeps an image within {IMAGE_PATCHES} "
-            f"patches, got {images.patch_limit}, for up to {patches}"
+            f"{folder / PREPROCESSOR_NAME}: patch_size and merge_kernel_size: expected {expected[0]} and {expected[1]} "
+            f"as in config.json, got {images.patch_size} and {images.merge}"
+        )
+    if images.max_tokens > most:
+        raise ConfigError(
+            f"{folder / PREPROCESSOR_NAME}: expected limits that give an image at most {most} tokens, "
+            f"got {images.max_tokens}"
         )
     return images
 

@@ -4,34 +4,25 @@
             ─ 2×2 patches side by side ─► norm of each ─ linear ─ gelu ─ linear ─► one row for each token
 
 Every patch of an image attends to all others; two images never meet. The residual stream and what norms compute is
-fp32; products are bf16 where weights and machine have it, else fp32. One image is encoded in steps of one block, so
-that other work can be done in between.
+fp32; products are bf16 where weights and machine have it, else fp32. One image is encoded in steps of one block, or a
+piece of one where it is large, so that other work can be done in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hybrid_k2.model.room import room_for
+from hybrid_k2.placement.memories import HOST
+from hybrid_k2.protocol import Image
 from hybrid_k2.vision_config import LAYER_NORM_EPS, MERGE, ROPE_THETA, VisionConfig
 
-PIECE = 2048  # patches that pass through a product at a time: what only they need stays small
-
-
-class Patches(Protocol):
-    """What is encoded: an image as it was cut into patches."""
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches, both even."""
-
-    def patches(self) -> Tensor:
-        """Return normalised pixels, patches in raster order: fp32 [N, 3, patch, patch]."""
+PIECE = 2048  # patches that are computed with at a time: what only they need stays small, and so does a step
 
 
 @dataclass(frozen=True)
@@ -75,28 +66,31 @@ class Block:
     fc0: Affine
     fc1: Affine
 
-    def add_to(self, x: Tensor, rotation: Tensor, heads: int) -> None:
-        """Add attention, then the MLP, to the residual stream.
+    def add_to(self, x: Tensor, rotation: Tensor, heads: int) -> Iterator[None]:
+        """Add attention, then the MLP, to the residual stream: a piece of it, then yield, then the next one.
 
+        Torch's fused attention never holds the scores of all pairs.
         Shapes: x [N, hidden] fp32, changed in place; rotation [N, head/2] complex.
         """
-        attended = self._attention(x, rotation, heads)  # [heads, N, head]
+        q, k, v = self._heads(x, rotation, heads)
         for rows in pieces(len(x)):
-            x[rows] += self.wo(attended[:, rows].transpose(0, 1).flatten(1))
+            attended = functional.scaled_dot_product_attention(q[:, :, rows], k, v)  # [1, heads, piece, head]
+            x[rows] += self.wo(attended[0].transpose(0, 1).flatten(1))
             x[rows] += self.fc1(functional.gelu(self.fc0(self.norm1(x[rows])), approximate="tanh"))
+            yield
 
-    def _attention(self, x: Tensor, rotation: Tensor, heads: int) -> Tensor:
-        """Let every patch attend to all; torch's fused attention never holds the scores of all pairs.
+    def _heads(self, x: Tensor, rotation: Tensor, heads: int) -> Tensor:
+        """Compute queries, keys and values of all patches, in the product's dtype.
 
-        Shapes: -> [heads, N, head] in the product's dtype.
+        Shapes: -> [3, 1, heads, N, head].
         """
         count, width = x.shape
-        parts = x.new_empty(3, 1, heads, count, width // heads, dtype=self.wqkv.dtype)  # queries, keys, values
+        parts = x.new_empty(3, 1, heads, count, width // heads, dtype=self.wqkv.dtype)
         for rows in pieces(count):
             q, k, v = self.wqkv(self.norm0(x[rows])).view(-1, 3, heads, width // heads).unbind(1)
             for part, value in zip(parts, (rotate(q, rotation[rows]), rotate(k, rotation[rows]), v), strict=True):
                 part[0, :, rows] = value.transpose(0, 1)
-        return functional.scaled_dot_product_attention(*parts)[0]
+        return parts
 
 
 @dataclass(frozen=True)
@@ -144,11 +138,11 @@ class VisionModel:
         """Where it computes, and where its rows are."""
         return self.positions.device
 
-    def begin(self, image: Patches) -> Encoding:
+    def begin(self, image: Image) -> Encoding:
         """Prepare to encode an image; nothing is computed yet."""
         return Encoding(self, image)
 
-    def encode(self, image: Patches) -> Tensor:
+    def encode(self, image: Image) -> Tensor:
         """Encode an image at once.
 
         Shapes: -> [tokens, text_hidden_size].
@@ -158,6 +152,12 @@ class VisionModel:
             pass
         return encoding.features
 
+    def with_blocks(self, blocks: Iterable[int]) -> VisionModel:
+        """Return a tower of these blocks alone, which has the same weights."""
+        chosen = [self.blocks[block] for block in blocks]
+        parts = self.embed, self.positions, chosen, self.final_norm, self.projector
+        return VisionModel(self.config, *parts, self.features_dtype)
+
     def close(self) -> None:
         """Release the weights; nothing can be encoded any more."""
         self.blocks.clear()
@@ -165,18 +165,26 @@ class VisionModel:
 
 
 class Encoding:
-    """One image on its way: its patches, then so many blocks, then its rows."""
+    """One image on its way: its patches, then block by block, then its rows."""
 
-    def __init__(self, model: VisionModel, image: Patches) -> None:
+    def __init__(self, model: VisionModel, image: Image) -> None:
         self.features = torch.empty(0)  # [tokens, text_hidden_size] once `step` has said so
         self._steps = self._run(model, image)
+        self._device = HOST if model.device.type == "cpu" else str(model.device)
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Compute a part: the patches' embedding, one block, or the projector. True when `features` is there."""
-        return next(self._steps, True)
+        """Compute a part: the patches' embedding, a piece of one block, or the rows. True when `features` is there.
 
-    def _run(self, model: VisionModel, image: Patches) -> Iterator[bool]:
+        Raises: MemoryBudgetError; what failed cannot go on.
+        """
+        with room_for("image", self._device):
+            done = next(self._steps, True)
+        if done and not self.features.numel():
+            raise ValueError("encoding: expected one that goes on, got one that has failed")
+        return done
+
+    def _run(self, model: VisionModel, image: Image) -> Iterator[bool]:
         rows, columns = image.grid
         heads = model.config.num_attention_heads
         x = position_grid(model.positions, rows, columns)  # [N, hidden] fp32, the residual stream
@@ -187,8 +195,8 @@ class Encoding:
         rotation = rotations(rows, columns, model.config.head_dim, model.device)
         yield False
         for block in model.blocks:
-            block.add_to(x, rotation, heads)
-            yield False
+            for _ in block.add_to(x, rotation, heads):
+                yield False
         x = merge(x, rows, columns)  # [tokens, 4, hidden]
         features = x.new_empty(len(x), model.text_hidden_size, dtype=model.features_dtype)
         for part in pieces(len(x), patches=x.shape[1]):

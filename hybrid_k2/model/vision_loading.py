@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from hybrid_k2.model.part_loading import place
 from hybrid_k2.model.vision import Affine, Block, LayerNorm, Projector, VisionModel
 from hybrid_k2.placement import Plan
 from hybrid_k2.placement.memories import HOST, memory_of
+from hybrid_k2.vision_config import VisionConfig
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # with either, torch's products of bf16 are faster than those of fp32
 
@@ -33,31 +34,35 @@ def load_vision_model(
     if config.vision is None:
         return None
     placement = plan.where(VISION)
-    load = _Loader(checkpoint, placement.device, torch_dtype(placement.dtype), count)
-    return VisionModel(
-        config.vision,
-        embed=load.affine(f"{TOWER}.patch_embed.proj"),
-        positions=load.tensor(f"{TOWER}.patch_embed.pos_emb.weight"),
-        blocks=[load.block(f"{BLOCKS}.{block}") for block in range(config.vision.num_hidden_layers)],
-        final_norm=load.norm(f"{TOWER}.encoder.final_layernorm"),
-        projector=Projector(
-            LayerNorm(*load.pair(f"{PROJECTOR}.pre_norm"), config.vision.projector_norm_eps),
-            load.affine(f"{PROJECTOR}.proj.0"),
-            load.affine(f"{PROJECTOR}.proj.2"),
-        ),
-        features_dtype=torch_dtype(plan.activation_dtype),
-    )
+    loader = VisionLoader(checkpoint, placement.device, torch_dtype(placement.dtype), count)
+    return loader.model(config.vision, range(config.vision.num_hidden_layers), torch_dtype(plan.activation_dtype))
 
 
-class _Loader:
-    """Read tensors and put them together; names are those of the checkpoint."""
+class VisionLoader:
+    """Read tensors to a device in a dtype, and put them together; names are those of the checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, device: str, dtype: torch.dtype, count: Callable[[int], None]) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
         self.count = count
-        self.product_dtype = _product_dtype(device, dtype)
+        self.product_dtype = product_dtype(device, dtype)
+
+    def model(self, config: VisionConfig, blocks: Iterable[int], features_dtype: torch.dtype) -> VisionModel:
+        """Load the tower with these of its blocks."""
+        return VisionModel(
+            config,
+            embed=self.affine(f"{TOWER}.patch_embed.proj"),
+            positions=self.tensor(f"{TOWER}.patch_embed.pos_emb.weight"),
+            blocks=[self.block(f"{BLOCKS}.{block}") for block in blocks],
+            final_norm=self.norm(f"{TOWER}.encoder.final_layernorm"),
+            projector=Projector(
+                LayerNorm(*self.pair(f"{PROJECTOR}.pre_norm"), config.projector_norm_eps),
+                self.affine(f"{PROJECTOR}.proj.0"),
+                self.affine(f"{PROJECTOR}.proj.2"),
+            ),
+            features_dtype=features_dtype,
+        )
 
     def block(self, name: str) -> Block:
         return Block(
@@ -90,7 +95,7 @@ class _Loader:
         return placed
 
 
-def _product_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+def product_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """Choose what products are computed in: weights are widened where the CPU would only imitate bf16."""
     if memory_of(device) == HOST and not BF16_FLAGS & cpu_flags():
         return torch.float32

@@ -14,7 +14,7 @@ from hybrid_k2.placement.host_threads import plan_threads
 from hybrid_k2.placement.hot import Usage, hot_counts, hot_notes, hottest, moved_experts
 from hybrid_k2.placement.machine import Machine
 from hybrid_k2.placement.memories import HOST, TWIN, memory_of
-from hybrid_k2.placement.overheads import MATRICES, Overhead, Work, encoding, gpu_overheads, staging
+from hybrid_k2.placement.overheads import MATRICES, Overhead, Work, gpu_overheads, image_overheads, staging
 from hybrid_k2.placement.plan import KvCachePlan, Plan, PlanRow, bytes_per_token, expert_bytes
 from hybrid_k2.placement.yaml_tree import fail
 
@@ -118,7 +118,8 @@ def draft_plan(
 
 def _overheads(work: Work, rows: tuple[PlanRow, ...], kv_cache: KvCachePlan | None) -> tuple[Overhead, ...]:
     """List what is taken beside these rows and the cache; the twin's work on text is within the host's reserve."""
-    images = tuple(encoding(work.config, row.device, row.dtype) for row in rows if row.what == "vision")
+    vision = next((row for row in rows if row.what == "vision"), None)
+    images = image_overheads(work, vision.device, vision.dtype) if vision is not None else ()
     if work.device in (None, TWIN):
         return (staging(work) if work.stream else ()) + images
     placed = [row for row in rows if row.device == work.device and row.what != "vision"]

@@ -18,6 +18,8 @@ from hybrid_k2.host.memory import host_memory
 from hybrid_k2.host.topology import HostNode, host_nodes, numa_balancing, physical_cores
 from hybrid_k2.placement.sizes import format_bytes
 
+NO_DRIVER = "no NVIDIA driver"
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -111,7 +113,7 @@ class Machine:
 def _probe_gpus(root: Path) -> tuple[tuple[Gpu, ...], str]:
     """Ask torch for the GPUs, but only when an NVIDIA driver is there: importing torch takes seconds."""
     if not (root / "proc/driver/nvidia/version").exists() and not _driver_library_loads():
-        return (), "no NVIDIA driver"
+        return (), NO_DRIVER
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

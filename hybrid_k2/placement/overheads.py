@@ -6,6 +6,7 @@ staging     buffers for the experts that a streamed prefill brings over, and for
 graphs      a CUDA graph of the decode step for each size of batch, and the work memory that they share
 allocator   what torch's allocator rounds up
 encoding    wherever the vision tower is: one image on its way through it
+features    on the host: rows of encoded images that wait for their prompts
 hand-off    on the host: the memory through which experts and GPU pass rows and results, pinned
 """
 
@@ -34,9 +35,8 @@ ROUNDING_BYTES = MIB  # the allocator gives large tensors whole 2 MiB: half of t
 MATRICES = {"attention": 5, "router": 1, "dense_mlp": 3, "shared_experts": 3, "embedding": 1, "lm_head": 1}
 FP32_BYTES = 4
 FEATURE_ROWS = 8192  # of encoded images that wait for their prompts: two of the largest (engine/sight.py)
-# 16384 patches with sides of at most 512, as the checkpoint bounds them, and a row and a column that fill up tokens.
-IMAGE_PATCHES = 18432
-IMAGE_PIECE = 2048  # patches that pass through a product at a time (model/vision.py)
+IMAGE_PATCHES = 17928  # of the largest image: 4482 tokens (protocol/images.py)
+IMAGE_PIECE = 2048  # patches that are computed with at a time (model/vision.py)
 
 
 @dataclass(frozen=True)
@@ -77,29 +77,36 @@ def gpu_overheads(work: Work, matrices: int, matrix_bytes: int) -> tuple[Overhea
     return (workspace, *staging(work), *rest, Overhead("hand-off", HOST, handoff_bytes(work)))
 
 
-def encoding(config: ModelConfig, device: str, dtype: str) -> Overhead:
-    """Return the room for an image on its way through the vision tower, on its device."""
-    if config.vision is None:
-        raise ValueError("encoding: expected a model with a vision tower")
+def image_overheads(work: Work, device: str, dtype: str) -> tuple[Overhead, ...]:
+    """Return the room for an image on its way through the vision tower, on its device, and for rows that wait.
+
+    Beside the rows that are kept, a chunk may need its own, and the others of two images that begin or end in it.
+    """
+    vision = work.config.vision
+    if vision is None:
+        raise ValueError("images: expected a model with a vision tower")
     on_host = memory_of(device) == HOST
-    rounding = 0 if on_host else 4 * config.vision.num_hidden_layers * ROUNDING_BYTES
-    return Overhead("encoding", device, encoding_bytes(config.vision, dtype, on_host=on_host) + rounding)
+    rounding = 0 if on_host else 4 * vision.num_hidden_layers * ROUNDING_BYTES
+    encoding = encoding_bytes(vision, dtype, on_host=on_host) + rounding
+    rows = FEATURE_ROWS + work.chunk_tokens + 2 * IMAGE_PATCHES // MERGE**2
+    features = rows * work.config.hidden_size * _width(work)
+    return Overhead("encoding", device, encoding), Overhead("features", HOST, features)
 
 
 def encoding_bytes(vision: VisionConfig, dtype: str, *, on_host: bool) -> int:
     """Bound what the largest image takes while it is encoded, and its rows for the language model.
 
-    All the time that is the residual stream, and what a piece of it needs for itself. In attention queries, keys and
-    values in the dtype of products, and what it gives; for bf16 torch packs keys and values anew. At the end the rows.
-    On a host the largest weight, too: bf16 is widened there, or packed by torch's products.
+    All the time that is the residual stream, and what a piece of it needs for itself. In blocks queries, keys and
+    values in the dtype of products; at the end the rows. On a host the largest weight, too: bf16 is widened there, or
+    packed by torch's products, which pack keys and values as well: no more than fp32 takes.
     """
     hidden, merged = vision.hidden_size, vision.merged_size
     stream = IMAGE_PATCHES * (hidden + vision.head_dim) * FP32_BYTES  # with the rotations
     piece = IMAGE_PIECE * max(8 * hidden, 2 * hidden + 2 * vision.intermediate_size) * FP32_BYTES
-    attention = IMAGE_PATCHES * hidden * (6 * 2 if dtype == "bf16" and not on_host else 4 * FP32_BYTES)
+    heads = IMAGE_PATCHES * 3 * hidden * (2 if dtype == "bf16" and not on_host else FP32_BYTES)
     rows = IMAGE_PATCHES // MERGE**2 * vision.text_hidden_size * FP32_BYTES
     weight = merged * max(merged, vision.text_hidden_size) * FP32_BYTES if on_host else 0
-    return stream + piece + max(attention, rows) + weight
+    return stream + piece + max(heads, rows) + weight
 
 
 def staging(work: Work) -> tuple[Overhead, ...]:

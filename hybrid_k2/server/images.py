@@ -62,7 +62,7 @@ def given_images(messages: Sequence[Mapping[str, Any]]) -> Iterator[GivenImage]:
 class ImageReader:
     """Decode the images of all requests, in a thread of its own: nothing but images waits for an image.
 
-    One thread: an image may take a gigabyte while it is decoded.
+    One thread: a large image takes gigabytes while it is decoded.
     """
 
     def __init__(self, files: FileStore, metrics: Metrics) -> None:

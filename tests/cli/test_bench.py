@@ -163,6 +163,12 @@ def test_the_demo_model_as_a_table(call: Call) -> None:
     assert [line.split()[0] for line in done.out.splitlines()[3:]] == ["prompt", "decode", "decode"]
 
 
+def test_a_model_on_the_twin(call: Call) -> None:
+    done = call("bench", "model", "--rules", "twin", *FEW, "--quiet", "--json")
+    assert (done.code, done.err) == (0, "")
+    assert [list(result["read_bytes"]) for result in json.loads(done.out)["results"]] == [["host"]] * 3
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

@@ -58,7 +58,7 @@ def test_the_json_says_the_same(call: Call, babbler: Path) -> None:
     assert host["bytes"] == sum(part["bytes"] for part in parts) <= host["budget"]
     groups = {group["what"] for group in plan["groups"]}
     assert groups >= {"embedding", "attention", "routed_experts", "lm_head", "vision"}
-    assert [one["what"] for one in plan["overheads"]] == ["encoding"]
+    assert [one["what"] for one in plan["overheads"]] == ["encoding", "features"]
     assert (plan["accelerator"], plan["overlap"]) == (None, "off")
 
 

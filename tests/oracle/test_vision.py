@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from hybrid_k2.model.vision import VisionModel
+from hybrid_k2.protocol import Image
 from tests.generators import load_transformers_twin, write_checkpoint, write_transformers_twin
-from tests.images import RandomPatches, random_patches
+from tests.images import random_image
 from tests.models import loaded_vision
 
 pytest.importorskip("transformers", reason="transformers is the oracle: pip install 'hybrid-k2[test]'")
@@ -44,7 +46,7 @@ class Pair:
     ours: VisionModel
     theirs: Any
 
-    def expected(self, image: RandomPatches) -> Tensor:
+    def expected(self, image: Image) -> Tensor:
         with torch.inference_mode():
             tower = self.theirs.model.vision_tower(image.patches(), grid_thw=torch.tensor([[1, *image.grid]]))
             rows: Tensor = self.theirs.model.mm_projector(tower.pooler_output)[:, 0]
@@ -64,7 +66,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_rows_of_an_image(pair: Pair, grid: tuple[int, int]) -> None:
-    image = random_patches(*grid, seed=grid[0] * 100 + grid[1])
+    image = random_image(*grid, seed=grid[0] * 100 + grid[1])
     got, expected = pair.ours.encode(image), pair.expected(image)
     assert got.shape == expected.shape == (grid[0] * grid[1] // 4, 64)
     assert got.dtype == torch.float32
@@ -76,8 +78,8 @@ def test_rows_of_an_image(pair: Pair, grid: tuple[int, int]) -> None:
 
 def test_other_orders_are_far_from_it(pair: Pair) -> None:
     """The tolerance tells an image from its mirror image, so that rows and columns cannot be mixed up."""
-    image = random_patches(6, 10, seed=1)
-    values = image.values.view(6, 10, 3, 14, 14)
-    turned = RandomPatches((10, 6), values.transpose(0, 1).flatten(0, 1))
+    image = random_image(6, 10, seed=1)
+    patches = image.pixels.reshape(6, 14, 10, 14, 3).transpose(2, 1, 0, 3, 4)
+    turned = Image(np.ascontiguousarray(patches).reshape(140, 84, 3), image.format)
     rows = pair.expected(image).view(3, 5, -1).transpose(0, 1).flatten(0, 1)
     assert (pair.ours.encode(turned) - rows).abs().max() > 1000 * TOLERANCE

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hybrid_k2.protocol import ImageFormat, Tokenizer
+from tests.pictures import coded, noise_png, uri
 from tests.server.conftest import Client
-from tests.server.pictures import coded, picture, png, uri
 from tests.server.scripted import Script, ScriptedService
 from tests.server.test_chat import PATH, THOUGHT, WEATHER, one_by_one
 from tests.server.test_hostile import JSON, Endless
@@ -21,7 +21,7 @@ from tests.server.test_hostile import JSON, Endless
 FUNCTION: dict[str, Any] = dict(WEATHER["function"])
 PARAMETERS: dict[str, Any] = FUNCTION["parameters"]
 CALL = {"id": "functions.get_weather:0", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
-IMAGE = png(picture(32, 20))
+IMAGE = noise_png(32, 20)
 INPUT_IMAGE = {"type": "input_image", "image_url": uri(IMAGE), "detail": "auto"}
 BLOCK = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": coded(IMAGE)}}
 # Bodies in which every route's fields are used, the parts of the fields too.

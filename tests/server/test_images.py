@@ -12,14 +12,15 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from hybrid_k2.protocol import Image, ImageFormat, Tokenizer
 from hybrid_k2.server import images as server_images
 from hybrid_k2.server.options import Limits
 from hybrid_k2.server.request_log import JsonLines
+from tests.pictures import coded, noise_png, picture, png, uri
 from tests.server.browser import site
 from tests.server.conftest import Client, run
-from tests.server.pictures import coded, picture, png, uri
 from tests.server.scripted import Script, ScriptedService
 from tests.server.test_chat import one_by_one
 
@@ -85,7 +86,7 @@ def seen(service: ScriptedService) -> list[str | Image]:
     return parts
 
 
-def check_picture(image: Any, pixels: np.ndarray[Any, np.dtype[np.uint8]] = PICTURE) -> None:
+def check_picture(image: Any, pixels: NDArray[np.uint8] = PICTURE) -> None:
     height, width, _ = pixels.shape
     assert isinstance(image, Image)
     assert image.pixels.shape == (-(-height // 28) * 28, -(-width // 28) * 28, 3)
@@ -184,7 +185,7 @@ def test_a_failed_tool_with_an_image_says_so_first(client: Client, service: Scri
 
 def test_images_count_as_the_tokens_that_they_take(client: Client, service: ScriptedService) -> None:
     """Four more tokens than an image of one token, in the usage and in both routes that count."""
-    small = png(picture(28, 28))
+    small = noise_png(28, 28)
 
     def used(data: bytes) -> int:
         return int(client.post(CHAT, chat(image_url(uri(data)))).json()["usage"]["prompt_tokens"])
@@ -198,7 +199,7 @@ def test_images_count_as_the_tokens_that_they_take(client: Client, service: Scri
         return int(client.post(ESTIMATE, chat(image_url(uri(data)))).json()["data"]["total_tokens"])
 
     for count in (used, counted, estimated):
-        assert count(png(picture(80, 28))) - count(small) == 2
+        assert count(noise_png(80, 28)) - count(small) == 2
         assert count(PNG) - count(small) == 3
     assert estimated(PNG) == used(PNG)
 

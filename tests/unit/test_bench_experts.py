@@ -56,7 +56,7 @@ def test_a_wrong_answer_shows_as_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_one_token_meets_all_experts_in_turn() -> None:
-    seen = [bench._Bench(SHAPE, 1, seed=0)]
+    seen = [bench.RandomExperts(SHAPE, 1, seed=0)]
     ids = torch.cat([seen[0].route(1)[0] for _ in range(7)])
     assert torch.equal(ids.flatten().bincount(), torch.full((7,), 3))
 

@@ -102,7 +102,7 @@ def test_a_plan_over_the_free_memory_is_refused_with_its_biggest_parts() -> None
     assert message.startswith(
         "rules/host.yaml: host: expected a plan of at most 249.88 GiB (256.00 GiB free less 6.12 GiB"
     )
-    assert "got 554.89 GiB; the biggest: routed_experts of layers 1..60 (line 9) 531.56 GiB, attention" in message
+    assert "got 555.26 GiB; the biggest: routed_experts of layers 1..60 (line 9) 531.56 GiB, attention" in message
     assert "--dry-run --host-memory SIZE" in (caught.value.hint or "")
 
 

@@ -25,7 +25,7 @@ def test_plans_are_frozen_and_small_in_print() -> None:
         assert len(repr(part)) < 140
         with pytest.raises(FrozenInstanceError):
             part.device = "elsewhere"  # type: ignore[misc]
-    assert repr(plan) == "Plan('rules/gpu.yaml', kimi_k25, cuda:0 26.93 GiB, host 533.80 GiB, numerics='exact')"
+    assert repr(plan) == "Plan('rules/gpu.yaml', kimi_k25, cuda:0 26.81 GiB, host 534.04 GiB, numerics='exact')"
 
 
 def test_the_table_is_aligned_and_adds_up() -> None:
@@ -34,7 +34,7 @@ def test_the_table_is_aligned_and_adds_up() -> None:
     body = lines[lines.index("") + 1 : lines.index("", lines.index("") + 1)]
     assert [line.split()[0] for line in body] == [
         "group", *(row.what for row in plan.rows), "kv_cache", "workspace", "graphs", "allocator", "hand-off",
-        "encoding",
+        "encoding", "features",
     ]  # fmt: skip
     ends = {match.end() for line in body for match in re.finditer(r"GiB|MiB|size", line)}
     assert len(ends) == 1

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from hybrid_k2.checkpoint import Checkpoint, vision_tensors
 from hybrid_k2.config import ModelConfig
-from hybrid_k2.errors import CheckpointError
+from hybrid_k2.errors import CheckpointError, MemoryBudgetError
 from hybrid_k2.host.cpu import cpu_flags
 from hybrid_k2.model import vision, vision_loading
 from hybrid_k2.model.vision import Affine, Block, LayerNorm, Projector, VisionModel
 from hybrid_k2.model.vision_loading import load_vision_model
 from hybrid_k2.placement import overheads as planned
+from hybrid_k2.protocol import Image, ImageFormat
 from hybrid_k2.vision_config import VisionConfig
 from tests.generators import read_tensors, write_checkpoint, write_tensors
-from tests.images import RandomPatches, random_patches
+from tests.images import random_image
 from tests.memory import PeakBytes
 from tests.models import loaded_vision, make_test_plan
 from tests.reference import vision as reference
@@ -49,15 +50,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("tiny"), seed=9, num_hidden_layers=1)
 
 
-def expected_rows(folder: Path, image: RandomPatches) -> Tensor:
+def expected_rows(folder: Path, image: Image) -> Tensor:
     config = ModelConfig.load(folder).vision
     assert config is not None
-    return reference.features(image.values, *image.grid, read_tensors(folder), config)
+    return reference.features(image.patches(), *image.grid, read_tensors(folder), config)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_fp32(folder: Path, grid: tuple[int, int]) -> None:
-    image = random_patches(*grid, seed=1)
+    image = random_image(*grid, seed=1)
     with loaded_vision(folder, "reference") as model:
         got = model.encode(image)
     expected = expected_rows(folder, image)
@@ -71,7 +72,7 @@ def test_fp32(folder: Path, grid: tuple[int, int]) -> None:
 def test_bf16(folder: Path, flags: frozenset[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are stored in bf16; where the CPU has no products of bf16, they are widened and nothing is lost."""
     monkeypatch.setattr(vision_loading, "cpu_flags", lambda: flags)
-    image = random_patches(14, 10, seed=2)
+    image = random_image(14, 10, seed=2)
     with loaded_vision(folder, "host") as model:
         got = model.encode(image)
         depth = 3 + 6 * len(model.blocks)
@@ -88,7 +89,7 @@ def test_bf16(folder: Path, flags: frozenset[str], monkeypatch: pytest.MonkeyPat
 
 
 def test_one_step_for_each_block(tiny: Path) -> None:
-    image = random_patches(6, 8, seed=3)
+    image = random_image(6, 8, seed=3)
     with loaded_vision(tiny, "host") as model:
         encoding = model.begin(image)
         assert [encoding.step() for _ in range(4)] == [False, False, False, True]
@@ -98,9 +99,36 @@ def test_one_step_for_each_block(tiny: Path) -> None:
         assert encoding.features.device == model.device
 
 
+def test_a_large_image_has_a_step_for_each_piece(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision, "PIECE", 20)
+    with loaded_vision(tiny, "host") as model:
+        encoding = model.begin(random_image(6, 8, seed=3))
+        assert [encoding.step() for _ in range(8)] == [False] * 7 + [True]
+
+
+def test_memory_that_runs_out_is_an_error_and_no_end(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = random_image(6, 8, seed=3)
+    with loaded_vision(tiny, "host") as model:
+        encoding, other = model.begin(image), model.begin(image)
+        assert not encoding.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(Block, "add_to", _without_memory)
+            with pytest.raises(MemoryBudgetError, match=r"^image: expected room in host memory, got none left"):
+                encoding.step()
+        with pytest.raises(ValueError, match="got one that has failed"):
+            encoding.step()
+        while not other.step():
+            pass
+        assert torch.equal(other.features, model.encode(image))
+
+
+def _without_memory(*_: object) -> None:
+    raise MemoryError
+
+
 def test_images_do_not_meet(tiny: Path) -> None:
     """Encoding twice gives the same bits, and so does encoding while another image is on its way."""
-    first, second = random_patches(6, 8, seed=4), random_patches(10, 4, seed=5)
+    first, second = random_image(6, 8, seed=4), random_image(10, 4, seed=5)
     with loaded_vision(tiny, "host") as model:
         alone = [model.encode(image) for image in (first, second)]
         encodings = [model.begin(image) for image in (first, second)]
@@ -112,7 +140,7 @@ def test_images_do_not_meet(tiny: Path) -> None:
 
 
 def test_pieces_change_nothing_but_rounding(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    image = random_patches(10, 14, seed=6)
+    image = random_image(10, 14, seed=6)
     with loaded_vision(tiny, "reference") as model:
         whole = model.encode(image)
         monkeypatch.setattr(vision, "PIECE", 36)
@@ -170,7 +198,7 @@ def test_a_weight_that_is_not_finite(tiny: Path, tmp_path: Path, value: float) -
 
 
 def test_features_have_the_dtype_of_the_residual_stream(tiny: Path) -> None:
-    image = random_patches(4, 4, seed=7)
+    image = random_image(4, 4, seed=7)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         with loaded_vision(tiny, "host", activation_dtype=name) as model:
             assert model.encode(image).dtype == dtype
@@ -202,13 +230,18 @@ def test_memory_stays_within_the_bound_and_comes_near_it(dtype: torch.dtype, mon
     monkeypatch.setattr(vision, "PIECE", 256)
     monkeypatch.setattr(planned, "IMAGE_PIECE", 256)
     monkeypatch.setattr(planned, "IMAGE_PATCHES", 2304)
-    image = random_patches(48, 48, seed=1, patch=5)
+    image = random_image(48, 48, seed=1, patch=5)
     model = _wide_model(config, dtype)
     with PeakBytes() as peak:
         rows = model.encode(image)
     bound = planned.encoding_bytes(config, "bf16", on_host=True)
     assert rows.shape == (576, 896)
     assert 0.6 * bound < peak.peak < bound
+
+
+def test_the_largest_image_is_the_one_that_is_planned_for() -> None:
+    assert 4 * ImageFormat().max_tokens == planned.IMAGE_PATCHES
+    assert vision.PIECE == planned.IMAGE_PIECE
 
 
 def test_flags_of_this_cpu(tmp_path: Path) -> None:
