@@ -100,11 +100,6 @@ class ModelConfig:
     latent_norm_eps: float = 1e-6  # q_a and kv_a norm: the original model code leaves its class default there
 
     @property
-    def has_vision(self) -> bool:
-        """Whether the model reads images."""
-        return self.vision is not None
-
-    @property
     def qk_head_dim(self) -> int:
         """Query/key columns per head."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim

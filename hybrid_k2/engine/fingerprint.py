@@ -11,6 +11,7 @@ import torch
 
 from hybrid_k2 import __version__
 from hybrid_k2.engine.loading import LoadedModel
+from hybrid_k2.host.cpu import cpu_model
 from hybrid_k2.native import native
 
 
@@ -27,7 +28,7 @@ def fingerprint(loaded: LoadedModel) -> str:
         "kernels": None if native is None else hashlib.sha256(Path(native.__file__).read_bytes()).hexdigest(),
         "torch": [torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()],
         "triton": _version("triton"),
-        "cpu": _cpu_model(Path("/proc/cpuinfo")),  # torch's products choose their order of additions by it
+        "cpu": cpu_model(),  # torch's products choose their order of additions by it
         "config": hashlib.sha256((loaded.folder / "config.json").read_bytes()).hexdigest(),
         "weights": [[file.name, (stat := file.stat()).st_size, stat.st_mtime_ns] for file in files],
         "rows": [[row.what, row.layers, row.device, row.dtype, row.hottest] for row in plan.rows],
@@ -40,15 +41,6 @@ def fingerprint(loaded: LoadedModel) -> str:
         "nodes": len(plan.nodes),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _cpu_model(cpuinfo: Path) -> str:
-    """Return the name of the CPU; nothing where the system does not tell."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _version(package: str) -> str | None:

@@ -216,22 +216,20 @@ def _image_format(folder: Path, config: ModelConfig) -> ImageFormat | None:
     """Read how images are prepared, which must be as the vision tower takes them. Raises: ConfigError."""
     if config.vision is None:
         return None
-    images = ImageFormat.load(folder)
+    images, path = ImageFormat.load(folder), folder / PREPROCESSOR_NAME
     expected = (config.vision.patch_size, MERGE)
     if (images.patch_size, images.merge) != expected:
         raise ConfigError(
-            f"{folder / PREPROCESSOR_NAME}: patch_size and merge_kernel_size: expected {expected[0]} and {expected[1]} "
-            f"as in config.json, got {images.patch_size} and {images.merge}"
+            f"{path}: patch_size and merge_kernel_size: expected {expected[0]} and {expected[1]} "
+            f"as in config.json, got {images.patch_size} and {images.merge}",
+            hint=None if path.exists() else "there is no such file, and K2.6's values stand for it",
         )
     for what, tokens, patches in (
         ("an image", images.max_tokens, IMAGE_PATCHES),
         ("a frame", images.max_frame_tokens, CLIP_PATCHES // MAX_CLIP_FRAMES),
     ):
-        if tokens > patches // MERGE**2:
-            raise ConfigError(
-                f"{folder / PREPROCESSOR_NAME}: expected limits that give {what} at most {patches // MERGE**2} tokens, "
-                f"got {tokens}"
-            )
+        if tokens > (most := patches // MERGE**2):
+            raise ConfigError(f"{path}: expected limits that give {what} at most {most} tokens, got {tokens}")
     return images
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 class Sight:
     """Own the features of images, in host memory. One thread at a time.
 
-    It keeps at most FEATURE_ROWS rows, those used last, or what the next chunks of one sequence need and so many more.
+    It keeps at most FEATURE_ROWS rows, those used last; more only where one sequence's next chunks need more, and then
+    these alone.
     """
 
     def __init__(self, vision: VisionModel | None) -> None:
@@ -43,12 +44,12 @@ class Sight:
         need now, and lack none, are kept.
         Raises: EngineError, MemoryBudgetError.
         """
-        needed = set(sequence.images_within(limit))
+        needed = sequence.images_within(limit)
         others = {digest for other in beside if self.sees(other, limit) for digest in other.images_within(limit)}
         image = next(sequence.images[digest] for digest in needed if digest not in self._features)
-        if others and not self._has_room(image, needed | others):
+        if others and not self._has_room(image, others.union(needed)):
             return False
-        self._encode(image, needed | others, time.perf_counter() + seconds)
+        self._encode(image, others.union(needed), time.perf_counter() + seconds)
         return True
 
     def features(self, work: Iterable[tuple[TokenSequence, Sequence[Chunk]]]) -> dict[int, Tensor]:

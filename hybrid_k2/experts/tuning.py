@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hybrid_k2.experts.remembered import cache_folder, recall, remember
+from hybrid_k2.host.cpu import cpu_model
 
 MAX_PREFETCH = 1 << 16
 NO_TILES = 65  # no kernel takes more than 64 tokens in a call
@@ -70,16 +71,8 @@ def remembered_tuning(key: str, measure: Callable[[], Tuning], folder: Path | No
 
 def machine_key(isa: str, numerics: str, threads: int, nodes: int) -> str:
     """Name what a tuning depends on: the CPU, the kernels and how many threads share the memory."""
-    return f"{_cpu_name()}, {isa}, {numerics}, {threads} threads on {nodes} nodes"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
+    name = cpu_model() or platform.processor() or platform.machine()
+    return f"{name}, {isa}, {numerics}, {threads} threads on {nodes} nodes"
 
 
 def file_name(key: str) -> str:

@@ -29,6 +29,7 @@ _DIGEST_BYTES = 16
 
 MAX_CLIP_FRAMES = 4  # the tower knows the times of so many
 _MOST = 2**16  # of the sizes in a configuration; K2.6's largest is a quarter of it
+_LEAST_STD = 0.001  # less than a step of eight bits makes no sense, and far less divides by what fp32 takes for zero
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class ImageFormat:
             _size(fields, "in_patch_limit"),
             _size(fields, "patch_limit_on_one_side"),
             _three_numbers(fields, "image_mean"),
-            _three_numbers(fields, "image_std", above=0),
+            _three_numbers(fields, "image_std", above=_LEAST_STD),
             _size(fields, "in_patch_limit_each_frame"),
             fields.number("sample_fps"),
             _size(fields, "temporal_merge_kernel_size", MAX_CLIP_FRAMES),
@@ -221,7 +222,7 @@ def _size(fields: Fields, name: str, most: int = _MOST) -> int:
     return size
 
 
-def _three_numbers(fields: Fields, name: str, above: int = -_MOST) -> tuple[float, float, float]:
+def _three_numbers(fields: Fields, name: str, above: float = -_MOST) -> tuple[float, float, float]:
     values = fields.get(name, list, "a list of three numbers")
     numbers = [value for value in values if type(value) in (int, float) and above < value <= _MOST]
     if len(values) != 3 or len(numbers) != 3:

@@ -8,6 +8,7 @@ from hybrid_k2.errors import RequestError, shown
 from hybrid_k2.protocol.messages import Media
 
 _MAX_HEAD = 1024  # characters of a data: URI before its comma
+_NAMES = {"image": "an image", "video": "a video"}
 _EXPECTED = {"image": "an image as data:image/png;base64,...", "video": "a video as data:video/mp4;base64,..."}
 
 
@@ -25,7 +26,7 @@ def media_source(media: Media, place: str) -> bytes:
         found = "nothing" if source is None else type(source).__name__
         raise RequestError(f"{place}: expected {_EXPECTED[media.kind]}, or bytes, got {found}")
     if not data:
-        raise RequestError(f"{place}: expected {_EXPECTED[media.kind].partition(' as')[0]}, got no bytes")
+        raise RequestError(f"{place}: expected {_NAMES[media.kind]}, got no bytes")
     return data
 
 
@@ -41,4 +42,4 @@ def _data_of_uri(uri: str, kind: str, place: str) -> bytes:
         text = uri[len(head) + 1 :].encode("ascii").translate(None, b" \t\r\n\f")
         return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except ValueError:
-        raise RequestError(f"{place}: expected base64 behind the comma, got something else") from None
+        raise RequestError(f"{place}: expected {_NAMES[kind]} in base64, got other text") from None

@@ -8,6 +8,7 @@ counted with the bodies.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from hybrid_k2.server.metrics import Metrics
 from hybrid_k2.server.run import unless_gone
 
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
+RECENT_BYTES = 128 << 20  # of pixels: a dozen of the largest images, or half a minute of a video
 FILE_SCHEME = "ms://"  # before the id of a file, as Moonshot's API has it
 Read = TypeVar("Read")
 
@@ -73,6 +75,30 @@ def media_of(part: Mapping[str, Any]) -> GivenMedia | None:
     return found if isinstance(found, GivenMedia) else None
 
 
+class _Recent:
+    """Keep the images or videos that were used last: a conversation sends all of its own again with each turn.
+
+    Each owner has its own, so that nobody can tell from the time of an answer what others sent. For one thread.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, bytes], Image | Video] = {}  # from the least to the most recently used
+        self._bytes = 0
+
+    def get(self, key: tuple[str, bytes]) -> Image | Video | None:
+        """Return what an owner's file holds, by the file's digest."""
+        return self._kept.get(key)
+
+    def keep(self, key: tuple[str, bytes], media: Image | Video) -> None:
+        """Keep an image or a video, at the cost of those that were used least recently."""
+        if key in self._kept:
+            self._bytes -= self._kept.pop(key).nbytes
+        self._kept[key] = media
+        self._bytes += media.nbytes
+        while self._bytes > RECENT_BYTES:
+            self._bytes -= self._kept.pop(next(iter(self._kept))).nbytes
+
+
 class MediaReader:
     """Decode the images of all requests in a thread of its own, and the videos in another: nobody else waits for them.
 
@@ -82,6 +108,7 @@ class MediaReader:
     def __init__(self, files: FileStore, metrics: Metrics) -> None:
         self._files = files
         self._metrics = metrics
+        self._recent = {kind: _Recent() for kind in MEDIA_PURPOSES}  # each is its thread's alone
         self._threads = {kind: ThreadPoolExecutor(1, thread_name_prefix=kind) for kind in MEDIA_PURPOSES}
 
     async def read_messages(
@@ -144,9 +171,16 @@ class MediaReader:
             data = self._file(owner, given)
         else:
             data = media_source(Media(given.kind, given.url), given.place)
-        if given.kind == "image":
-            return read_image(data, wanted, given.place)
-        return read_video(data, wanted, given.place, most, gone.is_set)
+        key, recent = (owner, hashlib.sha256(data).digest()), self._recent[given.kind]
+        found = recent.get(key)
+        if found is None and given.kind == "image":
+            found = read_image(data, wanted, given.place)
+        elif found is None:
+            found = read_video(data, wanted, given.place, most, gone.is_set)
+            if found.tokens > most:
+                return found  # only its beginning was read
+        recent.keep(key, found)
+        return found
 
     def _file(self, owner: str, given: GivenMedia) -> bytes:
         file_id = given.url[len(FILE_SCHEME) :]

@@ -30,7 +30,10 @@ SMALL = (
     "1",
 )
 
-pytestmark = pytest.mark.skipif(NATIVE_ERROR is not None, reason=f"no native extension: {NATIVE_ERROR}")
+pytestmark = [
+    pytest.mark.skipif(NATIVE_ERROR is not None, reason=f"no native extension: {NATIVE_ERROR}"),
+    pytest.mark.usefixtures("small_probes"),
+]
 
 
 def test_one_json_object_on_stdout(call: Call) -> None:

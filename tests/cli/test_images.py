@@ -14,11 +14,12 @@ import PIL.Image
 import pytest
 
 from hybrid_k2.engine import Engine, SamplingParams
+from hybrid_k2.engine.service import Service
 from hybrid_k2.placement.sizes import format_bytes
 from tests.cli.conftest import ONE_THREAD, Done
 from tests.cli.socket_server import CHAT, SocketServer, as_json, delta, saying, stream
 from tests.cli.terminal import Terminal
-from tests.server.processes import serving
+from tests.server.browser import site
 
 Call = Callable[..., Done]
 PROMPT = r"> $"
@@ -211,7 +212,7 @@ def test_a_chat_with_images(environment: dict[str, str], cat: Path, tmp_path: Pa
     ]
 
 
-def test_the_engine_here_and_a_server_see_the_same(call: Call, cat: Path, babbler: Path, tmp_path: Path) -> None:
+def test_the_engine_here_and_a_server_see_the_same(call: Call, cat: Path, babbler: Path) -> None:
     content = [{"type": "image", "image": cat.read_bytes()}, {"type": "text", "text": "what?"}]
     params = SamplingParams(temperature=0, max_tokens=12)
     with Engine.load(babbler, ONE_THREAD[1]) as engine:
@@ -220,9 +221,8 @@ def test_the_engine_here_and_a_server_see_the_same(call: Call, cat: Path, babble
     here = json.loads(call("chat", babbler, *ONE_THREAD, *ask).out)
     assert tuple(here["token_ids"]) == expected.token_ids
     assert here["usage"]["prompt_tokens"] == expected.usage.prompt_tokens
-    with serving(tmp_path, *ONE_THREAD, model=babbler) as server:
-        server.wait_ready()
-        there = json.loads(call("chat", "--server", server.url, *ask).out)
+    with Engine.load(babbler, ONE_THREAD[1]) as engine, Service(engine) as service, site(service, engine) as (url, _):
+        there = json.loads(call("chat", "--server", url, *ask).out)
     assert there["text"] == expected.content
     assert there["usage"]["prompt_tokens"] == expected.usage.prompt_tokens
 

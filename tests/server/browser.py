@@ -21,6 +21,9 @@ from tests.server.scripted import ScriptedService
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+    from hybrid_k2.engine import Engine
+    from hybrid_k2.engine.service import Service
+
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 WAIT_MS = 60_000  # a busy machine takes its time
 VIEW = {"width": 1100, "height": 720}
@@ -73,11 +76,13 @@ def running_browser() -> Iterator[Browser]:
 
 
 @contextmanager
-def site(service: ScriptedService, *, ready: bool = True, **options: Any) -> Iterator[tuple[str, Backend]]:
-    """Serve the application over a scripted service, and give its address."""
+def site(
+    service: ScriptedService | Service, model: Engine | None = None, *, ready: bool = True, **options: Any
+) -> Iterator[tuple[str, Backend]]:
+    """Serve the application over a service, a scripted one or that of a model, and give its address."""
     backend = Backend()
     if ready:
-        backend.serve(Served(service, cast(Any, service)))
+        backend.serve(Served(model or cast(Any, service), cast(Any, service)))
     listener = listen_tcp("127.0.0.1", 0, tls=False)
     app = create_app(backend, ServerOptions(**{"model_names": ("k2",), **options}))
     server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None))

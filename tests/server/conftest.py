@@ -12,12 +12,12 @@ import httpx
 import pytest
 
 from hybrid_k2.demo import demo_path
-from hybrid_k2.protocol import Tokenizer
+from hybrid_k2.protocol import ImageFormat, Tokenizer
 from hybrid_k2.server.app import create_app
 from hybrid_k2.server.backend import Backend, Served
 from hybrid_k2.server.options import ServerOptions
 from tests.server.browser import Go, Visit, running_browser, site
-from tests.server.scripted import ScriptedService
+from tests.server.scripted import Script, ScriptedService
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -33,6 +33,15 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def service(tokenizer: Tokenizer) -> ScriptedService:
     return ScriptedService(tokenizer)
+
+
+@pytest.fixture
+def seeing(service: ScriptedService, tokenizer: Tokenizer) -> ScriptedService:
+    """Let the service's model see images, and have replies to many requests."""
+    service.images = ImageFormat()
+    tokens = tokenizer.encode("</think>A cat.<|im_end|>", allow_special=True)
+    service.scripts = [Script([[token] for token in tokens]) for _ in range(20)]
+    return service
 
 
 class Client:

@@ -12,20 +12,21 @@ from typing import Any
 import httpx
 import pytest
 
-from hybrid_k2.protocol import ImageFormat, Tokenizer, Video, read_video
+from hybrid_k2.protocol import ImageFormat, Video, read_video
 from hybrid_k2.server import media as server_media
 from hybrid_k2.server.options import Limits
 from hybrid_k2.server.request_log import JsonLines
 from tests.generators import write_checkpoint
 from tests.pictures import coded
 from tests.server.conftest import Client, run
+from tests.server.image_requests import ESTIMATE, chat, image_url, text
 from tests.server.processes import serving
-from tests.server.scripted import Script, ScriptedService
-from tests.server.test_chat import one_by_one
-from tests.server.test_images import ESTIMATE, SHOWN, chat, image_url, text
+from tests.server.scripted import ScriptedService
 from tests.videos import coloured, video
 
 CHAT = "/v1/chat/completions"
+pytestmark = pytest.mark.usefixtures("seeing")
+
 PLACE = "messages[0].content[0].video_url.url"
 FILE = video(coloured(75), rate=25)
 EXPECTED = read_video(FILE, ImageFormat(), "video")
@@ -34,14 +35,6 @@ EXPECTED = read_video(FILE, ImageFormat(), "video")
 def video_url(url: Any = None, **more: Any) -> dict[str, Any]:
     url = f"data:video/mp4;base64,{coded(FILE)}" if url is None else url
     return {"type": "video_url", "video_url": {"url": url, **more}}
-
-
-@pytest.fixture
-def service(tokenizer: Tokenizer) -> ScriptedService:
-    service = ScriptedService(tokenizer)
-    service.images = ImageFormat()
-    service.scripts = [Script(one_by_one(tokenizer, SHOWN)) for _ in range(10)]
-    return service
 
 
 @pytest.fixture
@@ -193,6 +186,32 @@ def test_videos_are_bounded_in_number_and_tokens(client: Client, service: Script
 
 
 # What it costs
+
+
+def test_a_video_that_was_sent_before_is_not_decoded_again(
+    make_client: Callable[..., Client], service: ScriptedService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+
+    def watched(*given: Any) -> Video:
+        decoded.append(given[2])
+        return read_video(*given)
+
+    monkeypatch.setattr(server_media, "read_video", watched)
+    client = make_client(api_keys=("anna", "ben"), limits=Limits(videos=2))
+    for key, count in (("anna", 1), ("anna", 1), ("ben", 2), ("anna", 2)):
+        reply = client.post(CHAT, chat(video_url()), headers={"x-api-key": key})
+        assert reply.status_code == 200, reply.text
+        check_video(service.requests[-1].messages[0]["content"][0]["video"])
+        assert len(decoded) == count
+    # One whose end is beyond the context is not kept: nobody shall get its beginning for the whole.
+    other = f"data:video/mp4;base64,{coded(video(coloured(60), rate=2))}"
+    service.context_tokens = 10
+    anna = {"x-api-key": "anna"}
+    assert client.post(CHAT, chat(video_url(other)), headers=anna).json()["error"]["code"] == "context_length_exceeded"
+    service.context_tokens = 4096
+    assert client.post(CHAT, chat(video_url(other)), headers=anna).status_code == 200
+    assert service.requests[-1].messages[0]["content"][0]["video"].tokens == 15 * 6
 
 
 def test_a_video_that_takes_long_holds_up_no_image(

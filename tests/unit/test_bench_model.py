@@ -29,6 +29,8 @@ from tests.unit.placements import GIB, K2_6
 CARD = Gpu(0, "card", 80 * GIB, 79 * GIB, (9, 0))
 EXPERT = 3 * 7168 * 2048  # weights
 
+pytestmark = pytest.mark.usefixtures("small_probes")
+
 
 def plan_of(rules: str) -> Plan:
     return make_plan(shipped_rules(rules), K2_6, Machine(900 * GIB, 890 * GIB, 64, (CARD,)))

@@ -43,7 +43,7 @@ def test_real_config(kimi_data: Path) -> None:
     config = ModelConfig.load(kimi_data)
     assert config.model_type == "kimi_k25"
     assert config.tensor_prefix == "language_model."
-    assert config.has_vision
+    assert config.vision is not None
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (163840, 7168, 18432)
     assert (config.moe_intermediate_size, config.num_hidden_layers, config.num_attention_heads) == (2048, 61, 64)
     assert (config.n_shared_experts, config.n_routed_experts, config.num_experts_per_tok) == (1, 384, 8)
@@ -75,7 +75,7 @@ def test_demo_prototype_config() -> None:
 @pytest.mark.parametrize("model_type", ["kimi_k2", "deepseek_v3"])
 def test_text_only(model_type: str) -> None:
     config = ModelConfig.from_dict(config_dict(model_type=model_type), "config.json")
-    assert (config.model_type, config.tensor_prefix, config.has_vision) == (model_type, "", False)
+    assert (config.model_type, config.tensor_prefix, config.vision) == (model_type, "", None)
 
 
 def test_odd_sizes() -> None:

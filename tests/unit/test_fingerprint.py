@@ -128,7 +128,7 @@ def test_other_software_or_another_cpu_has_another_fingerprint(
     elif fact == "capability":
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NONE")
     elif fact == "cpu":
-        monkeypatch.setattr(module, "_cpu_model", lambda file: "another")
+        monkeypatch.setattr(module, "cpu_model", lambda: "another")
     elif fact == "triton":
         monkeypatch.setattr(module, "_version", lambda package: "99")
     elif fact == "kernels":
@@ -137,12 +137,3 @@ def test_other_software_or_another_cpu_has_another_fingerprint(
     else:
         monkeypatch.setattr(engine.loaded.text.experts_runtime, "name", "native avx2, exact (A16)")
     assert fingerprint(engine.loaded) != before
-
-
-def test_the_name_of_the_cpu_is_read_where_there_is_one(tmp_path: Path) -> None:
-    file = tmp_path / "cpuinfo"
-    assert module._cpu_model(file) == ""
-    file.write_text("processor\t: 0\nmodel name\t: A CPU: fast\nmodel name\t: A CPU: fast\n")
-    assert module._cpu_model(file) == "A CPU: fast"
-    file.write_text("processor\t: 0\n")
-    assert module._cpu_model(file) == ""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import re
+import warnings
 from collections.abc import Collection, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,8 @@ _BEGINNINGS = {
         rb"0&\xb2u\x8ef\xcf\x11": "x-ms-wmv",
     },
 }
+_ORIENTATION = 0x0112  # the tag of Exif
+_QUALITY = 95  # of the JPEG that a turned photo becomes
 _FORMATS = {"image": "PNG, JPEG, WebP or GIF", "video": "MP4, MOV, 3GPP, AVI, FLV, WebM, MPEG or WMV"}
 
 
@@ -53,14 +57,14 @@ class Attached(NamedTuple):
 
 
 def attach(medium: str, path: Path) -> Attached:
-    """Read an image or a video file.
+    """Read an image or a video file; a photo is turned as it is shown.
 
     Raises: ConfigError: it cannot be read, is over 64 MiB, or of another format.
     """
     data = read_bytes(path)
     for beginning, kind in _BEGINNINGS[medium].items():
         if re.match(beginning, data, re.DOTALL):
-            return Attached(medium, path.name, kind, data)
+            return Attached(medium, path.name, kind, _upright(data) if kind == "jpeg" else data)
     got = f"one that begins with {shown(data[:12])}" if data else "an empty one"
     raise ConfigError(f"{path}: expected {'a' if medium == 'image' else 'an'} {_FORMATS[medium]} file, got {got}")
 
@@ -103,6 +107,28 @@ def require_sight(sees: Collection[str], medium: str, model: str, place: str) ->
         raise RequestError(
             f"{place}: expected a model that reads {MEDIA[medium]}, got {model}, which reads {reads} only"
         )
+
+
+def _upright(photo: bytes) -> bytes:
+    """Turn a JPEG as its Exif says that it is shown, which the model's processor does not do.
+
+    It stays as it is where that says nothing, without Pillow, and if it is damaged: who reads it will say so.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        return photo
+    turned = BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is odd in the file
+        try:
+            with Image.open(BytesIO(photo), formats=["JPEG"]) as image:
+                if image.getexif().get(_ORIENTATION, 1) == 1:
+                    return photo
+                ImageOps.exif_transpose(image).save(turned, "JPEG", quality=_QUALITY)
+        except Exception:  # a decoder that meets nonsense raises whatever it met
+            return photo
+    return turned.getvalue()
 
 
 def _is_part(part: Any) -> bool:

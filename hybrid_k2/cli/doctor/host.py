@@ -12,6 +12,7 @@ from hybrid_k2.cli.doctor.finding import OK, WARNING, Finding
 from hybrid_k2.errors import MemoryBudgetError
 from hybrid_k2.experts import open_experts
 from hybrid_k2.host.cgroup import cgroup_memory
+from hybrid_k2.host.cpu import cpu_model
 from hybrid_k2.host.huge_pages import SETTING, transparent_huge_pages
 from hybrid_k2.host.threads import spread_threads
 from hybrid_k2.placement import Machine, Plan, default_rules, make_plan, shipped_rules
@@ -28,7 +29,8 @@ def check_cpu(machine: Machine, root: Path = ROOT) -> Iterator[Finding]:
     """Name the CPU, and what this process may use of it."""
     nodes = len(machine.nodes)
     cores = f"{machine.cores} core{'s' * (machine.cores > 1)} for this process"
-    parts = [_cpu_name(root), cores, f"{nodes} NUMA nodes" if nodes > 1 else "one NUMA node"]
+    name = cpu_model(root) or platform.machine() or "a CPU without a name"
+    parts = [name, cores, f"{nodes} NUMA nodes" if nodes > 1 else "one NUMA node"]
     if machine.cpu_quota:
         parts.append("a control group limits its CPU time")
     text = ", ".join(parts)
@@ -100,12 +102,3 @@ def _read_gbps(machine: Machine) -> float:
 
 def _speed(gbps: float, nbytes: int) -> str:
     return f"{gbps * 1e9 / nbytes:.2g} tokens/s"
-
-
-def _cpu_name(root: Path) -> str:
-    try:
-        lines = (root / "proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine() or "a CPU without a name")
