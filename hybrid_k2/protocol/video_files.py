@@ -31,7 +31,9 @@ MAX_FRAMES = 2**18  # 2.4 hours at 30 a second
 MAX_SECONDS = 120.0  # of decoding
 THREADS = 4  # of a decoder; each may hold a frame
 
-_LIMITS = {"max_pixels": str(MAX_PIXELS)}  # for decoders: a frame may be larger than the file says
+# A frame may be larger than the file says. And a decoder of H.264 that is not strict loses frames at the beginning of a
+# stream that does not say how many it has to look ahead.
+_DECODING = {"max_pixels": str(MAX_PIXELS), "strict": "strict"}
 _EXPECTED = "an MP4, MOV, 3GPP, AVI, FLV, WebM, MPEG or WMV video"
 # One video at a time: a decoder may hold some twenty frames.
 _decoding = threading.Lock()
@@ -98,7 +100,8 @@ class VideoFile:
     def _opened(self) -> Iterator[tuple[Any, Any]]:
         """Open the container, and find its video. What FFmpeg and PyAV raise becomes a RequestError."""
         av = import_av(self._place)
-        options = {"format_whitelist": ",".join(FORMATS), "codec_whitelist": ",".join(CODECS)} | _LIMITS
+        # To look into a file FFmpeg would decode some of it, sound and all, without bounds: no decoder is let near it.
+        options = {"format_whitelist": ",".join(FORMATS), "codec_whitelist": "none"}
         try:
             with av.open(BytesIO(self._data), options=options, io_open=_open_nothing) as container:
                 stream = container.streams.best("video")
@@ -119,7 +122,7 @@ class VideoFile:
             found = "one that is not known" if decoder is None else shown(decoder.name)
             raise RequestError(f"{self._place}: expected a codec out of {', '.join(CODECS)}, got {found}")
         self._check_size(decoder)
-        decoder.options = _LIMITS
+        decoder.options = _DECODING
         decoder.thread_count = THREADS
         decoder.thread_type = "AUTO"
 

@@ -81,6 +81,46 @@ def test_frames_come_in_the_order_in_which_they_are_shown() -> None:
     assert seen(found) == [[first, first + 1, first + 2, first + 3] for first in range(0, 60, 4)]
 
 
+def test_no_frame_is_lost_where_a_stream_hides_its_order() -> None:
+    """H.264 may leave out how many frames are between one and what it is predicted from."""
+    data = video(coloured(60), "avi", "libx264", rate=25, options={"bf": "3"})
+    start = data.index(b"\0\0\1\x67") + 4  # the stream's parameters, which each key frame repeats
+    old = data[start : data.index(b"\0\0\1", start)]
+    new = without_usability(old)
+    assert len(new) < len(old)
+    found = read_video(data.replace(old, new.ljust(len(old), b"\0")), ImageFormat(frame_rate=25.0), PLACE)
+    assert [index for clip in seen(found) for index in clip] == list(range(60))
+
+
+def without_usability(parameters: bytes) -> bytes:
+    """Cut the usability information off the parameters of an H.264 stream as x264 writes them (High profile)."""
+    bits = "".join(f"{byte:08b}" for byte in parameters.replace(b"\0\0\3", b"\0\0"))
+    at = 24  # behind profile, flags and level
+
+    def number() -> int:
+        nonlocal at
+        length = bits.index("1", at) - at
+        at += 2 * length + 1
+        return int(bits[at - length - 1 : at], 2) - 1
+
+    for _ in range(4):  # id, sampling, depths
+        number()
+    at += 2  # no bypass, no matrices
+    number()
+    if number() == 0:  # how pictures are numbered
+        number()
+    number()
+    at += 1
+    number(), number()  # width and height
+    at += 2 if bits[at] == "1" else 3  # whole frames; how vectors are inferred
+    at += 1
+    if bits[at - 1] == "1":  # cropped
+        number(), number(), number(), number()
+    assert bits[at] == "1", "expected usability information"
+    end = bits[:at] + "01"
+    return int(end + "0" * (-len(end) % 8), 2).to_bytes(-(-len(end) // 8), "big")
+
+
 def test_a_variable_rate_counts_as_its_average() -> None:
     times = [0, 1, 2, 3, 10, 11, 12, 30, 31, 40, 50, 59]  # the last one is as long as the others: 60 of 30 a second
     found = read_video(video(coloured(12), "mp4", times=times), K26, PLACE)
