@@ -217,17 +217,16 @@ def _image_format(folder: Path, config: ModelConfig) -> ImageFormat | None:
     if config.vision is None:
         return None
     images, most = ImageFormat.load(folder), IMAGE_PATCHES // MERGE**2
+    path = folder / PREPROCESSOR_NAME
     expected = (config.vision.patch_size, MERGE)
     if (images.patch_size, images.merge) != expected:
         raise ConfigError(
-            f"{folder / PREPROCESSOR_NAME}: patch_size and merge_kernel_size: expected {expected[0]} and {expected[1]} "
-            f"as in config.json, got {images.patch_size} and {images.merge}"
+            f"{path}: patch_size and merge_kernel_size: expected {expected[0]} and {expected[1]} "
+            f"as in config.json, got {images.patch_size} and {images.merge}",
+            hint=None if path.exists() else "there is no such file, and K2.6's values stand for it",
         )
     if images.max_tokens > most:
-        raise ConfigError(
-            f"{folder / PREPROCESSOR_NAME}: expected limits that give an image at most {most} tokens, "
-            f"got {images.max_tokens}"
-        )
+        raise ConfigError(f"{path}: expected limits that give an image at most {most} tokens, got {images.max_tokens}")
     return images
 
 

@@ -95,7 +95,7 @@ def _data_of_uri(uri: str, place: str) -> bytes:
         text = uri[len(head) + 1 :].encode("ascii").translate(None, b" \t\r\n\f")
         return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except ValueError:
-        raise RequestError(f"{place}: expected base64 behind the comma, got something else") from None
+        raise RequestError(f"{place}: expected an image in base64, got other text") from None
 
 
 def _check_size(image: ImageFile, data: bytes, place: str) -> None:

@@ -28,6 +28,7 @@ MAX_ROWS = 1 << _ROW_BITS  # tokens of one image
 _DIGEST_BYTES = 16
 
 _MOST = 2**16  # of the sizes in a configuration; K2.6's largest is a quarter of it
+_LEAST_STD = 0.001  # less than a step of eight bits makes no sense, and far less divides by what fp32 takes for zero
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class ImageFormat:
             _size(fields, "in_patch_limit"),
             _size(fields, "patch_limit_on_one_side"),
             _three_numbers(fields, "image_mean"),
-            _three_numbers(fields, "image_std", above=0),
+            _three_numbers(fields, "image_std", above=_LEAST_STD),
         )
         if found.max_tokens > MAX_ROWS:
             raise ConfigError(
@@ -174,7 +175,7 @@ def _size(fields: Fields, name: str) -> int:
     return size
 
 
-def _three_numbers(fields: Fields, name: str, above: int = -_MOST) -> tuple[float, float, float]:
+def _three_numbers(fields: Fields, name: str, above: float = -_MOST) -> tuple[float, float, float]:
     values = fields.get(name, list, "a list of three numbers")
     numbers = [value for value in values if type(value) in (int, float) and above < value <= _MOST]
     if len(values) != 3 or len(numbers) != 3:

@@ -8,6 +8,7 @@ counted with the bodies.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from hybrid_k2.server.metrics import Metrics
 from hybrid_k2.server.run import unless_gone
 
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
+RECENT_BYTES = 128 << 20  # of pixels: a dozen of the largest images
 FILE_SCHEME = "ms://"  # before the id of a file, as Moonshot's API has it
 
 
@@ -59,6 +61,30 @@ def given_images(messages: Sequence[Mapping[str, Any]]) -> Iterator[GivenImage]:
                 yield image
 
 
+class _Recent:
+    """Keep the images that were used last: a conversation sends all of its own again with each turn.
+
+    Each owner has its own, so that nobody can tell from the time of an answer what others sent. For one thread.
+    """
+
+    def __init__(self) -> None:
+        self._images: dict[tuple[str, bytes], Image] = {}  # from the least to the most recently used
+        self._bytes = 0
+
+    def get(self, key: tuple[str, bytes]) -> Image | None:
+        """Return the image of an owner's file, by the file's digest."""
+        return self._images.get(key)
+
+    def keep(self, key: tuple[str, bytes], image: Image) -> None:
+        """Keep an image, at the cost of those that were used least recently."""
+        if key in self._images:
+            self._bytes -= self._images.pop(key).pixels.nbytes
+        self._images[key] = image
+        self._bytes += image.pixels.nbytes
+        while self._bytes > RECENT_BYTES:
+            self._bytes -= self._images.pop(next(iter(self._images))).pixels.nbytes
+
+
 class ImageReader:
     """Decode the images of all requests, in a thread of its own: nothing but images waits for an image.
 
@@ -68,6 +94,7 @@ class ImageReader:
     def __init__(self, files: FileStore, metrics: Metrics) -> None:
         self._files = files
         self._metrics = metrics
+        self._recent = _Recent()  # the thread's alone
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="images")
 
     async def read_messages(
@@ -118,7 +145,12 @@ class ImageReader:
             data = self._file(owner, given)
         else:
             data = image_source(Media("image", given.url), given.place)
-        return read_image(data, wanted, given.place)
+        key = owner, hashlib.sha256(data).digest()
+        image = self._recent.get(key)
+        if image is None:
+            image = read_image(data, wanted, given.place)
+        self._recent.keep(key, image)
+        return image
 
     def _file(self, owner: str, given: GivenImage) -> bytes:
         file_id = given.url[len(FILE_SCHEME) :]

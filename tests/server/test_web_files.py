@@ -27,6 +27,7 @@ def test_every_file_is_served_with_its_type_and_the_policy(make_client: MakeClie
     assert policy["default-src"] == "'none'"
     assert policy["frame-ancestors"] == "'none'"
     assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert policy["img-src"] == "'self' data:"  # those that the reader attaches
     assert "unsafe" not in response.headers["content-security-policy"]
 
 

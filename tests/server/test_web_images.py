@@ -242,16 +242,38 @@ def test_large_images_become_smaller(visit: Visit) -> None:
     assert PIL.Image.open(io.BytesIO(second)).size == (1300, 1200)
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_photo_is_sent_as_it_is_shown(visit: Visit, orientation: int) -> None:
+    """A camera stores what it saw, and how to turn it; the model does not turn it."""
+    colours = {"top": (220, 30, 30), "bottom": (30, 30, 220)}  # of the stored image, 48 x 32
+    stored = np.empty((32, 48, 3), np.uint8)
+    stored[:16], stored[16:] = colours["top"], colours["bottom"]
+    file, exif = io.BytesIO(), PIL.Image.Exif()
+    exif[0x0112] = orientation
+    PIL.Image.fromarray(stored).save(file, "JPEG", exif=exif, quality=95)
+    bodies = sent(visit)
+    attach(visit, **{"photo.jpg": file.getvalue()})
+    visit.page.get_by_role("img", name="photo.jpg").wait_for()
+    visit.say("hello")
+    visit.page.get_by_text("tokens at").wait_for()
+    data = data_of(bodies[0][0]["content"][0])[1]
+    assert (data == file.getvalue()) == (orientation == 1)
+    got = np.asarray(PIL.Image.open(io.BytesIO(data))).astype(int)
+    shown = {1: stored, 3: stored[::-1, ::-1], 6: np.rot90(stored, -1)}[orientation]
+    assert got.shape == shown.shape
+    assert np.abs(got[4:-4, 4:-4] - shown[4:-4, 4:-4]).mean() < 16  # the seam between the colours is soft
+
+
 def test_an_image_becomes_as_small_as_it_must(visit: Visit) -> None:
     sizes = visit.page.evaluate(
         """async (url) => {
-          const { shrink } = await import("/web/images.js");
+          const { redraw } = await import("/web/images.js");
           const image = new Image();
           image.src = url;
           await image.decode();
           const bitmap = await createImageBitmap(image);
           return Promise.all([1e6, 1e4, 1e3].map(async (most) => {
-            const small = await shrink(bitmap, most);
+            const small = await redraw(bitmap, most);
             const { width, height } = await createImageBitmap(small);
             return [small.size, small.type, width, height];
           }));

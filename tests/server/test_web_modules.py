@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -429,3 +430,25 @@ def test_images_are_told_by_their_first_bytes(node: Node) -> None:
         b"<svg/>": None,
     }
     assert node(code, [[*beginning] for beginning in beginnings]) == [*beginnings.values()]
+
+
+def test_whether_an_image_is_to_be_turned(node: Node) -> None:
+    code = """
+    import { isTurned } from "./images.js";
+    console.log(JSON.stringify(value.map((bytes) => isTurned(new Uint8Array(bytes)))));
+    """
+
+    def exif(order: str, orientation: int) -> bytes:
+        mark, of = (b"II", "<") if order == "little" else (b"MM", ">")
+        entries = [(0x0110, 2, 1, 7), (0x0112, 3, 1, orientation if order == "little" else orientation << 16)]
+        listed = b"".join(struct.pack(f"{of}HHII", *entry) for entry in entries)
+        return b"\xff\xd8\xff\xe1\0\x2eExif\0\0" + mark + struct.pack(f"{of}HIH", 42, 8, len(entries)) + listed
+
+    whole = {exif(order, number): number > 1 for order in ("little", "big") for number in (1, 3, 6, 8)}
+    assert node(code, [[*data] for data in whole]) == [*whole.values()]
+    seed = random.randrange(2**32)
+    choice = random.Random(seed)
+    bent = [exif("big", 6)[:length] for length in range(len(exif("big", 6)) - 4)]  # the value is not there
+    bent += [b"Exif\0\0" + choice.randbytes(choice.randrange(40)) for _ in range(200)]
+    assert all(isinstance(each, bool) for each in node(code, [[*data] for data in bent])), seed
+    assert not any(node(code, [[*data] for data in bent[: len(bent) - 200]])), seed

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hybrid_k2.cli.chat.commands import completions
@@ -36,6 +38,45 @@ def test_the_type_is_told_by_the_first_bytes(tmp_path: Path, kind: str, size: in
     head, _, encoded = image.part()["image_url"]["url"].partition(",")
     assert head == f"data:image/{kind};base64"
     assert base64.b64decode(encoded, validate=True) == data
+
+
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+def test_a_photo_is_turned_as_it_is_shown(tmp_path: Path, orientation: int | None) -> None:
+    pillow = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install pillow")
+    stored = np.zeros((64, 48, 3), np.uint8)
+    stored[:32, :24] = 255, 0, 0  # above left red, above right green, below left blue, below right black
+    stored[:32, 24:], stored[32:, :24] = (0, 255, 0), (0, 0, 255)
+    exif = pillow.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    pillow.fromarray(stored).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    data = (tmp_path / "photo.jpg").read_bytes()
+    image = attach_image(tmp_path / "photo.jpg")
+    # What Exif says of rows and columns of the picture: which way they run in what is stored.
+    shown = {2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1]}
+    shown |= {5: stored.swapaxes(0, 1), 6: stored[::-1].swapaxes(0, 1), 8: stored[:, ::-1].swapaxes(0, 1)}
+    shown[7] = stored[::-1, ::-1].swapaxes(0, 1)
+    if orientation in (None, 1):
+        assert image.data == data
+        return
+    with pillow.open(io.BytesIO(image.data)) as turned:
+        pixels = np.asarray(turned).astype(int)
+        assert turned.getexif().get(0x0112, 1) == 1
+    expected = shown[orientation]
+    assert pixels.shape == expected.shape
+    rows, columns = pixels.shape[0] // 4, pixels.shape[1] // 4
+    for y, x in ((rows, columns), (rows, 3 * columns), (3 * rows, columns), (3 * rows, 3 * columns)):
+        assert abs(pixels[y, x] - expected[y, x]).max() < 64, "JPEG changes colours a little"
+
+
+def test_a_damaged_photo_is_left_to_who_reads_it(tmp_path: Path) -> None:
+    pillow = pytest.importorskip("PIL.Image", reason="needs Pillow: pip install pillow")
+    exif = pillow.Exif()
+    exif[0x0112] = 6
+    pillow.fromarray(np.zeros((64, 48, 3), np.uint8)).save(tmp_path / "photo.jpg", exif=exif)
+    data = (tmp_path / "photo.jpg").read_bytes()[:-300]
+    (tmp_path / "photo.jpg").write_bytes(data)
+    assert attach_image(tmp_path / "photo.jpg").data == data
 
 
 @pytest.mark.parametrize(

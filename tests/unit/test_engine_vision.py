@@ -79,6 +79,13 @@ def test_images_that_the_tower_does_not_take(folder: Path, changes: dict[str, An
     assert caught.value.message.startswith(f"{folder / 'preprocessor_config.json'}: {message}")
 
 
+def test_a_tower_with_other_patches_and_no_file_that_says_so(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, vision={"patch_size": 16})
+    with pytest.raises(ConfigError, match="expected 16 and 2 as in") as caught:
+        load_model(folder, "host", None, None)
+    assert caught.value.hint == "there is no such file, and K2.6's values stand for it"
+
+
 def test_a_tower_that_cannot_be_loaded_ends_the_loading(folder: Path) -> None:
     name = "mm_projector.proj.0.bias"
     tensors = read_tensors(folder)

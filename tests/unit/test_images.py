@@ -368,6 +368,7 @@ def test_the_format_is_that_of_the_file(tmp_path: Path) -> None:
         ("image_mean", 0.5, "a list of three numbers"),
         ("image_mean", [0.5, 0.5], "a list of three numbers"),
         ("image_std", [0.5, 0.5, 0], "a list of three numbers above 0"),
+        ("image_std", [0.5, 0.5, 1e-46], "a list of three numbers above 0"),
         ("image_std", [0.5, 0.5, True], "a list of three numbers above 0"),
         ("image_std", [0.5, 0.5, 10**400], "a list of three numbers above 0"),
     ],

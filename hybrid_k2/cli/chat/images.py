@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import warnings
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,8 @@ _BEGINNINGS = {
     b"GIF89a": "gif",
 }
 _DATA_URI = "data:image/"
+_ORIENTATION = 0x0112  # the tag of Exif
+_QUALITY = 95  # of the JPEG that a turned photo becomes
 
 
 class AttachedImage(NamedTuple):
@@ -37,7 +41,7 @@ class AttachedImage(NamedTuple):
 
 
 def attach_image(path: Path) -> AttachedImage:
-    """Read an image file.
+    """Read an image file; a photo is turned as it is shown.
 
     Raises: ConfigError: it cannot be read, is over 64 MiB, or is no PNG, JPEG, WebP or GIF.
     """
@@ -46,7 +50,7 @@ def attach_image(path: Path) -> AttachedImage:
     if kind is None:
         got = f"one that begins with {shown(data[:12])}" if data else "an empty one"
         raise ConfigError(f"{path}: expected a PNG, JPEG, WebP or GIF file, got {got}")
-    return AttachedImage(path.name, kind, data)
+    return AttachedImage(path.name, kind, _upright(data) if kind == "jpeg" else data)
 
 
 def content_of(text: str, images: Sequence[AttachedImage]) -> str | list[dict[str, Any]]:
@@ -86,6 +90,28 @@ def _kind(data: bytes) -> str | None:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((kind for beginning, kind in _BEGINNINGS.items() if data.startswith(beginning)), None)
+
+
+def _upright(photo: bytes) -> bytes:
+    """Turn a JPEG as its Exif says that it is shown, which the model's processor does not do.
+
+    It stays as it is where that says nothing, without Pillow, and if it is damaged: who reads it will say so.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        return photo
+    turned = BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is odd in the file
+        try:
+            with Image.open(BytesIO(photo), formats=["JPEG"]) as image:
+                if image.getexif().get(_ORIENTATION, 1) == 1:
+                    return photo
+                ImageOps.exif_transpose(image).save(turned, "JPEG", quality=_QUALITY)
+        except Exception:  # a decoder that meets nonsense raises whatever it met
+            return photo
+    return turned.getvalue()
 
 
 def _is_part(part: Any) -> bool:

@@ -12,7 +12,7 @@ const MAX_CHATS = 100;
 const MAX_TITLE = 60;
 const NO_ROOM = "This browser has no room to keep the conversation: it is gone when the page is left.";
 const NO_ROOM_FOR_IMAGES =
-  "This browser has no room to keep the images of the conversation: they are gone when it is left.";
+  "This browser has no room to keep the images of the conversation: they are gone when the page is left.";
 const ROLES = ["user", "assistant", "tool"];
 
 /** Keep conversations in a Storage: the newest hundred, fewer where there is no room for them. */
