@@ -141,7 +141,8 @@ class Image:
 def read_image(data: bytes, format: ImageFormat, place: str) -> Image:
     """Decode an image file (PNG, JPEG, WebP, GIF) and scale and pad it for the model.
 
-    Pads are black (0), at the right and the bottom, up to whole tokens. Raises: RequestError naming `place`.
+    Pads are black (0), at the right and the bottom, up to whole tokens.
+    Raises: RequestError naming `place`; MemoryBudgetError.
     """
     import numpy as np
 
