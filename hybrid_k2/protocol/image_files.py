@@ -12,7 +12,7 @@ from collections.abc import Callable
 from io import BytesIO
 from typing import TYPE_CHECKING
 
-from hybrid_k2.errors import RequestError
+from hybrid_k2.errors import MemoryBudgetError, RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,7 @@ def decode_pixels(data: bytes, fit: Callable[[int, int], tuple[int, int]], place
 
     As the model's own processor does: transparency is dropped, orientation in EXIF is not applied, of an animation the
     first frame counts.
-    Raises: RequestError naming `place`.
+    Raises: RequestError naming `place`; MemoryBudgetError.
     """
     import numpy as np
 
@@ -55,6 +55,8 @@ def decode_pixels(data: bytes, fit: Callable[[int, int], tuple[int, int]], place
             raise
         except PIL.Image.DecompressionBombError:
             raise RequestError(f"{place}: expected an image of at most {MAX_PIXELS} pixels, got more") from None
+        except MemoryError:
+            raise MemoryBudgetError(f"{place}: expected memory to decode an image, got none left") from None
         except Exception:  # a decoder that meets nonsense raises whatever it met
             raise RequestError(
                 f"{place}: expected a PNG, JPEG, WebP or GIF image, got {len(data)} bytes that cannot be read as one",

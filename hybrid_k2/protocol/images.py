@@ -184,7 +184,7 @@ class Image:
 def read_image(data: bytes, format: ImageFormat, place: str) -> Image:
     """Decode an image file (PNG, JPEG, WebP, GIF) and scale and pad it for the model.
 
-    Raises: RequestError naming `place`.
+    Raises: RequestError naming `place`; MemoryBudgetError.
     """
     pixels = padded(decode_pixels(data, format.fit, place), format)
     pixels.flags.writeable = False

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from hybrid_k2.errors import RequestError, shown
+from hybrid_k2.errors import MemoryBudgetError, RequestError, shown
 
 if TYPE_CHECKING:
     from PIL import Image as PillowImage
@@ -62,7 +62,7 @@ class VideoFile:
         """Count the packets, which most often have a frame each, and return the frames in a second.
 
         Nothing is decoded. What the file says of its frames' number is not believed.
-        Raises: RequestError.
+        Raises: RequestError; MemoryBudgetError.
         """
         with self._opened() as (container, stream):
             count = 0
@@ -83,7 +83,7 @@ class VideoFile:
         """Decode all frames, and yield those whose numbers are wanted, in RGB, as they are shown.
 
         The rotation that a file asks for is not applied.
-        Raises: RequestError.
+        Raises: RequestError; MemoryBudgetError.
         """
         self.decoded = 0
         with self._opened() as (container, stream):
@@ -98,7 +98,7 @@ class VideoFile:
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[Any, Any]]:
-        """Open the container, and find its video. What FFmpeg and PyAV raise becomes a RequestError."""
+        """Open the container, and find its video. What FFmpeg raises of a file becomes a RequestError."""
         av = import_av(self._place)
         # To look into a file FFmpeg would decode some of it, sound and all, without bounds: no decoder is let near it.
         options = {"format_whitelist": ",".join(FORMATS), "codec_whitelist": "none"}
@@ -111,7 +111,9 @@ class VideoFile:
                 yield container, stream
         except RequestError:
             raise
-        except Exception:  # a decoder that meets nonsense raises whatever it met
+        except Exception as error:  # a decoder that meets nonsense raises whatever it met
+            if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):  # FFmpeg's may be the file's
+                raise MemoryBudgetError(f"{self._place}: expected memory to decode a video, got none left") from None
             raise RequestError(
                 f"{self._place}: expected {_EXPECTED}, got {len(self._data)} bytes that cannot be read as one",
                 hint=f"the file is of another format, damaged, cut short, or has frames of over {MAX_PIXELS} pixels",

@@ -31,6 +31,7 @@ from hybrid_k2.model.moe import Moe
 from hybrid_k2.native import NATIVE_ERROR
 from hybrid_k2.placement import parse_rules
 from hybrid_k2.placement.overheads import GRAPH_ROWS
+from hybrid_k2.protocol import image_token
 from tests.generators import write_checkpoint
 from tests.gpu.host_card import HostCard, use_host_card
 from tests.gpu.recorder import Recorder
@@ -119,6 +120,20 @@ def test_a_graph_gives_the_bits_of_what_it_recorded(folder: Path, monkeypatch: p
     with on_card(folder, monkeypatch, HOT) as card:
         check_bits(card, monkeypatch, [2, 1, 2, 1, 2, 1], both_ways=2 + 1)
         assert [recording.launches > 30 for recording in host_card(card).recordings] == [True, True]
+
+
+def test_a_recorded_step_may_have_rows_of_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt can be cut into single tokens. An image is read as the text whose embedding its rows are."""
+    with on_card(folder, monkeypatch) as card:
+        sequences = Sequences(card)
+        for step in random_steps(card, [1] * 2):  # launched; recorded and compared
+            sequences.step(*step)
+        assert len(host_card(card).recordings) == 1
+        ((who,), ids), *_ = random_steps(card, [1])
+        chunk = Chunk([image_token(7, 0)], sequences.cached[who], sequences.pages[who])
+        image = Batch.build([chunk], features={7: card.model.embedding[ids]})
+        text = sequences.batch([who], ids)
+        assert torch.equal(*(card.model.forward(batch, sequences.cache) for batch in (image, text)))
 
 
 @pytest.mark.gpu

@@ -7,24 +7,15 @@ from typing import Any
 
 import pytest
 
-from hybrid_k2.protocol import ImageFormat, Tokenizer
 from hybrid_k2.server import media as server_media
 from tests.pictures import noise_png, uri
 from tests.server.conftest import Client
-from tests.server.scripted import Script, ScriptedService
-from tests.server.test_chat import one_by_one
+from tests.server.scripted import ScriptedService
 
 pytest.importorskip("PIL.Image", reason="Pillow decodes the images: pip install pillow")
+pytestmark = pytest.mark.usefixtures("seeing")
 
 ONE, TWO, THREE = (noise_png(28, 28, seed) for seed in (1, 2, 3))
-
-
-@pytest.fixture
-def service(tokenizer: Tokenizer) -> ScriptedService:
-    service = ScriptedService(tokenizer)
-    service.images = ImageFormat()
-    service.scripts = [Script(one_by_one(tokenizer, "</think>Oh.<|im_end|>")) for _ in range(9)]
-    return service
 
 
 @pytest.fixture

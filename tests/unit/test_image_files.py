@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import random
+import re
 import resource
 import struct
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybrid_k2.errors import RequestError
+from hybrid_k2.errors import MemoryBudgetError, RequestError
 from hybrid_k2.protocol import ImageFormat, encode_chat, media_source, read_image
 from hybrid_k2.protocol.image_files import MAX_PIXELS, MAX_SIDE, decode_pixels
 from hybrid_k2.protocol.messages import Media
@@ -306,6 +307,14 @@ def test_one_image_is_decoded_at_a_time() -> None:
 
     assert decode_pixels(ONE, fit, PLACE).shape == (2, 2, 3)
     other.join()
+
+
+def test_memory_that_runs_out_is_not_the_file_s_fault() -> None:
+    def fit(width: int, height: int) -> tuple[int, int]:
+        raise MemoryError
+
+    with pytest.raises(MemoryBudgetError, match=rf"^{re.escape(PLACE)}: expected memory to decode an image"):
+        decode_pixels(ONE, fit, PLACE)
 
 
 def test_without_pillow_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

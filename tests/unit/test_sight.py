@@ -206,8 +206,37 @@ def test_two_that_lack_something_do_not_wait_for_each_other(monkeypatch: pytest.
     assert sight.look(one, [other], 99, seconds=0)
     assert sight.look(other, [one], 99, seconds=0)
     assert sight.look(one, [other], 99, seconds=0)
-    assert sight.look(one, [other], 99, seconds=0) or sight.sees(one, 99)
+    assert sight.look(one, [other], 99, seconds=0)
     assert sight.sees(one, 99)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_prompt_ends_within_the_bound(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the service does it: who sees is computed, and in turn who does not gets a piece of what it lacks."""
+    monkeypatch.setattr(sight_module, "FEATURE_ROWS", 10)
+    chance = random.Random(seed)
+    pictures = [Picture(digest, chance.randint(1, 12)) for digest in range(6)]
+    waiting = []
+    for _ in range(chance.randint(1, 5)):
+        waiting.append(make_sequence(*chance.choices([*pictures, 1, 3], k=chance.randint(1, 6)), 1))
+    limit = chance.randint(1, 15)
+    sight, most = make_sight(Eye(pieces=chance.randint(1, 3))), 10
+    for _ in range(1000):
+        work = [(one, chunks(one, limit)) for one in waiting if sight.sees(one, limit)]
+        sight.features(work)
+        for one, computed in work:
+            one.chunks_done(computed)
+            waiting.remove(one)
+        waiting += [one for one, _ in work if one.remaining]
+        lacking = next((one for one in waiting if not sight.sees(one, limit)), None)
+        needs = [sum(one.images[digest].tokens for digest in {*one.images_within(limit)}) for one in waiting]
+        most = max([most, *needs])
+        if lacking is not None:
+            sight.look(lacking, [one for one in waiting if one is not lacking], limit, seconds=0)
+        assert sum(map(len, sight._features.values())) <= most
+        if not waiting:
+            return
+    raise AssertionError("some prompt never ended")
 
 
 def test_forgets() -> None:

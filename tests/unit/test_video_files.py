@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybrid_k2.errors import RequestError
+from hybrid_k2.errors import MemoryBudgetError, RequestError
 from hybrid_k2.protocol import ImageFormat, Video, encode_chat, is_image_token, read_video, video_files
 from hybrid_k2.protocol.video_files import VideoFile
 from hybrid_k2.protocol.videos import choose_frames
@@ -355,6 +355,16 @@ def test_damaged_files_are_read_or_refused(kind: str, codec: str, capfd: pytest.
         with suppress(RequestError):
             assert read_video(bytes(bent), K26, PLACE, most=1000).clips
     assert capfd.readouterr() == ("", "")
+
+
+def test_memory_that_runs_out_is_not_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.Image.frombuffer", none_left)
+    monkeypatch.setattr("PIL.Image.frombytes", none_left)
+    with pytest.raises(MemoryBudgetError, match="memory to decode a video, got none left"):
+        read_video(video(coloured(1)), K26, PLACE)
 
 
 @pytest.mark.parametrize("missing", ["av", "PIL"])
