@@ -19,12 +19,13 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from hybrid_k2.errors import shown
-from hybrid_k2.protocol import Image, ImageFormat, Video, check_video, media_source, read_image, read_video
+from hybrid_k2.protocol import Image, ImageFormat, Video, media_source, read_image
 from hybrid_k2.protocol.messages import Media
 from hybrid_k2.server.errors import ApiError, bad_request
 from hybrid_k2.server.file_store import MEDIA_PURPOSES, TEXT_PURPOSES, FileStore
 from hybrid_k2.server.metrics import Metrics
 from hybrid_k2.server.run import unless_gone
+from hybrid_k2.server.video_process import check_video_apart, read_video_apart
 
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
 RECENT_BYTES = 128 << 20  # of pixels: a dozen of the largest images, or half a minute of a video
@@ -102,7 +103,7 @@ class _Recent:
 class MediaReader:
     """Decode the images of all requests in a thread of its own, and the videos in another: nobody else waits for them.
 
-    One thread each: a large image takes gigabytes while it is decoded, and a video takes minutes.
+    One thread each: a large image takes gigabytes while it is decoded, and a video, in a process of its own, minutes.
     """
 
     def __init__(self, files: FileStore, metrics: Metrics) -> None:
@@ -132,7 +133,7 @@ class MediaReader:
         if kind == "image":
             await self._in_thread(kind, partial(read_image, content, wanted, "file"))
         else:
-            await self._in_thread(kind, partial(check_video, content, "file"))
+            await self._in_thread(kind, partial(check_video_apart, content, "file"))
 
     async def _read_all(
         self, request: Request, media: Sequence[GivenMedia], wanted: ImageFormat | None, most: int
@@ -176,7 +177,7 @@ class MediaReader:
         if found is None and given.kind == "image":
             found = read_image(data, wanted, given.place)
         elif found is None:
-            found = read_video(data, wanted, given.place, most, gone.is_set)
+            found = read_video_apart(data, wanted, given.place, most, gone.is_set)
             if found.tokens > most:
                 return found  # only its beginning was read
         recent.keep(key, found)

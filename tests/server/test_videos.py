@@ -197,7 +197,7 @@ def test_a_video_that_was_sent_before_is_not_decoded_again(
         decoded.append(given[2])
         return read_video(*given)
 
-    monkeypatch.setattr(server_media, "read_video", watched)
+    monkeypatch.setattr(server_media, "read_video_apart", watched)
     client = make_client(api_keys=("anna", "ben"), limits=Limits(videos=2))
     for key, count in (("anna", 1), ("anna", 1), ("ben", 2), ("anna", 2)):
         reply = client.post(CHAT, chat(video_url()), headers={"x-api-key": key})
@@ -224,7 +224,7 @@ def test_a_video_that_takes_long_holds_up_no_image(
         assert go_on.wait(50)
         return read_video(*given)
 
-    monkeypatch.setattr(server_media, "read_video", slow)
+    monkeypatch.setattr(server_media, "read_video_apart", slow)
 
     async def work() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(client.app), base_url="http://server") as wire:
@@ -254,7 +254,7 @@ def test_nothing_is_decoded_for_a_client_that_has_gone(
         gone_seen.set()
         return EXPECTED
 
-    monkeypatch.setattr(server_media, "read_video", waiting)
+    monkeypatch.setattr(server_media, "read_video_apart", waiting)
     body = json.dumps(chat(video_url())).encode()
 
     async def call() -> None:
