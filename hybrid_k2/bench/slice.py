@@ -19,6 +19,7 @@ from hybrid_k2.checkpoint.tensors import TensorSpec, expected_tensors
 from hybrid_k2.config import ModelConfig
 from hybrid_k2.errors import HardwareError
 from hybrid_k2.placement.sizes import format_bytes
+from hybrid_k2.vision_config import VisionConfig
 
 CONTEXT = 262144  # tokens that a model of the family has positions for
 YARN = {
@@ -55,8 +56,13 @@ def slice_config(sizes: Mapping[str, int], layers: int, experts: int, source: st
 
 
 def k26_config() -> ModelConfig:
-    """Describe the text model of K2.6, for plans; its checkpoint need not be here."""
-    return replace(slice_config(widths(), 61, 384, "K2.6"), vocab_size=163840)
+    """Describe K2.6, for plans; its checkpoint need not be here."""
+    text = slice_config(widths(), 61, 384, "K2.6")
+    vision = VisionConfig(
+        patch_size=14, hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
+        grid_rows=64, grid_columns=64, text_hidden_size=text.hidden_size, projector_norm_eps=1e-5,
+    )  # fmt: skip
+    return replace(text, vocab_size=163840, vision=vision)
 
 
 def write_slice(folder: Path, config: ModelConfig) -> None:
