@@ -14,6 +14,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hybrid_k2.bench.slice import k26_config
 from hybrid_k2.model.devices import torch_dtype
 from hybrid_k2.model.vision import Affine, Block, LayerNorm, Projector, VisionModel
 from hybrid_k2.model.vision_loading import product_dtype
@@ -28,13 +30,7 @@ from hybrid_k2.protocol import Image, ImageFormat
 from hybrid_k2.vision_config import VisionConfig
 
 Clock = Callable[[], float]
-LAYERS = 27
 PROBE_ROWS, PROBE_WIDTH = 2048, 4608
-
-
-def k2_6(layers: int) -> VisionConfig:
-    """Return the sizes of K2.6 with so many blocks."""
-    return VisionConfig(14, 1152, 4304, layers, 16, 64, 64, 7168, 1e-5)
 
 
 def random_model(config: VisionConfig, dtype: torch.dtype) -> VisionModel:
@@ -109,7 +105,9 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.threads == 1 else time.perf_counter
-    config = k2_6(args.layers)
+    k26 = k26_config().vision
+    assert k26 is not None
+    config = replace(k26, num_hidden_layers=args.layers)
     model = random_model(config, torch_dtype(args.dtype))
     weight = model.projector.inner.weight.to(model.embed.dtype)
     rows = torch.randn(PROBE_ROWS, PROBE_WIDTH).to(model.embed.dtype)
@@ -130,7 +128,7 @@ def main() -> None:
         rate = (of_block + of_rest) / (block + rest) / 1e9
         print(
             f"{size:>10} {patches:8} {image.tokens:7} {block * 1e3:9.1f} {rest * 1e3:8.1f} {rate:8.0f} {limit:6.0f} "
-            f"{rate / limit:12.0%}  {LAYERS * block + rest:10.1f} s"
+            f"{rate / limit:12.0%}  {k26.num_hidden_layers * block + rest:10.1f} s"
         )
 
 

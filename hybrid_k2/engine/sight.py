@@ -55,6 +55,7 @@ class Sight:
     def features(self, work: Iterable[tuple[TokenSequence, Sequence[Chunk]]]) -> dict[int, Tensor]:
         """Return the features that these chunks need, by digest; those that are not there are encoded now.
 
+        Shapes: [tokens of the image, hidden] each.
         Raises: EngineError, MemoryBudgetError.
         """
         found: dict[int, Tensor] = {}

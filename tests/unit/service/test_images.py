@@ -118,6 +118,36 @@ def test_replies_are_those_of_each_request_alone(engine: Engine) -> None:
         assert service.stats().failed == 0
 
 
+def test_a_sequence_that_gave_up_its_pages_sees_again(
+    engine: Engine, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four prompts of two pages are there at once, their replies need a third, and no two images have room together."""
+    monkeypatch.setattr("hybrid_k2.engine.sight.FEATURE_ROWS", 100)
+    questions = [ask(noise_png(28 * 9, 28 * 9, number), "?" * 8) for number in range(4)]
+    params = [SamplingParams(**{**vars(SEEDED), "seed": number, "max_tokens": 60}) for number in range(4)]
+    expected = []
+    for messages, one in zip(questions, params, strict=True):
+        engine._prefix.release()
+        expected.append(engine.chat(messages, params=one))
+    # Each step brings an image on by a piece at least: all reach their third page before the first has its 60 tokens.
+    assert all(64 < reply.usage.prompt_tokens < 128 < reply.usage.prompt_tokens + 20 for reply in expected)
+    engine._prefix.release()
+    engine.runner.sight.forget()
+    submitted = threading.Event()
+
+    def wait(image: Image) -> None:
+        assert submitted.wait(TIMEOUT_S)
+
+    watch.begun, watch.before = [], wait
+    with serve(engine, max_running=4) as service:
+        clients = [Client(service, None, one, messages=asked) for asked, one in zip(questions, params, strict=True)]
+        submitted.set()
+        assert all(same(client.reply, reply) for client, reply in zip(clients, expected, strict=True))
+        assert service.stats().preemptions > 0
+        assert service.stats().failed == 0
+    assert len({*watch.begun}) == len(questions)
+
+
 def test_choices_share_an_image(engine: Engine, watch: Watch) -> None:
     messages = ask(noise_png(112, 112), "What is it?")
     with serve(engine) as service:

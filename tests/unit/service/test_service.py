@@ -72,8 +72,11 @@ def test_a_sequence_that_gave_up_its_pages_goes_on_with_the_same_bits(engine: En
     jobs = [(random_ids(chance, 150), replace(PARAMS, seed=number, max_tokens=150)) for number in range(4)]
     expected = [alone(engine, *job) for job in jobs]
     engine._prefix.release()
+    all_there = threading.Event()
     with serve(engine, max_running=4) as service:
-        clients = [Client(service, *job) for job in jobs]
+        clients = [Client(service, *jobs[0], on_event=lambda client, event: all_there.wait(TIMEOUT_S))]
+        clients += [Client(service, *job) for job in jobs[1:]]
+        all_there.set()
         assert all(same(client.reply, reply) for client, reply in zip(clients, expected, strict=True))
         assert service.stats().preemptions > 0
         assert [len(client.progress) for client in clients] == [5] * 4  # the prompt is reported once
