@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -201,6 +202,8 @@ def _load(
     from hybrid_k2.server.backend import Served
 
     engine = load_engine(model, rules, notes, watch=report, check=options.check)
+    if engine.images is not None and find_spec("PIL") is None:
+        notes.line("warning: without Pillow, images in requests are refused: pip install pillow", "warning")
     engine.prepare_grammars()  # now: in the first request with tools it would stop all others
     return Served(engine, Service(engine, options))
 

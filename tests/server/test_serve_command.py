@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import select
 import signal
@@ -20,6 +21,7 @@ import pytest
 from hybrid_k2.server.listen import REFUSED_AT_ONCE
 from tests.cli.conftest import ONE_THREAD, Done
 from tests.cli.conftest import call as call  # noqa: PLC0414  (a fixture)
+from tests.generators import write_checkpoint
 from tests.server.processes import START_S, serving
 from tests.server.test_chat import PATH
 
@@ -160,6 +162,22 @@ def test_grammars_are_prepared_before_requests_are_taken(capsys: pytest.CaptureF
         assert "guide_vocabulary" in vars(served.model.loaded), "it is kept once it was made"
     finally:
         served.close()
+
+
+def test_images_that_nothing_can_decode_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybrid_k2.cli.serve import _load
+    from hybrid_k2.cli.terminal import Output
+    from hybrid_k2.engine.service_types import ServiceOptions
+
+    def said(model_type: str) -> str:
+        model = write_checkpoint(tmp_path / model_type, model_type=model_type, num_hidden_layers=2, vocab_size=1500)
+        notes = io.StringIO()
+        _load(str(model), ONE_THREAD[1], ServiceOptions(), Output(notes), lambda done, total: None).close()
+        return notes.getvalue()
+
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert "warning: without Pillow, images in requests are refused: pip install pillow" in said("kimi_k25")
+    assert "Pillow" not in said("kimi_k2")
 
 
 @pytest.mark.parametrize(
