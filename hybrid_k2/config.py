@@ -25,6 +25,7 @@ CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
 MULTIMODAL_MODEL_TYPE = "kimi_k25"
 TEXT_MODEL_TYPES = ("kimi_k2", "deepseek_v3")
+MAX_LAYERS = 10_000  # a plan goes through them one by one
 INT4_GROUP = 32  # input columns that share one scale in the INT4 format of K2.5/K2.6
 
 # Field, the one value that is implemented, and why any other is refused. An absent field means that value.
@@ -303,6 +304,8 @@ def _check_sizes(config: ModelConfig, place: str) -> None:
             f"{place}: num_experts_per_tok: expected at most n_routed_experts = {config.n_routed_experts}, "
             f"got {config.num_experts_per_tok}"
         )
+    if config.num_hidden_layers > MAX_LAYERS:
+        raise ConfigError(f"{place}: num_hidden_layers: expected at most {MAX_LAYERS}, got {config.num_hidden_layers}")
     if config.first_k_dense_replace > config.num_hidden_layers:
         raise ConfigError(
             f"{place}: first_k_dense_replace: expected at most num_hidden_layers = {config.num_hidden_layers}, "

@@ -379,6 +379,7 @@ def test_size_of_another_type(value: object) -> None:
     ("overrides", "message"),
     [
         ({"num_experts_per_tok": 17}, "num_experts_per_tok: expected at most n_routed_experts = 16, got 17"),
+        ({"num_hidden_layers": 10**8}, "num_hidden_layers: expected at most 10000, got 100000000"),
         ({"first_k_dense_replace": 4}, "first_k_dense_replace: expected at most num_hidden_layers = 3, got 4"),
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim: expected an even number, got 7"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps: expected a finite number above 0, got 0"),
