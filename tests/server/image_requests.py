@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import threading
 from typing import Any
 
 import httpx
@@ -73,3 +76,28 @@ def check_picture(image: Any, pixels: NDArray[np.uint8] = PICTURE) -> None:
 
 def upload(client: Client, content: bytes = PNG, purpose: str = "image", **more: Any) -> httpx.Response:
     return client.post("/v1/files", files={"file": ("cat.png", content)}, data={"purpose": purpose}, **more)
+
+
+async def post_and_leave(client: Client, body: dict[str, Any], begun: threading.Event) -> None:
+    """Send a chat, and be gone once something has begun; nothing may be sent to who is not there."""
+    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    gone = asyncio.Event()
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        raise AssertionError("nobody is there")
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"",
+             "headers": headers, "http_version": "1.1", "scheme": "http", "server": ("localhost", 80),
+             "client": ("127.0.0.1", 5), "root_path": ""}  # fmt: skip
+    work = asyncio.ensure_future(client.app(scope, receive, send))
+    while not begun.is_set():
+        await asyncio.sleep(0.01)
+    gone.set()
+    await work

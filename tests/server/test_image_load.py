@@ -26,6 +26,7 @@ from tests.server.image_requests import (
     PNG,
     chat,
     image_url,
+    post_and_leave,
     text,
 )
 from tests.server.scripted import Script, ScriptedService
@@ -116,31 +117,9 @@ def test_a_client_that_goes_has_no_more_images_read(
 
     monkeypatch.setattr(server_media, "read_image", slow)
     monkeypatch.setattr(server_media, "RECENT_BYTES", 0)  # all are the same one
-    body = json.dumps(chat(*[image_url()] * 5)).encode()
 
     async def call() -> None:
-        sent, gone = False, asyncio.Event()
-
-        async def receive() -> dict[str, Any]:
-            nonlocal sent
-            if not sent:
-                sent = True
-                return {"type": "http.request", "body": body, "more_body": False}
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(_: Any) -> None:
-            raise AssertionError("nobody is there")
-
-        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"",
-                 "headers": headers, "http_version": "1.1", "scheme": "http", "server": ("localhost", 80),
-                 "client": ("127.0.0.1", 5), "root_path": ""}  # fmt: skip
-        work = asyncio.ensure_future(client.app(scope, receive, send))
-        while not begun.is_set():
-            await asyncio.sleep(0.01)
-        gone.set()
-        await work
+        await post_and_leave(client, chat(*[image_url()] * 5), begun)
         go_on.set()
 
     run(call())

@@ -19,7 +19,7 @@ from hybrid_k2.server.request_log import JsonLines
 from tests.generators import write_checkpoint
 from tests.pictures import coded
 from tests.server.conftest import Client, run
-from tests.server.image_requests import ESTIMATE, chat, image_url, text
+from tests.server.image_requests import ESTIMATE, chat, image_url, post_and_leave, text
 from tests.server.processes import serving
 from tests.server.scripted import ScriptedService
 from tests.videos import coloured, video
@@ -255,32 +255,7 @@ def test_nothing_is_decoded_for_a_client_that_has_gone(
         return EXPECTED
 
     monkeypatch.setattr(server_media, "read_video_apart", waiting)
-    body = json.dumps(chat(video_url())).encode()
-
-    async def call() -> None:
-        messages = [{"type": "http.request", "body": body, "more_body": False}]
-        gone = asyncio.Event()
-
-        async def receive() -> dict[str, Any]:
-            if messages:
-                return messages.pop()
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(_: Any) -> None:
-            raise AssertionError("nobody is there")
-
-        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"",
-                 "headers": headers, "http_version": "1.1", "scheme": "http", "server": ("localhost", 80),
-                 "client": ("127.0.0.1", 5), "root_path": ""}  # fmt: skip
-        work = asyncio.ensure_future(client.app(scope, receive, send))
-        while not begun.is_set():
-            await asyncio.sleep(0.01)
-        gone.set()
-        await work
-
-    run(call())
+    run(post_and_leave(client, chat(video_url()), begun))
     assert gone_seen.wait(50)
     assert not service.requests
 
