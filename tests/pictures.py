@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hybrid_k2.protocol import Image, ImageFormat
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -16,6 +18,14 @@ if TYPE_CHECKING:
 def picture(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:
     """Return pixels of noise [height, width, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def random_image(rows: int, columns: int, seed: int, patch: int = 14, frames: int | None = None) -> Image:
+    """Draw noise of so many patches, each of `patch` pixels a side; with `frames`, a clip."""
+    source = np.random.default_rng(seed)
+    shape = (rows * patch, columns * patch, 3)
+    pixels = source.integers(0, 256, shape if frames is None else (frames, *shape), dtype=np.uint8)
+    return Image(pixels, ImageFormat(patch_size=patch))
 
 
 def png(pixels: NDArray[np.uint8], claimed: tuple[int, int] | None = None) -> bytes:

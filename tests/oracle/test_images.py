@@ -15,8 +15,7 @@ from hybrid_k2.model.batch import Batch
 from hybrid_k2.protocol import Clip, Video, is_image_token
 from hybrid_k2.protocol.tokens import MEDIA_PAD
 from tests.generators import load_transformers_twin, write_checkpoint, write_transformers_twin
-from tests.images import random_image
-from tests.pictures import ask, noise_png
+from tests.pictures import ask, noise_png, random_image
 
 pytest.importorskip("PIL", reason="needs Pillow: pip install pillow")
 pytest.importorskip("transformers", reason="transformers is the oracle: pip install 'hybrid-k2[test]'")

@@ -15,8 +15,8 @@ from torch import Tensor
 from hybrid_k2.model.vision import VisionModel
 from hybrid_k2.protocol import Image
 from tests.generators import load_transformers_twin, write_checkpoint, write_transformers_twin
-from tests.images import random_image
 from tests.models import loaded_vision
+from tests.pictures import random_image
 
 pytest.importorskip("transformers", reason="transformers is the oracle: pip install 'hybrid-k2[test]'")
 

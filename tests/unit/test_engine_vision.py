@@ -16,7 +16,7 @@ from hybrid_k2.engine.loading import load_model
 from hybrid_k2.errors import CheckpointError, ConfigError
 from hybrid_k2.protocol import ImageFormat
 from tests.generators import read_tensors, write_checkpoint, write_tensors
-from tests.images import random_image
+from tests.pictures import random_image
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from hybrid_k2.placement import overheads as planned
 from hybrid_k2.protocol import Image, ImageFormat
 from hybrid_k2.vision_config import VisionConfig
 from tests.generators import read_tensors, write_checkpoint, write_tensors
-from tests.images import random_image
 from tests.memory import PeakBytes
 from tests.models import loaded_vision, make_test_plan
+from tests.pictures import random_image
 from tests.reference import vision as reference
 
 # As in tests/oracle/test_vision.py: FP32 against a sum without rounding.
