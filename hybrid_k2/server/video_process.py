@@ -14,12 +14,15 @@ import selectors
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import hybrid_k2
 from hybrid_k2.errors import HybridK2Error, RequestError
 from hybrid_k2.protocol import Clip, Image, ImageFormat, Video, check_video, read_video
 from hybrid_k2.protocol.video_files import MAX_SECONDS
@@ -68,6 +71,7 @@ def _answer(
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=os.environ | one_thread,
+            cwd=Path(hybrid_k2.__file__).parents[1],  # where Python looks for modules first: not in the server's folder
             start_new_session=True,  # Ctrl-C is for the server
         ) as process,
         selectors.DefaultSelector() as selector,
@@ -77,6 +81,8 @@ def _answer(
         output = process.stdout.fileno()
         selector.register(output, selectors.EVENT_READ)
         deadline = time.monotonic() + START_S + MAX_SECONDS
+        late = threading.Timer(START_S + MAX_SECONDS, process.kill)  # also where it does not read what it is sent
+        late.start()
 
         def read(count: int) -> bytes:
             answer = bytearray()
@@ -98,6 +104,7 @@ def _answer(
                 process.stdin.close()
             yield read
         finally:
+            late.cancel()
             process.kill()
 
 

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,13 @@ def test_the_errors_are_those_of_this_process() -> None:
     check_video_apart(video(coloured(3)), "file")
 
 
+def test_no_module_comes_from_the_folder_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("selectors.py", "hybrid_k2.py"):
+        (tmp_path / name).write_text("raise SystemExit(1)\n")
+    monkeypatch.chdir(tmp_path)
+    check_video_apart(video(coloured(3)), "file")
+
+
 def test_memory_is_bounded_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """The index would take 24 bytes for each frame; FFmpeg goes on without one where there is no room for it."""
     monkeypatch.setattr(video_process, "MEMORY_BYTES", 1 << 30)
@@ -85,12 +93,15 @@ def test_a_decoder_that_crashes(code: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert "got one that ended its decoder" in refused(b"x" * 10**6)
 
 
-def test_a_decoder_that_hangs(monkeypatch: pytest.MonkeyPatch, started: list[subprocess.Popen[bytes]]) -> None:
-    hangs = "import sys, time; sys.stdin.buffer.read(); time.sleep(1000)"
+@pytest.mark.parametrize("first", ["sys.stdin.buffer.read()", "None"])
+def test_a_decoder_that_hangs(
+    first: str, monkeypatch: pytest.MonkeyPatch, started: list[subprocess.Popen[bytes]]
+) -> None:
+    hangs = f"import sys, time; {first}; time.sleep(1000)"
     monkeypatch.setattr(video_process, "_COMMAND", [sys.executable, "-c", hangs])
     monkeypatch.setattr(video_process, "START_S", 0.0)
     monkeypatch.setattr(video_process, "MAX_SECONDS", 0.0)
-    assert "a video that is read in 0 s" in refused(b"x")
+    assert "a video that is read in 0 s" in refused(b"x" * 10**6)  # more than a pipe holds
     assert started[0].returncode is not None, "it has ended, too"
 
 
